@@ -1,0 +1,422 @@
+"""Every flag of every program, declared once, and how programs end."""
+
+import argparse
+import math
+import shlex
+import sys
+import time
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any, NoReturn
+
+import torch
+
+from data.errors import DataError
+from engine.errors import RunError
+
+# Flags that may differ between a run and its resumption; all others are part of what it is.
+MAY_CHANGE = frozenset(
+    """
+    data device save resume dry_run epochs max_updates log_interval checkpoint_every
+    checkpoint_minutes test_batch_size bigram samples
+    wandb wandb_project wandb_name wandb_group wandb_tags
+    """.split()  # noqa: SIM905
+)
+
+
+class UsageError(Exception):
+    """A flag or value that cannot be: one line, exit code 2."""
+
+
+def run_program(program: Callable[[Sequence[str]], None], argv: Sequence[str] | None) -> int:
+    """Run a program's body; turn what a user can cause into one line on stderr.
+
+    Returns:
+        The exit code: 0 done, 2 a flag or value that cannot be, 1 anything else.
+    """
+    try:
+        program(sys.argv[1:] if argv is None else argv)
+    except UsageError as error:
+        return _fail(str(error), 2)
+    except (DataError, RunError) as error:
+        return _fail(str(error))
+    except KeyboardInterrupt:
+        return _fail("interrupted")
+    except torch.OutOfMemoryError:
+        return _fail("the GPU's memory is full; a smaller --batch-size or --bptt needs less")
+    except MemoryError:
+        return _fail("the memory is full; a smaller --batch-size or --bptt needs less")
+    except OSError as error:
+        place = f"{error.filename}: " if error.filename else ""
+        return _fail(f"{place}{error.strerror or error}")
+    return 0
+
+
+def _fail(message: str, code: int = 1) -> int:
+    print(f"error: {message}", file=sys.stderr)
+    return code
+
+
+# Values
+
+
+def _number(
+    convert: Callable[[str], Any], description: str, holds: Callable[[Any], bool]
+) -> Callable[[str], Any]:
+    def parse(text: str) -> Any:
+        try:
+            value = convert(text)
+        except ValueError:
+            value = None
+        if value is None or not math.isfinite(value) or not holds(value):
+            raise argparse.ArgumentTypeError(f"{text!r} is not {description}")
+        return value
+
+    return parse
+
+
+positive_int = _number(int, "a whole number of at least 1", lambda n: n >= 1)
+natural = _number(int, "a whole number of at least 0", lambda n: n >= 0)
+seed_value = _number(int, "a whole number in [0, 2**32)", lambda n: 0 <= n < 2**32)
+epoch_number = _number(int, "an epoch, from 1, or -1 for never", lambda n: n >= 1 or n == -1)
+positive = _number(float, "a number above 0", lambda x: x > 0)
+non_negative = _number(float, "a number of at least 0", lambda x: x >= 0)
+probability = _number(float, "a probability in [0, 1)", lambda x: 0 <= x < 1)
+
+
+def model_name(text: str) -> str:
+    """--model: the original's other kinds are told apart from nonsense."""
+    if text in ("GRU", "QRNN"):
+        raise argparse.ArgumentTypeError(f"{text} is not supported; this project trains the LSTM")
+    if text != "LSTM":
+        raise argparse.ArgumentTypeError(f"{text!r} is not LSTM")
+    return text
+
+
+def save_path(text: str) -> str:
+    """--save: the run's folder is this path without its suffix, so it needs one."""
+    if not Path(text).suffix:
+        raise argparse.ArgumentTypeError(f"{text!r} has no suffix such as .pt")
+    return text
+
+
+# The parser
+
+
+class Parser(argparse.ArgumentParser):
+    """Reads @files with shell-like lines and comments; reports an error in one line.
+
+    Flags of several words are known with - and with _ between them.
+    """
+
+    def __init__(self, **keywords: Any) -> None:
+        super().__init__(
+            fromfile_prefix_chars="@",
+            formatter_class=argparse.ArgumentDefaultsHelpFormatter,
+            **keywords,
+        )
+
+    def convert_arg_line_to_args(self, arg_line: str) -> list[str]:
+        """One line of a recipe: any number of flags, # begins a comment."""
+        return shlex.split(arg_line, comments=True)
+
+    def error(self, message: str) -> NoReturn:
+        """Argparse's errors, without the usage before them."""
+        raise UsageError(message)
+
+
+class _CudaFlag(argparse.Action):
+    def __call__(self, parser: argparse.ArgumentParser, *_: object) -> None:
+        parser.error(
+            "argument --cuda: it switched CUDA off in the original; give --device cpu or "
+            "--device cuda instead"
+        )
+
+
+def training_parser() -> Parser:
+    """The flags of main.py, with the original's names and defaults."""
+    parser = Parser(
+        prog="main.py",
+        description="Train an AWD-LSTM language model, then test it.",
+        epilog="@FILE reads flags from FILE (see recipes/); later flags win.",
+    )
+    _add_corpus(parser)
+    _add_model(parser)
+    _add_regularisation(parser)
+    _add_optimisation(parser)
+    _add_run(parser)
+    _add_evaluation(parser)
+    _add_logging(parser)
+    return parser
+
+
+def _flag(group: Any, name: str, **keywords: Any) -> None:
+    names = [name]
+    if "_" in name or "-" in name.lstrip("-"):
+        other = name.lstrip("-")
+        other = other.replace("-", "_") if "-" in other else other.replace("_", "-")
+        names.append(f"--{other}")
+    if keywords.get("action") not in ("store_true", _CudaFlag):
+        keywords.setdefault("metavar", "N" if keywords.get("type") in _WHOLE else "X")
+    group.add_argument(*names, **keywords)
+
+
+_WHOLE = (positive_int, natural, seed_value, epoch_number)
+
+
+def _add_corpus(parser: Parser) -> None:
+    group = parser.add_argument_group("corpus")
+    _flag(
+        group,
+        "--data",
+        default="data/penn",
+        metavar="FOLDER",
+        help="folder with train.txt, valid.txt and test.txt; data/penn, data/wikitext-2, "
+        "data/wikitext-103, data/pennchar and data/enwik8 are downloaded where they are missing, "
+        "data/demo is made on the spot",
+    )
+
+
+def _add_model(parser: Parser) -> None:
+    group = parser.add_argument_group("model")
+    _flag(group, "--model", type=model_name, default="LSTM", metavar="LSTM", help="kind of layer")
+    _flag(group, "--emsize", type=positive_int, default=400, help="width of the embedding, units")
+    _flag(group, "--nhid", type=positive_int, default=1150, help="units of each hidden layer")
+    _flag(group, "--nlayers", type=positive_int, default=3, help="number of layers")
+    _flag(
+        group,
+        "--untied",
+        action="store_true",
+        help="give the decoder a matrix of its own; the last layer then has --nhid units",
+    )
+
+
+def _add_regularisation(parser: Parser) -> None:
+    group = parser.add_argument_group("regularisers (0 switches one off)")
+    rate = dict(type=probability, metavar="P")
+    _flag(group, "--dropout", default=0.4, help="locked dropout, last layer's output", **rate)
+    _flag(group, "--dropouth", default=0.3, help="locked dropout between layers", **rate)
+    _flag(group, "--dropouti", default=0.65, help="locked dropout on embedded words", **rate)
+    _flag(group, "--dropoute", default=0.1, help="embedding dropout: whole words", **rate)
+    _flag(group, "--wdrop", default=0.5, help="weight drop on hidden-to-hidden weights", **rate)
+    _flag(group, "--alpha", type=non_negative, default=2.0, help="AR, weight of mean(h**2)")
+    _flag(group, "--beta", type=non_negative, default=1.0, help="TAR, weight of mean((h' - h)**2)")
+    _flag(group, "--wdecay", type=non_negative, default=1.2e-6, help="weight decay")
+
+
+def _add_optimisation(parser: Parser) -> None:
+    group = parser.add_argument_group("optimisation")
+    _flag(
+        group,
+        "--optimizer",
+        choices=["sgd", "adam"],
+        default="sgd",
+        metavar="sgd|adam",
+        help="sgd means NT-ASGD",
+    )
+    _flag(group, "--lr", type=positive, default=30.0, help="learning rate, for --bptt steps")
+    _flag(
+        group,
+        "--clip",
+        type=non_negative,
+        default=0.25,
+        help="largest global norm of the gradient; 0: no clipping",
+    )
+    _flag(group, "--batch_size", type=positive_int, default=80, help="columns of text per update")
+    _flag(group, "--bptt", type=positive_int, default=70, help="time steps per update")
+    _flag(
+        group,
+        "--bptt-scheme",
+        choices=["variable", "fixed"],
+        default="variable",
+        metavar="variable|fixed",
+        help="windows of random length around --bptt, or of just --bptt",
+    )
+    _flag(group, "--epochs", type=positive_int, default=8000, help="epochs at most")
+    _flag(
+        group,
+        "--max-updates",
+        type=positive_int,
+        default=None,
+        help="stop training after N updates in all, then validate and test",
+    )
+    _flag(
+        group,
+        "--nonmono",
+        type=natural,
+        default=5,
+        help="NT-ASGD: epochs without a better validation that are forgiven",
+    )
+    _flag(group, "--no-asgd", action="store_true", help="never start averaging")
+    _flag(
+        group,
+        "--when",
+        nargs="+",
+        type=epoch_number,
+        default=[-1],
+        metavar="EPOCH",
+        help="epochs at whose end the learning rate is divided by 10; -1: never",
+    )
+    _flag(group, "--seed", type=seed_value, default=1111, help="of all random draws")
+
+
+def _add_run(parser: Parser) -> None:
+    group = parser.add_argument_group("run")
+    _flag(
+        group,
+        "--device",
+        default="auto",
+        metavar="auto|cpu|cuda[:N]",
+        help="where to compute; auto: the first GPU, if there is one",
+    )
+    _flag(group, "--cuda", action=_CudaFlag, nargs=0, help=argparse.SUPPRESS)
+    _flag(
+        group,
+        "--save",
+        type=save_path,
+        default=None,
+        metavar="FILE",
+        help="the best model; the rest of the run goes into a folder of this name without its "
+        "suffix; an earlier run there is kept as NAME.1 (default: a name made of the time)",
+    )
+    _flag(
+        group,
+        "--resume",
+        default=None,
+        metavar="auto|PATH",
+        help="continue a run exactly; auto: the one at --save if it is there, else start; PATH: "
+        "a run's last.pt, folder or best model. Flags not given are the run's own",
+    )
+    _flag(
+        group,
+        "--checkpoint-every",
+        type=positive_int,
+        default=None,
+        help="updates between checkpoints, besides those at each epoch's end",
+    )
+    _flag(
+        group,
+        "--checkpoint-minutes",
+        type=positive,
+        default=10.0,
+        help="at most so many minutes between checkpoints",
+    )
+    _flag(
+        group,
+        "--dry-run",
+        action="store_true",
+        help="print parameters, updates per epoch and an estimate of the memory, then exit",
+    )
+
+
+def _add_evaluation(parser: Parser) -> None:
+    group = parser.add_argument_group("evaluation")
+    _flag(
+        group,
+        "--eval-batch-size",
+        type=positive_int,
+        default=10,
+        help="stretches that the validation text is read in, side by side",
+    )
+    _flag(
+        group, "--test-batch-size", type=positive_int, default=1, help="the same for the test text"
+    )
+    _flag(
+        group,
+        "--bigram",
+        action="store_true",
+        help="also print the test perplexity of an interpolated bigram model",
+    )
+    _flag(group, "--samples", type=natural, default=0, help="sentences to let the model write last")
+
+
+def _add_logging(parser: Parser) -> None:
+    group = parser.add_argument_group("logging")
+    _flag(group, "--log-interval", type=positive_int, default=200, help="updates between log lines")
+    _flag(
+        group,
+        "--wandb",
+        choices=["online", "offline", "disabled"],
+        default="disabled",
+        metavar="online|offline|disabled",
+        help="Weights & Biases",
+    )
+    for name, what in dict(project="project", name="the run's name", group="group").items():
+        _flag(
+            group,
+            f"--wandb-{name}",
+            default=None,
+            metavar="NAME",
+            help=f"W&B: {what} (default: from the WANDB_* variables)",
+        )
+    _flag(
+        group,
+        "--wandb-tags",
+        nargs="+",
+        default=None,
+        metavar="TAG",
+        help="W&B: tags (default: from the WANDB_* variables)",
+    )
+
+
+# Parsing
+
+
+def parse_training(argv: Sequence[str]) -> tuple[argparse.Namespace, set[str]]:
+    """Read main.py's command line.
+
+    Returns:
+        The flags, and the names of those that were given (in argv or a recipe).
+
+    Raises:
+        UsageError: a flag or value that cannot be.
+    """
+    args = _parse(training_parser(), argv)
+    silent = training_parser()
+    for action in silent._actions:
+        action.default = argparse.SUPPRESS
+    given = set(vars(_parse(silent, argv)))
+    if args.resume == "auto" and args.save is None:
+        raise UsageError("argument --resume: auto needs --save, to know which run is meant")
+    if args.save is None and args.resume is None:
+        args.save = f"{time.time_ns() // 1000}.pt"
+    return args, given
+
+
+def _parse(parser: Parser, argv: Sequence[str]) -> argparse.Namespace:
+    """Parse; a recipe that cannot be read as UTF-8 or split into words is a usage error too."""
+    try:
+        return parser.parse_args(argv)
+    except UnicodeDecodeError as error:
+        raise UsageError(f"a recipe given by @ is not UTF-8 text: {error}") from None
+    except ValueError as error:
+        raise UsageError(f"a recipe given by @ cannot be read: {error}") from None
+
+
+def resume_flags(
+    args: argparse.Namespace, given: set[str], saved: dict[str, Any]
+) -> argparse.Namespace:
+    """The flags of a resumed run: the run's own where none was given now.
+
+    Raises:
+        UsageError: a flag was given that makes it another run; lists all of them.
+    """
+    differences = [
+        f"--{name.replace('_', '-')} {_plain(getattr(args, name))} (was {_plain(saved[name])})"
+        for name in sorted(given & saved.keys() - MAY_CHANGE)
+        if getattr(args, name) != saved[name]
+    ]
+    if differences:
+        raise UsageError(
+            "argument --resume: the run was started with other flags: " + ", ".join(differences)
+        )
+    merged = dict(vars(args))
+    merged.update({name: value for name, value in saved.items() if name not in given})
+    # A limit for one session, and what this session was asked to do, are not handed on.
+    for name in ("resume", "dry_run", "max_updates"):
+        merged[name] = getattr(args, name)
+    return argparse.Namespace(**merged)
+
+
+def _plain(value: Any) -> str:
+    return " ".join(map(str, value)) if isinstance(value, list) else str(value)

@@ -1,0 +1,44 @@
+"""Embedding dropout: whole words of the vocabulary dropped, wherever they occur."""
+
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+
+def embedded_dropout(
+    embed: nn.Embedding, words: Tensor, dropout: float = 0.1, scale: Tensor | None = None
+) -> Tensor:
+    """Look words up in an embedding some of whose rows are dropped.
+
+    One Bernoulli(1 - dropout) / (1 - dropout) draw per word of the vocabulary and call, so that
+    all occurrences of a word vanish together. Gal & Ghahramani 2016 (arXiv:1512.05287); Merity
+    et al. 2017 (arXiv:1708.02182), section 4.3.
+
+    The draw is applied to the rows that were looked up, which gives the same output and gradient
+    as masking the whole matrix, (V, E), without a pass over it. Unlike the original's, the last
+    word of the vocabulary is trained like any other (it was taken for a padding word there).
+
+    Args:
+        embed: embedding with a weight of (V, E).
+        words: ids of any shape, usually (T, B).
+        dropout: probability of dropping a word, in [0, 1); 0 draws nothing.
+        scale: one factor per word of the vocabulary, (V, 1) or (V,), or None.
+
+    Returns:
+        words.shape + (E,).
+    """
+    embedded = F.embedding(
+        words,
+        embed.weight,
+        embed.padding_idx,
+        embed.max_norm,
+        embed.norm_type,
+        embed.scale_grad_by_freq,
+        embed.sparse,
+    )
+    if dropout:
+        mask = embed.weight.new_empty(embed.num_embeddings, 1)
+        mask.bernoulli_(1 - dropout).div_(1 - dropout)
+        embedded = embedded * mask[words]
+    if scale is not None:
+        embedded = embedded * scale.reshape(-1, 1)[words]
+    return embedded

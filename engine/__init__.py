@@ -1,0 +1,1 @@
+"""Machinery of a run: training loop, precision, devices, checkpoints, tracking."""

@@ -1,0 +1,136 @@
+"""Checkpoints: a model for every other program, and all that an exact resume needs.
+
+Both kinds are dictionaries of tensors and plain values, written atomically and read with
+weights_only=True, so that loading one cannot run code.
+"""
+
+import pickle
+import re
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from data.corpus import Vocabulary
+from data.files import atomic_write
+from engine.errors import CheckpointError
+from model import RNNModel
+
+MODEL_FORMAT = "awd-lstm model 1"
+TRAINING_FORMAT = "awd-lstm training state 1"
+
+
+def save_model(path: Path, model: RNNModel, vocabulary: Vocabulary, **details: Any) -> None:
+    """Write a model: weights, configuration and vocabulary, enough for every other program.
+
+    Args:
+        path: where to; what was there is replaced once the new file is complete.
+        details: plain values that are kept along, e.g. epoch and valid_loss.
+
+    Raises:
+        CheckpointError: it could not be written; what was there before is untouched.
+    """
+    payload = dict(
+        format=MODEL_FORMAT,
+        config=model.config(),
+        vocabulary=vocabulary.to_text(),
+        weights=model.state_dict(),
+        details=details,
+    )
+    _write(path, payload)
+
+
+def load_model(path: str | Path, device: str | torch.device = "cpu") -> tuple[RNNModel, Vocabulary]:
+    """Read a model that main.py saved.
+
+    Returns:
+        The model, in evaluation mode and on device, and its vocabulary.
+
+    Raises:
+        CheckpointError: no such file, or not a model of this project.
+    """
+    payload = _read(Path(path), MODEL_FORMAT)
+    with damage_reported(Path(path)):
+        model = RNNModel(**payload["config"])
+        model.load_state_dict(payload["weights"])
+        vocabulary = Vocabulary.from_text(payload["vocabulary"])
+        if len(vocabulary) != model.ntoken:
+            raise ValueError(f"{len(vocabulary)} words for {model.ntoken} embeddings")
+    return model.to(device).eval(), vocabulary
+
+
+def save_training_state(path: Path, state: dict[str, Any]) -> None:
+    """Write the state that an exact resume needs, plain values and tensors.
+
+    Raises:
+        CheckpointError: it could not be written; what was there before is untouched.
+    """
+    _write(path, dict(state, format=TRAINING_FORMAT))
+
+
+def load_training_state(path: Path) -> dict[str, Any]:
+    """Read what save_training_state wrote, tensors on the CPU.
+
+    Raises:
+        CheckpointError: no such file, or not a training state of this project.
+    """
+    return _read(path, TRAINING_FORMAT)
+
+
+@contextmanager
+def damage_reported(path: Path) -> Iterator[None]:
+    """Turn what a payload of the wrong shape raises into one line."""
+    try:
+        yield
+    except (KeyError, TypeError, ValueError, AttributeError, RuntimeError) as error:
+        reason = " ".join(str(error).split())[:300]
+        raise CheckpointError(f"{path}: damaged checkpoint: {reason}") from error
+
+
+def _write(path: Path, payload: dict[str, Any]) -> None:
+    try:
+        with atomic_write(path) as file:
+            torch.save(payload, file)
+    except OSError as error:
+        raise CheckpointError(f"{path}: cannot write: {error.strerror or error}") from error
+    except RuntimeError as error:
+        # torch's zip writer reports a write that failed beneath it as a RuntimeError.
+        cause = error.__context__ if isinstance(error.__context__, OSError) else error
+        reason = " ".join(str(cause).split())[:300]
+        raise CheckpointError(f"{path}: cannot write: {reason}") from error
+
+
+def _read(path: Path, expected: str) -> dict[str, Any]:
+    try:
+        payload: Any = torch.load(path, map_location="cpu", weights_only=True)
+    except FileNotFoundError as error:
+        raise CheckpointError(f"{path}: no such file") from error
+    except OSError as error:
+        raise CheckpointError(f"{path}: cannot read: {error.strerror or error}") from error
+    except EOFError as error:
+        raise CheckpointError(f"{path}: empty or truncated, not a checkpoint") from error
+    except pickle.UnpicklingError as error:
+        raise CheckpointError(f"{path}: {_refusal(str(error))}") from error
+    except Exception as error:
+        # A truncated or foreign file makes torch raise almost anything; none of it is a bug here.
+        reason = " ".join(str(error).split())[:200]
+        raise CheckpointError(f"{path}: truncated or not a checkpoint ({reason})") from error
+    found = payload.get("format") if isinstance(payload, dict) else None
+    if found != expected:
+        kind = f"a {found!r} file" if isinstance(found, str) else "not a checkpoint of this project"
+        raise CheckpointError(f"{path}: {kind}, where {expected!r} is needed")
+    assert isinstance(payload, dict)
+    return payload
+
+
+def _refusal(message: str) -> str:
+    """Say in a line why weights_only refused a pickle."""
+    name = re.search(r"(?:GLOBAL|Unsupported (?:global|class|operand)[: ]+)\s*([\w.]+)", message)
+    if name is None:
+        return "truncated or not a checkpoint"
+    return (
+        f"refused, because loading it would run code ({name[1]}); a whole pickled model, as the "
+        "original saves, has to be exported as a state dict first"
+    )

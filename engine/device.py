@@ -1,0 +1,53 @@
+"""The device a run is on: choosing it, its random state, its memory."""
+
+import resource
+import sys
+import warnings
+from typing import Any
+
+import torch
+
+
+def select_device(name: str) -> torch.device:
+    """Resolve auto, cpu, cuda or cuda:N.
+
+    Raises:
+        ValueError: not one of these, or a GPU that is not there.
+    """
+    if name == "auto":
+        name = "cuda" if torch.cuda.is_available() else "cpu"
+    try:
+        device = torch.device(name)
+    except RuntimeError:
+        device = torch.device("meta")
+    if device.type not in ("cpu", "cuda"):
+        raise ValueError(f"{name!r} is none of auto, cpu, cuda, cuda:N")
+    if device.type == "cuda":
+        if not torch.cuda.is_available():
+            raise ValueError(f"{name!r}: PyTorch sees no CUDA device on this machine")
+        if (device.index or 0) >= torch.cuda.device_count():
+            raise ValueError(f"{name!r}: this machine has {torch.cuda.device_count()} CUDA devices")
+        # A masked weight is never part of cuDNN's flat buffer: the copy it warns of is intended.
+        warnings.filterwarnings("ignore", message="RNN module weights are not part of single")
+    return device
+
+
+def random_state(device: torch.device) -> dict[str, Any]:
+    """States of all of torch's generators that a run on device draws from."""
+    cuda = torch.cuda.get_rng_state(device) if device.type == "cuda" else None
+    return dict(cpu=torch.get_rng_state(), cuda=cuda)
+
+
+def restore_random_state(state: dict[str, Any], device: torch.device) -> None:
+    """Continue from what random_state returned, as far as device has the same generators."""
+    torch.set_rng_state(state["cpu"])
+    if device.type == "cuda" and state["cuda"] is not None:
+        torch.cuda.set_rng_state(state["cuda"], device)
+
+
+def peak_memory(device: torch.device) -> int:
+    """Most memory in use so far, bytes: allocated on a GPU, resident in the process on a CPU."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device)
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak if sys.platform == "darwin" else peak * 1024

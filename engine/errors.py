@@ -1,0 +1,13 @@
+"""What can go wrong in a run through no fault of the code; each message is one line."""
+
+
+class RunError(Exception):
+    """A run that cannot start or go on; names the file or flag and the cause."""
+
+
+class CheckpointError(RunError):
+    """A checkpoint that cannot be written, or read without running what is in it."""
+
+
+class DivergenceError(RunError):
+    """The loss or the gradient is no longer finite."""

@@ -1,0 +1,35 @@
+"""Where a run's numbers come from: versions and commit."""
+
+import platform
+import subprocess
+from pathlib import Path
+
+import numpy as np
+import torch
+
+
+def versions() -> dict[str, str]:
+    """Versions of what a result can depend on."""
+    found = dict(python=platform.python_version(), torch=torch.__version__, numpy=np.__version__)
+    if torch.version.cuda is not None:
+        found["cuda"] = torch.version.cuda
+        found["cudnn"] = str(torch.backends.cudnn.version())
+    return found
+
+
+def git_commit() -> str | None:
+    """The code's commit, with "-dirty" where tracked files differ from it; None outside git."""
+    folder = Path(__file__).resolve().parent
+
+    def git(*command: str) -> str:
+        result = subprocess.run(
+            ["git", *command], cwd=folder, capture_output=True, text=True, check=True, timeout=10
+        )
+        return result.stdout.strip()
+
+    try:
+        commit = git("rev-parse", "HEAD")
+        dirty = git("status", "--porcelain", "--untracked-files=no")
+    except (OSError, subprocess.SubprocessError):
+        return None
+    return commit + ("-dirty" if dirty else "")

@@ -1,0 +1,35 @@
+"""The lines that a run prints, in the original's format."""
+
+import math
+
+from evaluation.plain import perplexity
+
+RULE = "-" * 89
+DOUBLE_RULE = "=" * 89
+
+
+def interval_line(
+    *, epoch: int, batch: int, batches: int, lr: float, milliseconds: float, loss: float
+) -> str:
+    """Training so far, averaged over a logging interval; milliseconds per update."""
+    return (
+        f"| epoch {epoch:3d} | {batch:5d}/{batches:5d} batches | lr {lr:05.5f} "
+        f"| ms/batch {milliseconds:5.2f} | {_numbers('', loss)}"
+    )
+
+
+def epoch_line(*, epoch: int, seconds: float, loss: float) -> str:
+    """The validation at an epoch's end; loss in nats per token."""
+    return f"| end of epoch {epoch:3d} | time: {seconds:5.2f}s | {_numbers('valid ', loss)}"
+
+
+def final_line(loss: float) -> str:
+    """The test at the end; loss in nats per token."""
+    return f"| End of training | {_numbers('test ', loss)}"
+
+
+def _numbers(kind: str, loss: float) -> str:
+    return (
+        f"{kind}loss {loss:5.2f} | {kind}ppl {perplexity(loss):8.2f} "
+        f"| {kind}bpc {loss / math.log(2):8.3f}"
+    )

@@ -1,0 +1,178 @@
+"""A run's files: the best model, and beside it a folder with everything else."""
+
+import glob
+import json
+import math
+import shutil
+from pathlib import Path
+from types import TracebackType
+from typing import Any
+
+from data.files import atomic_write
+from engine.errors import RunError
+
+
+class RunFolder:
+    """The files of one run, locked against a second process while this one lives.
+
+    For --save PTB.pt they are PTB.pt, the best model, and in PTB/: last.pt, metrics.jsonl,
+    config.json, summary.json.
+
+    Args:
+        save: path of the best model; the folder it is in has to exist.
+
+    Raises:
+        RunError: the place cannot be written to, or another process is using it.
+    """
+
+    def __init__(self, save: str | Path) -> None:
+        self.model_path = Path(save)
+        self.folder = self.model_path.with_suffix("")
+        if self.folder == self.model_path:
+            raise RunError(f"{save}: the name of a model needs a suffix such as .pt")
+        if not self.model_path.parent.is_dir():
+            raise RunError(f"{self.model_path.parent}: no such folder (for --save {save})")
+        if self.model_path.is_dir():
+            raise RunError(f"{self.model_path}: is a folder, and --save names a file")
+        self._lock = self._acquire()
+        for path in [*self.folder.glob(".*.tmp"), *self._model_leftovers()]:
+            path.unlink(missing_ok=True)
+
+    def _model_leftovers(self) -> list[Path]:
+        """Temporary files of a process that was killed while it wrote the best model."""
+        return list(self.model_path.parent.glob(f".{glob.escape(self.model_path.name)}.*.tmp"))
+
+    @property
+    def last_path(self) -> Path:
+        """The state that an exact resume needs."""
+        return self.folder / "last.pt"
+
+    @property
+    def epoch_best_path(self) -> Path:
+        """The best model at an epoch's end, kept while a run that stopped in mid-epoch has put a
+        better one in its place: a resumed run does not know of that one."""
+        return self.folder / "best-at-epoch-end.pt"
+
+    def _acquire(self) -> Any:
+        import filelock
+
+        try:
+            self.folder.mkdir(exist_ok=True)
+            lock = filelock.FileLock(self.folder / ".lock", timeout=0)
+            lock.acquire()
+        except filelock.Timeout:
+            raise RunError(f"{self.folder}: another process is running there") from None
+        except OSError as error:
+            reason = error.strerror or error
+            raise RunError(f"{self.folder}: cannot write: {reason}") from error
+        return lock
+
+    def __enter__(self) -> "RunFolder":
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        traceback: TracebackType | None,
+    ) -> None:
+        self._lock.release()
+
+    def is_empty(self) -> bool:
+        """No run has been here yet."""
+        return not self.model_path.exists() and not any(
+            path.name != ".lock" for path in self.folder.iterdir()
+        )
+
+    def set_aside(self) -> Path:
+        """Rename an earlier run to NAME.1.pt and NAME.1/ (or .2, …), so that nothing is lost.
+
+        Returns:
+            The folder it has now.
+        """
+        number = 1
+        while self._numbered(number).exists() or self._numbered(number, ".pt").exists():
+            number += 1
+        aside = self._numbered(number)
+        aside.mkdir()
+        for path in self.folder.iterdir():
+            if path.name != ".lock":
+                path.rename(aside / path.name)
+        if self.model_path.exists():
+            self.model_path.rename(self._numbered(number, ".pt"))
+        return aside
+
+    def _numbered(self, number: int, suffix: str = "") -> Path:
+        return self.folder.with_name(f"{self.folder.name}.{number}{suffix}")
+
+    def begin(self, source: Path | None = None, best_epoch: int | None = None) -> Path | None:
+        """Make the place ready for a new run, or for one that goes on.
+
+        Args:
+            source: the folder of the run that goes on, this one or another; None: a new run.
+            best_epoch: the epoch of that run's best model; None: it has none yet.
+
+        Returns:
+            Where an earlier run that was in the way is now, if one was.
+
+        Raises:
+            RunError: the best model of the run that goes on is not there.
+        """
+        aside = None
+        if source is None or source.resolve() != self.folder.resolve():
+            aside = None if self.is_empty() else self.set_aside()
+            if source is not None:
+                self._copy_from(source)
+        if source is not None:
+            if self.epoch_best_path.exists():
+                self.epoch_best_path.replace(self.model_path)
+            if best_epoch is not None and not self.model_path.exists():
+                raise RunError(
+                    f"{self.model_path}: no such file, and the run to be resumed has its best "
+                    f"model, of epoch {best_epoch}, there"
+                )
+        return aside
+
+    def _copy_from(self, source: Path) -> None:
+        for name in ("metrics.jsonl", self.epoch_best_path.name):
+            if (source / name).exists():
+                _copy(source / name, self.folder / name)
+        model = source.with_name(source.name + self.model_path.suffix)
+        if model.exists():
+            _copy(model, self.model_path)
+
+    def keep_epoch_best(self) -> None:
+        """Before a stop in mid-epoch replaces the best model: keep it for a resumed run."""
+        if self.model_path.exists() and not self.epoch_best_path.exists():
+            _copy(self.model_path, self.epoch_best_path)
+
+    def write_json(self, name: str, values: dict[str, Any]) -> None:
+        """Write one of the folder's JSON files, atomically; what is not finite becomes null."""
+        finite = {key: None if _not_finite(value) else value for key, value in values.items()}
+        with atomic_write(self.folder / name) as file:
+            file.write((json.dumps(finite, indent=2, allow_nan=False) + "\n").encode())
+
+
+def _not_finite(value: object) -> bool:
+    return isinstance(value, float) and not math.isfinite(value)
+
+
+def _copy(source: Path, target: Path) -> None:
+    with source.open("rb") as old, atomic_write(target) as new:
+        shutil.copyfileobj(old, new)
+
+
+def find_run(path: str | Path) -> Path:
+    """The last.pt that is meant by a path to it, to a run's folder or to its best model.
+
+    Raises:
+        RunError: none is there.
+    """
+    path = Path(path)
+    candidates = [path / "last.pt", path, path.with_suffix("") / "last.pt"]
+    if path.suffix == ".pt" and path.name != "last.pt":
+        candidates = [path.with_suffix("") / "last.pt", path]
+    for candidate in candidates:
+        if candidate.is_file():
+            return candidate
+    raise RunError(f"{path}: no such run (looked for {candidates[0]})")

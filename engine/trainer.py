@@ -1,0 +1,343 @@
+"""The training loop."""
+
+import math
+import time
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import asdict
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from activation_regularize import activation_regularization, temporal_activation_regularization
+from bptt import Scheme, Window
+from data.corpus import Corpus, batchify
+from engine.checkpoint import save_model, save_training_state
+from engine.device import random_state, restore_random_state
+from engine.errors import DivergenceError
+from engine.finite_watch import FiniteWatch
+from engine.interrupt import Interrupt
+from engine.report import RULE, epoch_line, interval_line
+from engine.run_folder import RunFolder
+from engine.tracking import Progress, Tracker
+from engine.training_state import Position, Stopwatch, TrainingOptions
+from evaluation.plain import evaluate, perplexity
+from model import Hidden, RNNModel, repackage_hidden
+from nt_asgd import NTASGD
+
+
+class Trainer:
+    """Trains a model, validates it every epoch and keeps the best one.
+
+    Args:
+        model: on the device to train on.
+        optimizer: over the model's parameters; an NTASGD is told the validation losses.
+        scheme: which tokens each update sees.
+        corpus: texts and vocabulary; batchify's columns of the training text are kept on the
+            model's device.
+        options: see TrainingOptions.
+        folder: where the best model and the checkpoints go.
+        tracker: where the numbers go.
+        interrupt: asks for an early end.
+        identity: plain values that a checkpoint carries along for the caller.
+
+    Raises:
+        ValueError: the training text is too short for the batch.
+    """
+
+    def __init__(
+        self,
+        model: RNNModel,
+        optimizer: torch.optim.Optimizer,
+        scheme: Scheme,
+        corpus: Corpus,
+        options: TrainingOptions,
+        folder: RunFolder,
+        tracker: Tracker,
+        interrupt: Interrupt,
+        identity: dict[str, Any],
+    ) -> None:
+        self.model = model
+        self.optimizer = optimizer
+        self.scheme = scheme
+        self.corpus = corpus
+        self.options = options
+        self.folder = folder
+        self.tracker = tracker
+        self.interrupt = interrupt
+        self.identity = identity
+        self.device = model.encoder.weight.device
+        self.rows = batchify(corpus.train, options.batch_size).to(self.device)  # (N // B, B)
+        self.num_steps = len(self.rows) - 1
+        self.hidden = model.init_hidden(options.batch_size)
+        self.at = Position()
+        self._interval_loss = torch.zeros((), dtype=torch.float64, device=self.device)
+        self._grad_norm = torch.zeros((), device=self.device)
+        self._watch = FiniteWatch(self._describe_divergence)
+        self._stopwatch = Stopwatch(self.at)
+        self._last_checkpoint = time.monotonic()
+
+    # The loop
+
+    def train(self) -> str:
+        """Train until the epochs or updates are done or an early end is asked for.
+
+        Returns:
+            "epochs", "updates" or "interrupted".
+
+        Raises:
+            DivergenceError: something is not finite any more; the files stay as they were.
+            CheckpointError: a checkpoint could not be written.
+        """
+        self._stopwatch = Stopwatch(self.at)
+        self._last_checkpoint = time.monotonic()
+        while self.at.epoch <= self.options.epochs:
+            reason = self.stop_reason() or self.train_epoch()
+            if reason is not None:
+                self.stop_early(reason)
+                return reason
+            self.end_epoch()
+        return "epochs"
+
+    def train_epoch(self) -> str | None:
+        """The updates of an epoch, or what is left of them.
+
+        Returns:
+            Why it was left in the middle; None at its end.
+        """
+        self.model.train()
+        description = f"epoch {self.at.epoch}"
+        with Progress(self.num_steps, initial=self.at.row, description=description) as progress:
+            for window in self.scheme.windows(self.num_steps, self.at.row):
+                self.update(window)
+                progress.update(window.length)
+                if self.is_logged(self.at.batch):
+                    self.log_interval(progress)
+                if self.at.row == self.num_steps:
+                    break
+                if reason := self.stop_reason():
+                    return reason
+                self.checkpoint_if_due()
+        return None
+
+    def update(self, window: Window) -> None:
+        """One update of the weights from one window of text."""
+        rows = self.rows[window.start : window.start + window.length + 1].long()
+        inputs, targets = rows[:-1], rows[1:].flatten()  # (T, B), (T·B,)
+        self.at.batch += 1
+        self.at.update += 1
+        self.at.row += window.length
+
+        self.optimizer.zero_grad(set_to_none=True)
+        loss, objective, self.hidden = self.loss(inputs, targets, repackage_hidden(self.hidden))
+        objective.backward()
+        grad_norm = self.clip_gradients()
+        self._watch.push(self.at.update, loss, grad_norm)
+        self.step(window.length / self.options.bptt)
+
+        self._interval_loss += loss.detach().double() * targets.numel()
+        self.at.tokens += targets.numel()
+        self.at.interval_tokens += targets.numel()
+        self.at.interval_updates += 1
+        self._stopwatch.lap(training=True)
+
+    def loss(
+        self, inputs: Tensor, targets: Tensor, hidden: Hidden
+    ) -> tuple[Tensor, Tensor, Hidden]:
+        """Cross-entropy, the same with AR and TAR added (nats per token), and the new states."""
+        result, hidden, raw_outputs, outputs = self.model(inputs, hidden, return_h=True)
+        loss = F.cross_entropy(self.model.decoder(result), targets)
+        objective = loss
+        if self.options.alpha:
+            objective = objective + activation_regularization(outputs[-1], self.options.alpha)
+        if self.options.beta:
+            slowness = temporal_activation_regularization(raw_outputs[-1], self.options.beta)
+            objective = objective + slowness
+        return loss, objective, hidden
+
+    def clip_gradients(self) -> Tensor | None:
+        """Clip by the global norm, in which a tied matrix counts once.
+
+        Returns:
+            The norm before clipping; None where nobody asks for it (no clipping, not logged).
+        """
+        parameters = list(self.model.parameters())
+        if self.options.clip:
+            self._grad_norm = torch.nn.utils.clip_grad_norm_(parameters, self.options.clip)
+        elif self.is_logged(self.at.batch):
+            gradients = [p.grad for p in parameters if p.grad is not None]
+            self._grad_norm = torch.nn.utils.get_total_norm(gradients)
+        else:
+            return None
+        return self._grad_norm
+
+    def step(self, scale: float) -> None:
+        """Step with every learning rate multiplied by scale, T / bptt."""
+        groups = self.optimizer.param_groups
+        rates = [group["lr"] for group in groups]
+        for group in groups:
+            group["lr"] *= scale
+        self.optimizer.step()
+        for group, lr in zip(groups, rates, strict=True):
+            group["lr"] = lr
+
+    # Around the loop
+
+    def is_logged(self, batch: int) -> bool:
+        """This update, the epoch's batch-th, ends a logging interval."""
+        return batch % self.options.log_interval == 0 or self.at.row == self.num_steps
+
+    def log_interval(self, progress: Progress) -> None:
+        """Report the updates since the last report."""
+        self._watch.check()
+        at, lr = self.at, self.optimizer.param_groups[0]["lr"]
+        loss = float(self._interval_loss) / at.interval_tokens
+        self._stopwatch.lap(training=True)
+        line = interval_line(
+            epoch=at.epoch,
+            batch=at.batch,
+            batches=max(at.batch, round(self.num_steps / self.scheme.mean_length)),
+            lr=lr,
+            milliseconds=1000 * at.interval_seconds / at.interval_updates,
+            loss=loss,
+        )
+        progress.report(line, loss=f"{loss:.2f}", ppl=f"{perplexity(loss):.2f}")
+        self.tracker.log(
+            "train",
+            step=at.update,
+            epoch=at.epoch,
+            loss=loss,
+            ppl=perplexity(loss),
+            lr=lr,
+            grad_norm=float(self._grad_norm),
+            tokens_per_second=at.interval_tokens / max(at.interval_seconds, 1e-9),
+        )
+        self._interval_loss.zero_()
+        at.begin_interval()
+
+    def end_epoch(self) -> None:
+        """Validate, keep the best model, let NT-ASGD and --when act, checkpoint."""
+        epoch = self.at.epoch
+        loss = self.validate()
+        if loss < self.at.best_loss:
+            self.save_best(loss)
+        if isinstance(self.optimizer, NTASGD) and self.optimizer.observe(loss):
+            print("Switching to ASGD", flush=True)
+            self.tracker.log("averaging", step=self.at.update, epoch=epoch)
+        if epoch in self.options.when:
+            print("Saving model before learning rate decreased", flush=True)
+            path = self.folder.model_path
+            self.save_model(path.with_name(f"{path.name}.e{epoch}"), loss)
+            for group in self.optimizer.param_groups:
+                group["lr"] /= 10
+        self.hidden = self.model.init_hidden(self.options.batch_size)
+        self.at.begin_epoch()
+        self.checkpoint()
+
+    def validate(self) -> float:
+        """Measure the weights as they would be saved, print and log it; nats per token."""
+        self._watch.check()
+        with self.evaluated_weights():
+            loss = evaluate(self.model, self.corpus.valid, self.options.eval_batch_size)
+        self._stopwatch.lap()
+        if not math.isfinite(loss):
+            what = f"validation loss is {loss}"
+            raise DivergenceError(self._describe_divergence(what, self.at.update))
+        print(RULE)
+        print(epoch_line(epoch=self.at.epoch, seconds=self.at.epoch_seconds, loss=loss))
+        print(RULE, flush=True)
+        self.tracker.log(
+            "valid",
+            step=self.at.update,
+            epoch=self.at.epoch,
+            loss=loss,
+            ppl=perplexity(loss),
+            averaged=isinstance(self.optimizer, NTASGD) and self.optimizer.num_averaged > 0,
+        )
+        return loss
+
+    def evaluated_weights(self) -> AbstractContextManager[None]:
+        """A context in which the model has the weights that count: the average if there is one."""
+        if isinstance(self.optimizer, NTASGD):
+            return self.optimizer.averaged_weights()
+        return nullcontext()
+
+    def save_best(self, loss: float) -> None:
+        """Keep these weights as the best so far."""
+        self.save_model(self.folder.model_path, loss)
+        self.at.best_loss = loss
+        self.at.best_epoch = self.at.epoch
+
+    def save_model(self, path: Any, loss: float | None) -> None:
+        """Write the weights that count to path."""
+        details = dict(epoch=self.at.epoch, update=self.at.update, valid_loss=loss)
+        with self.evaluated_weights():
+            save_model(path, self.model, self.corpus.vocabulary, **details)
+
+    def stop_reason(self) -> str | None:
+        """Why training should end here, if it should."""
+        if self.interrupt.requested:
+            return "interrupted"
+        if self.options.max_updates is not None and self.at.update >= self.options.max_updates:
+            return "updates"
+        return None
+
+    def stop_early(self, reason: str) -> None:
+        """Checkpoint, and see to it that there is a best model to test.
+
+        What is done after the checkpoint is not part of the run that may be resumed from it.
+        """
+        self.checkpoint()
+        if reason == "updates" and self.at.row > 0:
+            loss = self.validate()
+            if loss < self.at.best_loss:
+                self.folder.keep_epoch_best()
+                self.save_best(loss)
+        if self.at.best_epoch is None and not self.interrupt.terminated:
+            self.save_model(self.folder.model_path, None)
+
+    # Checkpoints
+
+    def checkpoint_if_due(self) -> None:
+        """Checkpoint every so many updates and every so many minutes."""
+        every, minutes = self.options.checkpoint_every, self.options.checkpoint_minutes
+        waited = time.monotonic() - self._last_checkpoint
+        if (every and self.at.update % every == 0) or waited >= 60 * minutes:
+            self.checkpoint()
+
+    def checkpoint(self) -> None:
+        """Write all that an exact resume needs."""
+        self._watch.check()
+        self._stopwatch.lap()
+        save_training_state(self.folder.last_path, self.state_dict())
+        self._last_checkpoint = time.monotonic()
+        self._stopwatch.lap()
+
+    def state_dict(self) -> dict[str, Any]:
+        """Tensors and plain values from which load_state_dict continues."""
+        self.at.interval_loss = float(self._interval_loss)
+        return dict(
+            self.identity,
+            model=self.model.state_dict(),
+            optimizer=self.optimizer.state_dict(),
+            scheme=self.scheme.state_dict(),
+            hidden=repackage_hidden(self.hidden),
+            position=asdict(self.at),
+            random=random_state(self.device),
+            tracking=self.tracker.state_dict(),
+        )
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Continue from what state_dict returned; the tracker is resumed by its maker."""
+        self.model.load_state_dict(state["model"])
+        self.optimizer.load_state_dict(state["optimizer"])
+        self.scheme.load_state_dict(state["scheme"])
+        self.hidden = [(h.to(self.device), c.to(self.device)) for h, c in state["hidden"]]
+        self.at = Position(**state["position"])
+        self._interval_loss.fill_(self.at.interval_loss)
+        restore_random_state(state["random"], self.device)
+
+    def _describe_divergence(self, what: str, update: int) -> str:
+        lr = self.optimizer.param_groups[0]["lr"]
+        return f"{what} at update {update} (epoch {self.at.epoch}, lr {lr:g}): training stopped"

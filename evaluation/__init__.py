@@ -1,0 +1,1 @@
+"""Ways to measure a trained model."""

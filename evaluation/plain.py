@@ -1,0 +1,97 @@
+"""Plain evaluation: the model as it is, over a whole text."""
+
+import math
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from model import RNNModel
+
+# A window holds about this many tokens, and a block of logits this many values (128 MB).
+WINDOW_TOKENS = 2048
+BLOCK_LOGITS = 2**25
+
+
+@torch.no_grad()
+def evaluate(model: RNNModel, ids: Tensor, batch_size: int, window: int | None = None) -> float:
+    """Mean negative log likelihood of a text, nats per token.
+
+    The N - 1 predictions of a text of N tokens are dealt out to batch_size contiguous stretches
+    whose lengths differ by at most one; the hidden state starts at zero in each and is carried
+    along it. Each prediction counts once. (The original leaves out the first of each stretch and
+    the remainder, and divides by N.)
+
+    Args:
+        model: in training or evaluation mode, which it has again afterwards.
+        ids: the text, (N,), on any device.
+        batch_size: stretches read side by side, B.
+        window: time steps per call; any gives the same result, the default is large enough to
+            keep the device busy.
+
+    Raises:
+        ValueError: fewer predictions than stretches.
+    """
+    device = model.encoder.weight.device
+    inputs, targets = stretches(ids, batch_size)
+    if window is None:
+        window = max(1, WINDOW_TOKENS // batch_size)
+    training = model.training
+    model.eval()
+    try:
+        hidden = model.init_hidden(batch_size)
+        total = torch.zeros((), dtype=torch.float64, device=device)
+        for start in range(0, len(inputs), window):
+            part = inputs[start : start + window].to(device).long()
+            output, hidden = model(part, hidden)
+            goal = targets[start : start + window].to(device).long().flatten()
+            total += _summed_loss(model, output, goal)
+    finally:
+        model.train(training)
+    return float(total) / (len(ids) - 1)
+
+
+def stretches(ids: Tensor, batch_size: int) -> tuple[Tensor, Tensor]:
+    """Deal the N - 1 predictions of a text out to batch_size columns.
+
+    Returns:
+        inputs and targets, (T, B), T = ceil((N - 1) / B). Columns that are one shorter are filled
+        up at their end; there the target is -100 and the input 0.
+
+    Raises:
+        ValueError: fewer predictions than columns.
+    """
+    predictions = len(ids) - 1
+    if predictions < batch_size:
+        raise ValueError(f"{len(ids)} tokens are too few for {batch_size} stretches")
+    length, longer = divmod(predictions, batch_size)
+    sizes = [length + 1] * longer + [length] * (batch_size - longer)
+    rows = length + bool(longer)
+    inputs = ids.new_zeros(rows, batch_size)
+    targets = ids.new_full((rows, batch_size), -100)
+    start = 0
+    for column, size in enumerate(sizes):
+        inputs[:size, column] = ids[start : start + size]
+        targets[:size, column] = ids[start + 1 : start + size + 1]
+        start += size
+    return inputs, targets
+
+
+def _summed_loss(model: RNNModel, output: Tensor, targets: Tensor) -> Tensor:
+    """Summed loss of outputs (T·B, E), decoded in blocks so that no (T·B, V) has to be held."""
+    rows = max(1, BLOCK_LOGITS // model.ntoken)
+    total = torch.zeros((), dtype=torch.float64, device=output.device)
+    for part, goal in zip(output.split(rows), targets.split(rows), strict=True):
+        logits = model.decoder(part)
+        if logits.itemsize < 4:
+            logits = logits.float()
+        total += F.cross_entropy(logits, goal, reduction="sum", ignore_index=-100).double()
+    return total
+
+
+def perplexity(loss: float) -> float:
+    """exp(loss) of a loss in nats per token; infinity where that overflows."""
+    try:
+        return math.exp(loss)
+    except OverflowError:
+        return math.inf

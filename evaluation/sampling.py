@@ -1,0 +1,57 @@
+"""Text that a model writes."""
+
+import torch
+
+from data.corpus import Vocabulary
+from model import RNNModel
+
+END = "<eos>"
+UNKNOWN = "<unk>"
+
+
+@torch.no_grad()
+def sample_sentences(
+    model: RNNModel,
+    vocabulary: Vocabulary,
+    count: int,
+    seed: int,
+    max_words: int = 60,
+    temperature: float = 1.0,
+) -> list[str]:
+    """Draw sentences from the model, one after the other, each seeing those before it.
+
+    A sentence starts after an end of line and runs to the next. <unk> is never drawn, and an
+    empty sentence neither, where the vocabulary has other words.
+
+    Args:
+        seed: of a generator of its own; the global one is left alone.
+        max_words: a longer sentence is broken off there.
+        temperature: logits are divided by it, > 0.
+
+    Returns:
+        count sentences, words separated by spaces.
+    """
+    device = model.encoder.weight.device
+    generator = torch.Generator().manual_seed(seed)
+    end = vocabulary.index(END)
+    banned = [vocabulary.index(UNKNOWN)] if UNKNOWN in vocabulary else []
+    training = model.training
+    model.eval()
+    hidden = model.init_hidden(1)
+    word = end
+    sentences: list[str] = []
+    while len(sentences) < count:
+        words: list[str] = []
+        while len(words) < max_words:
+            output, hidden = model(torch.tensor([[word]], device=device), hidden)
+            logits = model.decoder(output)[0].double().cpu() / temperature
+            forbidden = banned + ([end] if not words else [])
+            if len(forbidden) < len(vocabulary):
+                logits[forbidden] = -torch.inf
+            word = int(torch.multinomial(logits.softmax(0), 1, generator=generator))
+            if word == end:
+                break
+            words.append(vocabulary[word])
+        sentences.append(" ".join(words))
+    model.train(training)
+    return sentences

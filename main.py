@@ -1,0 +1,268 @@
+"""Train an AWD-LSTM language model, then test it: python main.py @recipes/demo.txt"""
+
+import argparse
+import math
+import sys
+from collections.abc import Sequence
+from dataclasses import fields
+from pathlib import Path
+from typing import Any
+
+import torch
+
+import cli
+from bptt import FixedWindows, Scheme, VariableWindows
+from data.corpus import Corpus, load_corpus
+from data.download import ensure_corpus
+from engine.checkpoint import damage_reported, load_model, load_training_state
+from engine.device import peak_memory, select_device
+from engine.errors import CheckpointError, DivergenceError, RunError
+from engine.estimate import training_memory
+from engine.interrupt import Interrupt
+from engine.provenance import git_commit, versions
+from engine.report import DOUBLE_RULE, final_line
+from engine.run_folder import RunFolder, find_run
+from engine.tracking import Tracker, WandbOptions, warn
+from engine.trainer import Trainer
+from engine.training_state import TrainingOptions
+from evaluation.bigram import bigram_loss
+from evaluation.plain import evaluate, perplexity
+from evaluation.sampling import sample_sentences
+from model import RNNModel, count_parameters
+from nt_asgd import NTASGD
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run the program; returns its exit code."""
+    return cli.run_program(train_and_test, argv)
+
+
+def train_and_test(argv: Sequence[str]) -> None:
+    """What the program does, between its command line and its errors."""
+    args, given = cli.parse_training(argv)
+    args, state = find_state(args, given)
+    device = device_of(args)
+    corpus = read_corpus(args)
+    if state is not None and state["fingerprint"] != corpus.fingerprint:
+        raise CheckpointError(f"{args.data}: its text is not that of the run to be resumed")
+    torch.manual_seed(args.seed)
+    model = build_model(args, len(corpus.vocabulary)).to(device)
+    if args.dry_run:
+        print_plan(args, model, corpus)
+        return
+    with RunFolder(args.save) as folder, Interrupt() as interrupt:
+        source = None if state is None else Path(args.resume).parent
+        best_epoch = None if state is None else state["position"]["best_epoch"]
+        if aside := folder.begin(source, best_epoch):
+            warn(f"the run that was in {folder.folder} is now in {aside}")
+        flags = {name: value for name, value in vars(args).items() if name != "dry_run"}
+        commit = git_commit()
+        config = dict(flags=flags, argv=list(argv), versions=versions(), git_commit=commit)
+        folder.write_json("config.json", config)
+        tracker = open_tracker(args, folder, dict(flags, git_commit=commit), state)
+        exit_code = 1
+        try:
+            trainer = Trainer(
+                model,
+                build_optimizer(args, model),
+                build_scheme(args),
+                corpus,
+                training_options(args),
+                folder,
+                tracker,
+                interrupt,
+                identity=dict(flags=flags, fingerprint=corpus.fingerprint),
+            )
+            if state is not None:
+                with damage_reported(Path(args.resume)):
+                    trainer.load_state_dict(state)
+            run(args, trainer, tracker)
+            exit_code = 0
+        finally:
+            tracker.close(exit_code)
+
+
+def run(args: argparse.Namespace, trainer: Trainer, tracker: Tracker) -> None:
+    """Train, test the best model, and write down what came out."""
+    device, folder = trainer.device, trainer.folder
+    summary: dict[str, Any] = dict(parameters=count_parameters(trainer.model))
+    try:
+        ended = trainer.train()
+    except DivergenceError:
+        conclude(trainer, tracker, dict(summary, diverged=True))
+        raise
+    if trainer.interrupt.terminated:
+        raise RunError(f"terminated; --resume {folder.last_path} goes on from here")
+    if ended == "interrupted":
+        best = trainer.at.best_epoch
+        which = "no epoch was finished" if best is None else f"the best model is of epoch {best}"
+        print(DOUBLE_RULE)
+        print(
+            f"Exiting from training early: {which}; --resume {folder.last_path} goes on from here"
+        )
+
+    model, vocabulary = load_model(folder.model_path, device)
+    ids = trainer.corpus.test
+    loss = evaluate(model, ids, args.test_batch_size)
+    results = dict(loss=loss, ppl=perplexity(loss), bpc=loss / math.log(2))
+    tracker.log("test", step=trainer.at.update, **results)
+    summary["test_ppl"] = results["ppl"]
+    print(DOUBLE_RULE)
+    if args.bigram:
+        corpus = trainer.corpus
+        texts = (corpus.train.numpy(), corpus.valid.numpy(), ids.numpy())
+        bigram = perplexity(bigram_loss(*texts, len(vocabulary)))
+        summary["bigram_ppl"] = bigram
+        print(f"| Interpolated bigram model of the same text | test ppl {bigram:8.2f}")
+    print(final_line(loss), flush=True)
+    for sentence in sample_sentences(model, vocabulary, args.samples, args.seed):
+        print(f"| It writes: {sentence}")
+    conclude(trainer, tracker, dict(summary, diverged=False))
+
+
+def conclude(trainer: Trainer, tracker: Tracker, summary: dict[str, Any]) -> None:
+    """Write summary.json and W&B's summary."""
+    at = trainer.at
+    summary = dict(
+        best_valid_ppl=perplexity(at.best_loss),
+        test_ppl=summary.pop("test_ppl", None),
+        best_epoch=at.best_epoch,
+        epochs=at.epoch - 1,
+        updates=at.update,
+        seconds=at.seconds,
+        tokens_per_second=at.tokens / max(at.training_seconds, 1e-9),
+        peak_memory_bytes=peak_memory(trainer.device),
+        **summary,
+    )
+    trainer.folder.write_json("summary.json", summary)
+    tracker.summarize(**summary)
+
+
+def find_state(
+    args: argparse.Namespace, given: set[str]
+) -> tuple[argparse.Namespace, dict[str, Any] | None]:
+    """The state to resume from, if any, and the flags that go with it."""
+    if args.resume is None:
+        return args, None
+    if args.resume == "auto":
+        path = Path(args.save).with_suffix("") / "last.pt"
+        if not path.exists():
+            return args, None
+    else:
+        path = find_run(args.resume)
+    state = load_training_state(path)
+    with damage_reported(path):
+        args = cli.resume_flags(args, given, state["flags"])
+        if "save" not in given:
+            args.save = str(path.parent) + Path(state["flags"]["save"]).suffix
+    args.resume = str(path)
+    return args, state
+
+
+# From flags to objects
+
+
+def device_of(args: argparse.Namespace) -> torch.device:
+    """The device that --device means."""
+    try:
+        return select_device(args.device)
+    except ValueError as error:
+        raise cli.UsageError(f"argument --device: {error}") from None
+
+
+def read_corpus(args: argparse.Namespace) -> Corpus:
+    """The corpus, fetched where need be, and long enough for the batch sizes."""
+    ensure_corpus(args.data)
+    corpus = load_corpus(args.data)
+    needs = [
+        ("train", len(corpus.train) // 2, "--batch-size", args.batch_size),
+        ("valid", len(corpus.valid) - 1, "--eval-batch-size", args.eval_batch_size),
+        ("test", len(corpus.test) - 1, "--test-batch-size", args.test_batch_size),
+    ]
+    for split, most, flag, size in needs:
+        if size > most:
+            tokens = len(getattr(corpus, split))
+            path = Path(args.data) / f"{split}.txt"
+            raise RunError(
+                f"{path}: {tokens} tokens are too few for {flag} {size} (at most {most})"
+            )
+    return corpus
+
+
+def build_model(args: argparse.Namespace, ntoken: int) -> RNNModel:
+    """The model that the flags describe, freshly initialised."""
+    return RNNModel(
+        args.model,
+        ntoken,
+        args.emsize,
+        args.nhid,
+        args.nlayers,
+        args.dropout,
+        args.dropouth,
+        args.dropouti,
+        args.dropoute,
+        args.wdrop,
+        tie_weights=not args.untied,
+    )
+
+
+def build_optimizer(args: argparse.Namespace, model: RNNModel) -> torch.optim.Optimizer:
+    """The optimizer that the flags describe."""
+    if args.optimizer == "adam":
+        if args.lr >= 1:
+            warn(f"--optimizer adam with --lr {args.lr:g}, which is a learning rate for sgd")
+        return torch.optim.Adam(model.parameters(), lr=args.lr, weight_decay=args.wdecay)
+    nonmono = None if args.no_asgd else args.nonmono
+    return NTASGD(model.parameters(), args.lr, args.wdecay, nonmono)
+
+
+def build_scheme(args: argparse.Namespace) -> Scheme:
+    """How the flags divide the text into windows."""
+    if args.bptt_scheme == "fixed":
+        return FixedWindows(args.bptt)
+    return VariableWindows(args.bptt, args.seed)
+
+
+def training_options(args: argparse.Namespace) -> TrainingOptions:
+    """The flags that the training loop looks at."""
+    names = [field.name for field in fields(TrainingOptions)]
+    options = {name: getattr(args, name) for name in names}
+    return TrainingOptions(**dict(options, when=tuple(args.when)))
+
+
+def open_tracker(
+    args: argparse.Namespace,
+    folder: RunFolder,
+    config: dict[str, Any],
+    state: dict[str, Any] | None,
+) -> Tracker:
+    """Where the numbers go; for a resumed run, where they went."""
+    wandb = WandbOptions(
+        mode=args.wandb,
+        project=args.wandb_project,
+        name=args.wandb_name,
+        group=args.wandb_group,
+        tags=None if args.wandb_tags is None else tuple(args.wandb_tags),
+    )
+    try:
+        return Tracker(folder.folder, config, wandb, None if state is None else state["tracking"])
+    except ValueError as error:
+        raise RunError(str(error)) from None
+
+
+def print_plan(args: argparse.Namespace, model: RNNModel, corpus: Corpus) -> None:
+    """What --dry-run prints."""
+    scheme = build_scheme(args)
+    steps = len(corpus.train) // args.batch_size - 1
+    averages = args.optimizer == "adam" or not args.no_asgd
+    memory = training_memory(model, args.batch_size, scheme, averages)
+    tokens = [len(text) for text in (corpus.train, corpus.valid, corpus.test)]
+    print(f"| tokens            | {tokens[0]:,} train, {tokens[1]:,} valid, {tokens[2]:,} test")
+    print(f"| vocabulary        | {len(corpus.vocabulary):,} words")
+    print(f"| parameters        | {count_parameters(model):,}")
+    print(f"| updates per epoch | about {steps / scheme.mean_length:,.0f}")
+    print(f"| memory            | about {memory / 2**20:,.0f} MiB of tensors")
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,149 @@
+"""The AWD-LSTM language model."""
+
+from typing import Any
+
+from torch import Tensor, nn
+
+from embed_regularize import embedded_dropout
+from locked_dropout import LockedDropout
+from weight_drop import WeightDrop
+
+Hidden = list[tuple[Tensor, Tensor]]
+
+
+class RNNModel(nn.Module):
+    """Embedding, a stack of weight-dropped LSTMs with locked dropout between them, and a decoder.
+
+    Merity et al. 2017 (arXiv:1708.02182). With tied weights (Inan et al. 2016, arXiv:1611.01462;
+    Press & Wolf 2016, arXiv:1608.05859) the decoder's matrix is the embedding and the last LSTM
+    has ninp units. Parameters are named as in the paper's code, whose state dicts load.
+
+    Args:
+        rnn_type: "LSTM".
+        ntoken: words in the vocabulary, V.
+        ninp: width of the embedding, E.
+        nhid: units of each LSTM but, with tied weights, the last, H.
+        nlayers: number of LSTMs.
+        dropout: locked dropout on the last LSTM's output. Like all four that follow a
+            probability in [0, 1); 0 switches it off.
+        dropouth: locked dropout between LSTMs.
+        dropouti: locked dropout on the embedded input.
+        dropoute: embedding dropout (whole words).
+        wdrop: weight drop on the hidden-to-hidden weights of every LSTM.
+        tie_weights: decode with the embedding matrix.
+
+    Raises:
+        ValueError: an rnn_type other than "LSTM", a size below 1 or a dropout outside [0, 1).
+    """
+
+    def __init__(
+        self,
+        rnn_type: str,
+        ntoken: int,
+        ninp: int,
+        nhid: int,
+        nlayers: int,
+        dropout: float = 0.5,
+        dropouth: float = 0.5,
+        dropouti: float = 0.5,
+        dropoute: float = 0.1,
+        wdrop: float = 0,
+        tie_weights: bool = False,
+    ) -> None:
+        super().__init__()
+        if rnn_type != "LSTM":
+            raise ValueError(f"rnn_type is {rnn_type!r}; only 'LSTM' is supported")
+        for name, size in dict(ntoken=ntoken, ninp=ninp, nhid=nhid, nlayers=nlayers).items():
+            if size < 1:
+                raise ValueError(f"{name} is {size}; it must be at least 1")
+        rates = dict(dropout=dropout, dropouth=dropouth, dropouti=dropouti)
+        for name, rate in dict(rates, dropoute=dropoute, wdrop=wdrop).items():
+            if not 0 <= rate < 1:
+                raise ValueError(f"{name} is {rate}; it must be in [0, 1)")
+        self.rnn_type = rnn_type
+        self.ntoken = ntoken
+        self.ninp = ninp
+        self.nhid = nhid
+        self.nlayers = nlayers
+        self.dropout = dropout
+        self.dropouth = dropouth
+        self.dropouti = dropouti
+        self.dropoute = dropoute
+        self.wdrop = wdrop
+        self.tie_weights = tie_weights
+
+        self.lockdrop = LockedDropout()
+        self.encoder = nn.Embedding(ntoken, ninp)
+        sizes = self.layer_sizes
+        rnns: list[nn.Module] = [nn.LSTM(sizes[i], sizes[i + 1]) for i in range(nlayers)]
+        if wdrop:
+            rnns = [WeightDrop(rnn, ["weight_hh_l0"], dropout=wdrop) for rnn in rnns]
+        self.rnns = nn.ModuleList(rnns)
+        self.decoder = nn.Linear(sizes[-1], ntoken)
+        if tie_weights:
+            self.decoder.weight = self.encoder.weight
+        self.init_weights()
+
+    @property
+    def layer_sizes(self) -> list[int]:
+        """Widths along the stack: the embedding's, then each LSTM's output, nlayers + 1 in all."""
+        last = self.ninp if self.tie_weights else self.nhid
+        return [self.ninp] + [self.nhid] * (self.nlayers - 1) + [last]
+
+    def config(self) -> dict[str, Any]:
+        """The keywords that build this model again, plain numbers and strings."""
+        names = ["rnn_type", "ntoken", "ninp", "nhid", "nlayers", "dropout", "dropouth"]
+        names += ["dropouti", "dropoute", "wdrop", "tie_weights"]
+        return {name: getattr(self, name) for name in names}
+
+    def init_weights(self) -> None:
+        """Embedding and decoder uniform in [-0.1, 0.1], no bias; the LSTMs stay at +-1/sqrt(H)."""
+        nn.init.uniform_(self.encoder.weight, -0.1, 0.1)
+        nn.init.zeros_(self.decoder.bias)
+        nn.init.uniform_(self.decoder.weight, -0.1, 0.1)
+
+    def init_hidden(self, bsz: int) -> Hidden:
+        """Zero states (h, c) for every layer, each (1, bsz, units)."""
+        weight = self.encoder.weight
+        return [
+            (weight.new_zeros(1, bsz, units), weight.new_zeros(1, bsz, units))
+            for units in self.layer_sizes[1:]
+        ]
+
+    def forward(self, input: Tensor, hidden: Hidden, return_h: bool = False) -> Any:
+        """Run a window of text through the stack.
+
+        Args:
+            input: word ids, (T, B).
+            hidden: states from init_hidden or an earlier call.
+            return_h: also return every layer's output.
+
+        Returns:
+            (result, hidden), or (result, hidden, raw_outputs, outputs) with return_h. result is
+            the last layer's output after dropout, (T·B, E) (H if untied), not decoded;
+            raw_outputs and outputs hold each layer's output before and after locked dropout,
+            (T, B, units).
+        """
+        x = embedded_dropout(self.encoder, input, self.dropoute if self.training else 0)
+        x = self.lockdrop(x, self.dropouti)
+        new_hidden, raw_outputs, outputs = [], [], []
+        for layer, rnn in enumerate(self.rnns):
+            x, state = rnn(x, hidden[layer])
+            new_hidden.append(state)
+            raw_outputs.append(x)
+            x = self.lockdrop(x, self.dropout if layer == self.nlayers - 1 else self.dropouth)
+            outputs.append(x)
+        result = x.flatten(0, 1)
+        if return_h:
+            return result, new_hidden, raw_outputs, outputs
+        return result, new_hidden
+
+
+def repackage_hidden(hidden: Hidden) -> Hidden:
+    """The same states cut off from their history, so that no gradient goes further back."""
+    return [(h.detach(), c.detach()) for h, c in hidden]
+
+
+def count_parameters(model: nn.Module) -> int:
+    """Number of trained values, a tied matrix counted once."""
+    return sum(p.numel() for p in model.parameters() if p.requires_grad)

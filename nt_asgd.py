@@ -1,0 +1,134 @@
+"""NT-ASGD: SGD that starts averaging its iterates when validation stops improving."""
+
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor
+
+
+class NTASGD(torch.optim.Optimizer):
+    """Non-monotonically triggered averaged SGD.
+
+    Merity et al. 2017 (arXiv:1708.02182), algorithm 1. Each step is w <- w - lr (g + wd w). At
+    the end of an epoch `observe` compares the validation loss with those of more than nonmono
+    epochs ago; once it is worse than their best, the mean of all iterates from the next step on
+    is kept beside the weights, and `averaged_weights` lends it for validation, test and
+    checkpoints. The iterate itself is never overwritten.
+
+    Different from torch.optim.ASGD, which the paper's code used: a learning rate holds for the
+    step it is set for, and the first iterate is part of the average.
+
+    Args:
+        params: parameters or groups of parameters.
+        lr: learning rate, > 0; groups may change theirs at any time.
+        weight_decay: L2 penalty's factor, >= 0.
+        nonmono: n, the epochs without improvement that are forgiven, >= 0; None: averaging never
+            starts.
+
+    Raises:
+        ValueError: a value outside these ranges.
+    """
+
+    def __init__(
+        self,
+        params: Iterable[Any],
+        lr: float,
+        weight_decay: float = 0.0,
+        nonmono: int | None = 5,
+    ) -> None:
+        if not lr > 0:
+            raise ValueError(f"lr is {lr}; it must be above 0")
+        if not weight_decay >= 0:
+            raise ValueError(f"weight_decay is {weight_decay}; it must not be negative")
+        if nonmono is not None and nonmono < 0:
+            raise ValueError(f"nonmono is {nonmono}; it must not be negative")
+        super().__init__(params, dict(lr=lr, weight_decay=weight_decay))
+        self.nonmono = nonmono
+        self.history: list[float] = []
+        self.averaging = False
+        self.num_averaged = 0
+
+    @torch.no_grad()
+    def step(self, closure: Callable[[], Any] | None = None) -> Any:  # type: ignore[override]
+        """One SGD step, and one more iterate in the average where averaging runs.
+
+        No value is read back from the device.
+        """
+        loss = None
+        if closure is not None:
+            with torch.enable_grad():
+                loss = closure()
+        self.num_averaged += self.averaging
+        for group in self.param_groups:
+            params = [p for p in group["params"] if p.grad is not None]
+            if params:
+                if group["weight_decay"]:
+                    torch._foreach_mul_(params, 1 - group["lr"] * group["weight_decay"])
+                torch._foreach_add_(params, [p.grad for p in params], alpha=-group["lr"])
+            if self.averaging:
+                self._average(group["params"])
+        return loss
+
+    def _average(self, params: list[Tensor]) -> None:
+        for p in params:
+            if "average" not in self.state[p]:
+                self.state[p]["average"] = torch.zeros_like(p)
+        averages = [self.state[p]["average"] for p in params]
+        # m_k = m_(k-1) + (w_k - m_(k-1)) / k; exact for k = 1, whatever the average held.
+        torch._foreach_lerp_(averages, params, 1 / self.num_averaged)
+
+    def observe(self, valid_loss: float) -> bool:
+        """Tell the trigger the validation loss of the epoch that ended, nats per token.
+
+        Returns:
+            True when this call started the averaging.
+        """
+        earlier = self.history[: max(0, len(self.history) - (self.nonmono or 0))]
+        self.history.append(valid_loss)
+        if self.averaging or self.nonmono is None or not earlier:
+            return False
+        self.averaging = valid_loss > min(earlier)
+        return self.averaging
+
+    @contextmanager
+    def averaged_weights(self) -> Iterator[None]:
+        """Within this context the parameters hold the average, where there is one yet.
+
+        The two are exchanged, not copied; do not step inside.
+        """
+        self._exchange()
+        try:
+            yield
+        finally:
+            self._exchange()
+
+    def _exchange(self) -> None:
+        for group in self.param_groups:
+            for p in group["params"]:
+                if "average" in self.state[p]:
+                    average = self.state[p]["average"]
+                    self.state[p]["average"] = p.data
+                    p.data = average
+
+    def state_dict(self) -> dict[str, Any]:
+        """Everything that goes on after a resume: averages, their count and the history."""
+        state: dict[str, Any] = super().state_dict()
+        state["nt_asgd"] = dict(
+            nonmono=self.nonmono,
+            history=list(self.history),
+            averaging=self.averaging,
+            num_averaged=self.num_averaged,
+        )
+        return state
+
+    @torch.no_grad()
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Continue from what state_dict returned."""
+        super().load_state_dict(state_dict)
+        trigger = state_dict["nt_asgd"]
+        self.nonmono = trigger["nonmono"]
+        self.history = list(trigger["history"])
+        self.averaging = trigger["averaging"]
+        self.num_averaged = trigger["num_averaged"]

@@ -1,0 +1,90 @@
+"""DropConnect on the weights of a module that stays a black box."""
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+
+class WeightDrop(nn.Module):
+    """Wrap a module so that each call sees some of its weights under a fresh dropout mask.
+
+    DropConnect (Wan et al. 2013), put on the hidden-to-hidden matrices of an LSTM by Merity et al.
+    2017 (arXiv:1708.02182), section 2. The mask is drawn once per call, so one pass over the
+    weights serves all time steps and the wrapped kernel (cuDNN's LSTM on a GPU) is used as it is.
+
+    The trained parameter is called NAME_raw; gradients reach it through the mask. In evaluation
+    the raw weight is used. Unlike the original, nothing but the raw parameters is ever registered,
+    and a variational mask is not drawn in evaluation either.
+
+    Args:
+        module: any module, e.g. nn.LSTM or nn.Linear.
+        weights: names of its parameters to drop, e.g. ["weight_hh_l0"].
+        dropout: probability of dropping, in [0, 1). Kept weights are scaled by 1 / (1 - dropout).
+        variational: drop whole rows (output units) instead of single weights.
+    """
+
+    def __init__(
+        self,
+        module: nn.Module,
+        weights: Sequence[str],
+        dropout: float = 0,
+        variational: bool = False,
+    ) -> None:
+        super().__init__()
+        self.module = module
+        self.weights = list(weights)
+        self.dropout = dropout
+        self.variational = variational
+        for name in self.weights:
+            raw = module._parameters.pop(name)
+            module.register_parameter(f"{name}_raw", raw)
+        if isinstance(module, nn.RNNBase):
+            # The list of weights that the kernel gets still holds the parameters just renamed.
+            module._init_flat_weights()
+        self.register_load_state_dict_pre_hook(_forget_masked_weights)
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        """Call the wrapped module, with masked weights in training and raw ones in evaluation."""
+        masked = {name: self._masked(name) for name in self.weights}
+        self._lend(masked)
+        try:
+            return self.module(*args, **kwargs)
+        finally:
+            self._lend(dict.fromkeys(self.weights))
+
+    def _masked(self, name: str) -> Tensor:
+        raw: Tensor = getattr(self.module, f"{name}_raw")
+        if not self.training or not self.dropout:
+            return raw
+        if self.variational:
+            rows = raw.new_ones(raw.size(0), *(1,) * (raw.dim() - 1))
+            return raw * F.dropout(rows, self.dropout)
+        return F.dropout(raw, self.dropout)
+
+    def _lend(self, weights: Mapping[str, Tensor | None]) -> None:
+        """Let the module see these weights; None takes a weight away again.
+
+        They are put into the module's __dict__ past nn.Module's and nn.RNNBase's attribute hooks:
+        the first would register a raw weight as a second parameter, and what the second notices
+        makes the next call re-flatten all weights (on CUDA: move the parameters' storage).
+        """
+        for name, weight in weights.items():
+            if weight is None:
+                self.module.__dict__.pop(name, None)
+            else:
+                self.module.__dict__[name] = weight
+            if isinstance(self.module, nn.RNNBase):
+                index = self.module._flat_weights_names.index(name)
+                self.module._flat_weights[index] = weight
+
+
+def _forget_masked_weights(
+    module: nn.Module, state_dict: dict[str, Any], prefix: str, *_: object
+) -> None:
+    """Drop the copies of masked weights that state dicts of the original hold beside the raw."""
+    assert isinstance(module, WeightDrop)
+    for name in module.weights:
+        if f"{prefix}module.{name}_raw" in state_dict:
+            state_dict.pop(f"{prefix}module.{name}", None)
