@@ -6,6 +6,7 @@ weights_only=True, so that loading one cannot run code.
 
 import pickle
 import re
+import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -104,7 +105,10 @@ def _write(path: Path, payload: dict[str, Any]) -> None:
 
 def _read(path: Path, expected: str) -> dict[str, Any]:
     try:
-        payload: Any = torch.load(path, map_location="cpu", weights_only=True)
+        with warnings.catch_warnings():
+            # What torch has to say about a foreign pickle becomes the error's one line below.
+            warnings.simplefilter("ignore")
+            payload: Any = torch.load(path, map_location="cpu", weights_only=True)
     except FileNotFoundError as error:
         raise CheckpointError(f"{path}: no such file") from error
     except OSError as error:
@@ -127,10 +131,12 @@ def _read(path: Path, expected: str) -> dict[str, Any]:
 
 def _refusal(message: str) -> str:
     """Say in a line why weights_only refused a pickle."""
-    name = re.search(r"(?:GLOBAL|Unsupported (?:global|class|operand)[: ]+)\s*([\w.]+)", message)
-    if name is None:
-        return "truncated or not a checkpoint"
-    return (
-        f"refused, because loading it would run code ({name[1]}); a whole pickled model, as the "
-        "original saves, has to be exported as a state dict first"
-    )
+    name = re.search(r"GLOBAL (\S+)", message)
+    if name is not None:
+        return (
+            f"refused, because loading it would run code ({name[1]}); a whole pickled model, as "
+            "the original saves, has to be exported as a state dict first"
+        )
+    if "Unsupported" in message:
+        return "refused: a pickle that may hold more than tensors and plain values"
+    return "truncated or not a checkpoint"

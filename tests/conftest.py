@@ -1,0 +1,76 @@
+"""What several tests need: small corpora, and the programs run in this process."""
+
+import os
+import random
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import NamedTuple
+
+import pytest
+import torch
+
+import main
+
+ROOT = Path(__file__).resolve().parent.parent
+REAL_DATA = Path(os.environ.get("AWD_DATA", ROOT.parent / "shared" / "data"))
+
+TINY = (
+    "--emsize 6 --nhid 8 --nlayers 2 --batch-size 4 --bptt 10 --lr 2 --eval-batch-size 3 "
+    "--dropout 0.2 --dropouth 0.15 --dropouti 0.2 --dropoute 0.05 --wdrop 0.3 --seed 7 "
+    "--log-interval 3 --device cpu"
+).split()
+
+
+class Result(NamedTuple):
+    code: int
+    out: str
+    err: str
+
+
+@pytest.fixture(autouse=True)
+def _fresh_random_state() -> Iterator[None]:
+    """Each test starts from the same random state, and leaves the one it found."""
+    state = torch.get_rng_state()
+    torch.manual_seed(0)
+    yield
+    torch.set_rng_state(state)
+
+
+@pytest.fixture(params=["cpu", pytest.param("cuda", marks=pytest.mark.gpu)])
+def device(request: pytest.FixtureRequest) -> torch.device:
+    return torch.device(request.param)
+
+
+@pytest.fixture
+def run(capsys: pytest.CaptureFixture[str]) -> Callable[..., Result]:
+    """Run main.py in this process: run("--data", …) -> (exit code, stdout, stderr)."""
+
+    def call(*argv: object) -> Result:
+        capsys.readouterr()
+        code = main.main([str(arg) for arg in argv])
+        captured = capsys.readouterr()
+        return Result(code, captured.out, captured.err)
+
+    return call
+
+
+def write_corpus(folder: Path, lines: int = 60, seed: int = 0, words: int = 30) -> Path:
+    """A corpus of sentences with some structure: each word suggests the next."""
+    folder.mkdir(parents=True, exist_ok=True)
+    draw = random.Random(seed)
+    for split, share in (("train", 1.0), ("valid", 0.3), ("test", 0.3)):
+        text = []
+        for _ in range(int(lines * share)):
+            word = draw.randrange(words)
+            sentence = []
+            for _ in range(draw.randint(3, 9)):
+                sentence.append(f"w{word}")
+                word = (word * 7 + draw.choice((1, 1, 1, 3))) % words
+            text.append(" " + " ".join(sentence) + " \n")
+        (folder / f"{split}.txt").write_text("".join(text))
+    return folder
+
+
+@pytest.fixture
+def corpus_folder(tmp_path: Path) -> Path:
+    return write_corpus(tmp_path / "corpus")

@@ -1,0 +1,167 @@
+"""Checkpoints come back as they were; what is not one is refused without running it."""
+
+import os
+import pickle
+from pathlib import Path
+
+import pytest
+import torch
+from torch import nn
+
+from data.corpus import Vocabulary
+from engine.checkpoint import load_model, load_training_state, save_model, save_training_state
+from engine.errors import CheckpointError
+from model import RNNModel
+
+WORDS = Vocabulary(["the", "naïve", "<unk>", "<eos>"])
+
+
+def small_model(**changes: object) -> RNNModel:
+    keywords = dict(
+        rnn_type="LSTM", ntoken=4, ninp=3, nhid=5, nlayers=2, wdrop=0.5, tie_weights=True
+    )
+    return RNNModel(**{**keywords, **changes})
+
+
+@pytest.mark.parametrize("changes", [{}, {"wdrop": 0}, {"tie_weights": False}, {"nlayers": 1}])
+def test_model_comes_back(tmp_path: Path, changes: dict, device: torch.device) -> None:
+    model = small_model(**changes)
+    save_model(tmp_path / "m.pt", model, WORDS, epoch=3)
+    again, words = load_model(tmp_path / "m.pt", device)
+    assert words == WORDS
+    assert again.config() == model.config()
+    assert not again.training
+    x = torch.tensor([[0], [1]])
+    expected = model.eval()(x, model.init_hidden(1))[0]
+    torch.testing.assert_close(again(x.to(device), again.init_hidden(1))[0].cpu(), expected)
+    if model.tie_weights:
+        assert again.decoder.weight is again.encoder.weight
+
+
+def test_parameters_are_named_as_in_the_original() -> None:
+    names = set(small_model().state_dict())
+    layers = ["weight_ih_l0", "weight_hh_l0_raw", "bias_ih_l0", "bias_hh_l0"]
+    assert names == {"encoder.weight", "decoder.weight", "decoder.bias"} | {
+        f"rnns.{layer}.module.{name}" for layer in (0, 1) for name in layers
+    }
+    assert "rnns.1.weight_hh_l0" in small_model(wdrop=0).state_dict()
+
+
+def test_failed_write_leaves_the_old_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    path = tmp_path / "m.pt"
+    save_model(path, small_model(), WORDS)
+    before = path.read_bytes()
+
+    def full(payload: object, file: object) -> None:
+        file.write(b"half")  # type: ignore[attr-defined]
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(torch, "save", full)
+    with pytest.raises(CheckpointError, match=r"m\.pt: cannot write: No space left on device"):
+        save_model(path, small_model(), WORDS)
+    assert path.read_bytes() == before
+    assert os.listdir(tmp_path) == ["m.pt"]
+
+
+class _Malice:
+    def __init__(self, flag: Path) -> None:
+        self.flag = flag
+
+    def __reduce__(self) -> tuple:
+        return (Path.touch, (self.flag,))
+
+
+class _System:
+    def __init__(self, flag: Path) -> None:
+        self.flag = flag
+
+    def __reduce__(self) -> tuple:
+        return (os.system, (f"touch {self.flag}",))
+
+
+def bad_file(kind: str, folder: Path) -> Path:
+    path = folder / "bad.pt"
+    good = folder / "good.pt"
+    save_model(good, small_model(), WORDS)
+    payload = torch.load(good, weights_only=True)
+    if kind == "empty":
+        path.write_bytes(b"")
+    elif kind == "truncated":
+        path.write_bytes(good.read_bytes()[: good.stat().st_size // 2])
+    elif kind == "text":
+        path.write_text("the cat sat on the mat\n" * 50)
+    elif kind == "folder":
+        path.mkdir()
+    elif kind == "pickle":
+        path.write_bytes(pickle.dumps(_System(folder / "ran")))
+    elif kind == "old pickle":
+        path.write_bytes(pickle.dumps(_System(folder / "ran"), protocol=2))
+    elif kind == "malicious":
+        torch.save({**payload, "details": _System(folder / "ran")}, path)
+    elif kind == "path object":
+        torch.save({**payload, "details": _Malice(folder / "ran")}, path)
+    elif kind == "original":  # [model, criterion, optimizer], as the original's model_save
+        torch.save([nn.LSTM(2, 2), nn.Linear(2, 2), None], path)
+    elif kind == "tensor":
+        torch.save(torch.ones(3), path)
+    elif kind == "foreign":
+        torch.save({"weights": {}, "config": {}}, path)
+    elif kind == "other shape":
+        torch.save({**payload, "config": {**payload["config"], "nhid": 6}}, path)
+    elif kind == "no config":
+        torch.save({**payload, "config": 3}, path)
+    elif kind == "vocabulary":
+        torch.save({**payload, "vocabulary": "the\nnaïve"}, path)
+    elif kind == "training state":
+        save_training_state(path, {"model": {}})
+    return path
+
+
+KINDS = {
+    "missing": "no such file",
+    "folder": "cannot read",
+    "empty": "empty or truncated",
+    "truncated": "truncated or not a checkpoint",
+    "text": "truncated or not a checkpoint",
+    "pickle": "refused: a pickle that may hold more than tensors",
+    "old pickle": r"refused, because loading it would run code \(.*system\)",
+    "malicious": r"refused, because loading it would run code \(.*system\)",
+    "path object": "refused, because loading it would run code",
+    "original": r"refused, because loading it would run code \(.*LSTM\)",
+    "tensor": "not a checkpoint of this project",
+    "foreign": "not a checkpoint of this project",
+    "other shape": "damaged checkpoint: .*size mismatch",
+    "no config": "damaged checkpoint",
+    "vocabulary": "damaged checkpoint: 2 words for 4 embeddings",
+    "training state": "'awd-lstm training state 1' file",
+}
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_what_is_not_a_model_is_refused(tmp_path: Path, kind: str) -> None:
+    path = bad_file(kind, tmp_path)
+    with pytest.raises(CheckpointError, match=KINDS[kind]) as caught:
+        load_model(path)
+    assert str(path) in str(caught.value)
+    assert "\n" not in str(caught.value)
+    assert not (tmp_path / "ran").exists()
+
+
+@pytest.mark.parametrize("kind", ["empty", "truncated", "text", "malicious", "original"])
+def test_training_states_are_read_as_carefully(tmp_path: Path, kind: str) -> None:
+    with pytest.raises(CheckpointError, match="refused|truncated"):
+        load_training_state(bad_file(kind, tmp_path))
+    assert not (tmp_path / "ran").exists()
+
+
+def test_load_state_dict_of_the_original() -> None:
+    """With the masked weight registered beside the raw one, as its WeightDrop left it."""
+    model = small_model()
+    state = {name: torch.randn_like(value) for name, value in model.state_dict().items()}
+    state["decoder.weight"] = state["encoder.weight"]
+    for layer, rnn in enumerate(model.rnns):
+        raw = rnn.get_parameter("module.weight_hh_l0_raw")
+        state[f"rnns.{layer}.module.weight_hh_l0"] = torch.zeros_like(raw)
+    model.load_state_dict(state)
+    raw = model.get_parameter("rnns.0.module.weight_hh_l0_raw")
+    assert torch.equal(raw, state["rnns.0.module.weight_hh_l0_raw"])

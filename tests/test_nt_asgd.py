@@ -1,0 +1,137 @@
+"""NT-ASGD against its definition, in float64 and in loops."""
+
+import copy
+
+import pytest
+import torch
+from torch import nn
+
+from nt_asgd import NTASGD
+
+
+def triggers(history: list[float], nonmono: int | None) -> int | None:
+    """The epoch (from 1) at which averaging starts on this history."""
+    optimizer = NTASGD([nn.Parameter(torch.zeros(1))], lr=1, nonmono=nonmono)
+    started = [epoch for epoch, loss in enumerate(history, 1) if optimizer.observe(loss)]
+    assert len(started) <= 1
+    return started[0] if started else None
+
+
+@pytest.mark.parametrize(
+    ("nonmono", "history", "expected"),
+    [
+        (0, [5.0], None),
+        (0, [5, 4, 3, 3.5], 4),
+        (0, [5, 5, 5], None),  # not worse, so no trigger
+        (0, [5, 4, 4.5], 3),
+        (1, [5, 4, 4.5], None),  # 4.5 > 5 is false: the last epoch is forgiven
+        (1, [5, 4, 4.5, 4.2], 4),  # 4.2 > min(5, 4)
+        (2, [5, 4, 4.5, 4.2, 4.1], 5),
+        (5, [6, 5, 4, 3, 2, 7], None),  # only 5 losses before the sixth: not more than n
+        (5, [6, 5, 4, 3, 2, 1, 5.5], None),
+        (5, [1, 9, 9, 9, 9, 9, 2], 7),
+        (None, [1, 2, 3, 4, 5, 6, 7, 8, 9], None),
+    ],
+)
+def test_trigger(nonmono: int | None, history: list[float], expected: int | None) -> None:
+    assert triggers(history, nonmono) == expected
+
+
+def test_trigger_is_the_formula_of_the_paper() -> None:
+    generator = torch.Generator().manual_seed(3)
+    for nonmono in (0, 1, 2, 5):
+        for _ in range(50):
+            losses = torch.rand(12, generator=generator).tolist()
+            expected, logs = None, []
+            for epoch, valid in enumerate(losses, 1):
+                earlier = logs[: len(logs) - nonmono] if len(logs) > nonmono else []
+                if earlier and valid > min(earlier):
+                    expected = epoch
+                    break
+                logs.append(valid)
+            assert triggers(losses, nonmono) == expected
+
+
+def problem() -> tuple[list[nn.Parameter], list[torch.Tensor]]:
+    params = [nn.Parameter(torch.randn(3, 2).double()), nn.Parameter(torch.randn(4).double())]
+    return params, [p.detach().clone() for p in params]
+
+
+def test_steps_and_average_are_those_of_the_definition(device: torch.device) -> None:
+    params, w = problem()
+    params = [nn.Parameter(p.detach().to(device)) for p in params]
+    optimizer = NTASGD(params, lr=0.5, weight_decay=0.1, nonmono=0)
+    iterates: list[list[torch.Tensor]] = []
+    for step in range(12):
+        if step == 5:
+            optimizer.observe(1.0)
+            assert optimizer.observe(2.0)
+            with optimizer.averaged_weights():  # nothing to average yet: the iterate itself
+                torch.testing.assert_close(params[0].detach().cpu(), w[0])
+        lr = 0.5 + 0.1 * step  # a rate holds for the step that it is set for
+        optimizer.param_groups[0]["lr"] = lr
+        for i, p in enumerate(params):
+            grad = torch.randn_like(w[i])
+            p.grad = grad.to(device)
+            w[i] = w[i] - lr * (grad + 0.1 * w[i])
+        optimizer.step()
+        if step >= 5:
+            iterates.append([v.clone() for v in w])
+        for p, v in zip(params, w, strict=True):
+            torch.testing.assert_close(p.detach().cpu(), v)
+    with optimizer.averaged_weights():
+        for i, p in enumerate(params):
+            mean = sum(it[i] for it in iterates) / len(iterates)
+            torch.testing.assert_close(p.detach().cpu(), mean, rtol=1e-12, atol=1e-12)
+    for p, v in zip(params, w, strict=True):  # the iterate is back
+        torch.testing.assert_close(p.detach().cpu(), v)
+
+
+def test_average_survives_a_resume_and_an_error() -> None:
+    params, _ = problem()
+    optimizer = NTASGD(params, lr=0.1, nonmono=0)
+    optimizer.observe(1.0)
+    optimizer.observe(2.0)
+
+    def advance(params: list[nn.Parameter], optimizer: NTASGD, seed: int) -> None:
+        generator = torch.Generator().manual_seed(seed)
+        for p in params:
+            p.grad = torch.randn(p.shape, generator=generator, dtype=p.dtype)
+        optimizer.step()
+
+    advance(params, optimizer, 1)
+    saved = copy.deepcopy(optimizer.state_dict())
+    twins = [nn.Parameter(p.detach().clone()) for p in params]
+    with pytest.raises(RuntimeError, match="planted"), optimizer.averaged_weights():
+        raise RuntimeError("planted")
+    advance(params, optimizer, 2)
+
+    resumed = NTASGD(twins, lr=0.1, nonmono=0)
+    resumed.load_state_dict(saved)
+    assert resumed.averaging
+    assert resumed.history == [1.0, 2.0]
+    advance(twins, resumed, 2)
+    for one, other in ((optimizer, resumed),):
+        with one.averaged_weights(), other.averaged_weights():
+            for p, q in zip(params, twins, strict=True):
+                assert torch.equal(p, q)
+    for p, q in zip(params, twins, strict=True):
+        assert torch.equal(p, q)
+
+
+def test_parameters_without_gradient_are_averaged_too_and_not_moved() -> None:
+    used, unused = nn.Parameter(torch.ones(2)), nn.Parameter(torch.full((2,), 3.0))
+    optimizer = NTASGD([used, unused], lr=1, weight_decay=0.5, nonmono=0)
+    optimizer.observe(1.0)
+    optimizer.observe(2.0)
+    used.grad = torch.ones(2)
+    optimizer.step()
+    assert unused.tolist() == [3, 3]
+    with optimizer.averaged_weights():
+        assert unused.tolist() == [3, 3]
+
+
+@pytest.mark.parametrize("wrong", [dict(lr=0), dict(lr=1, weight_decay=-1), dict(lr=1, nonmono=-1)])
+def test_values_out_of_range(wrong: dict) -> None:
+    with pytest.raises(ValueError, match="must"):
+        NTASGD([nn.Parameter(torch.zeros(1))], **wrong)

@@ -1,0 +1,272 @@
+"""A run that was stopped anywhere and resumed ends bit for bit where the other one ends."""
+
+import json
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from conftest import ROOT, TINY, Result, write_corpus
+
+Run = Callable[..., Result]
+TIMES = {"tokens_per_second"}
+# nonmono 0 and a high learning rate: averaging starts within the first epochs
+FLAGS = [*TINY, "--nonmono", "0", "--lr", "20", "--epochs", "5", "--when", "4"]
+CLOCKS = {"seconds", "training_seconds", "epoch_seconds", "interval_seconds"}
+
+
+def metrics(folder: Path) -> list[dict[str, Any]]:
+    lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+    return [{k: v for k, v in line.items() if k not in TIMES} for line in lines]
+
+
+def assert_same(one: Any, other: Any, place: str = "state") -> None:
+    """Bit for bit, through nested containers."""
+    assert type(one) is type(other), place
+    if isinstance(one, torch.Tensor):
+        assert torch.equal(one, other), place
+    elif isinstance(one, dict):
+        assert one.keys() == other.keys(), place
+        for key in one.keys() - CLOCKS - {"metrics_bytes", "flags"}:
+            assert_same(one[key], other[key], f"{place}.{key}")
+    elif isinstance(one, list | tuple):
+        assert len(one) == len(other), place
+        for i, (a, b) in enumerate(zip(one, other, strict=True)):
+            assert_same(a, b, f"{place}[{i}]")
+    else:
+        assert one == other, place
+
+
+def assert_same_run(one: Path, other: Path) -> None:
+    """Two runs by their --save paths."""
+    assert metrics(one.with_suffix("")) == metrics(other.with_suffix(""))
+    assert_same(*(torch.load(p, weights_only=True)["weights"] for p in (one, other)))
+    assert_same(
+        *(torch.load(p.with_suffix("") / "last.pt", weights_only=True) for p in (one, other))
+    )
+
+
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The uninterrupted run."""
+    folder = tmp_path_factory.mktemp("whole")
+    write_corpus(folder / "corpus")
+    assert start(folder / "whole.pt", folder / "corpus") == 0
+    events = metrics(folder / "whole")
+    switch = [e["epoch"] for e in events if e["event"] == "averaging"]
+    assert switch, "this run has to switch to averaging"
+    assert switch[0] < 5
+    return folder
+
+
+def start(save: Path, corpus: Path, *more: object) -> int:
+    import main
+
+    return main.main(
+        [*FLAGS, "--data", str(corpus), "--save", str(save), "--resume", "auto", *map(str, more)]
+    )
+
+
+def places(whole: Path) -> dict[str, int]:
+    """Updates to stop after, by what they mean."""
+    events = metrics(whole / "whole")
+    ends = [e["step"] for e in events if e["event"] == "valid"]
+    switch = next(e["step"] for e in events if e["event"] == "averaging")
+    return {
+        "first update": 1,
+        "mid-epoch": ends[0] // 2,
+        "epoch's end": ends[0],
+        "just before the switch": switch - 1,
+        "at the switch": switch,
+        "just after the switch": switch + 1,
+        "while averaging": (ends[-2] + ends[-1]) // 2,
+        "after the learning rate fell": ends[3] + 2,
+        "last update but one": ends[-1] - 1,
+        "the end": ends[-1],
+    }
+
+
+@pytest.mark.parametrize(
+    "place",
+    [
+        "first update",
+        "mid-epoch",
+        "epoch's end",
+        "just before the switch",
+        "at the switch",
+        "just after the switch",
+        "while averaging",
+        "after the learning rate fell",
+        "last update but one",
+        "the end",
+    ],
+)
+def test_stopped_and_resumed(whole: Path, tmp_path: Path, place: str) -> None:
+    save = tmp_path / "whole.pt"
+    assert start(save, whole / "corpus", "--max-updates", places(whole)[place]) == 0
+    assert start(save, whole / "corpus") == 0
+    assert_same_run(whole / "whole.pt", save)
+
+
+def test_stopped_at_every_turn(whole: Path, tmp_path: Path) -> None:
+    """Fourteen sessions of a few updates each."""
+    save = tmp_path / "whole.pt"
+    total = metrics(whole / "whole")[-1]["step"]
+    for updates in range(4, total, 4):
+        assert start(save, whole / "corpus", "--max-updates", updates) == 0
+    assert start(save, whole / "corpus") == 0
+    assert_same_run(whole / "whole.pt", save)
+
+
+def test_more_epochs_than_planned(whole: Path, tmp_path: Path) -> None:
+    save = tmp_path / "whole.pt"
+    assert start(save, whole / "corpus", "--epochs", 2) == 0
+    assert start(save, whole / "corpus", "--epochs", 5) == 0
+    assert_same_run(whole / "whole.pt", save)
+
+
+def test_checkpoint_flags_change_nothing(whole: Path, tmp_path: Path) -> None:
+    save = tmp_path / "whole.pt"
+    assert start(save, whole / "corpus", "--checkpoint-every", 2, "--max-updates", 9) == 0
+    assert start(save, whole / "corpus", "--checkpoint-minutes", 1e-6) == 0
+    assert_same_run(whole / "whole.pt", save)
+
+
+def test_adam_resumes_too(whole: Path, tmp_path: Path) -> None:
+    flags = ["--optimizer", "adam", "--lr", "0.01", "--when", "2", "3"]
+    for name in ("one", "two"):
+        save = tmp_path / name / "run.pt"
+        save.parent.mkdir()
+        if name == "two":
+            assert start(save, whole / "corpus", *flags, "--max-updates", 17) == 0
+        assert start(save, whole / "corpus", *flags) == 0
+        assert (tmp_path / name / "run.pt.e2").exists()
+    assert_same_run(tmp_path / "one" / "run.pt", tmp_path / "two" / "run.pt")
+
+
+@pytest.mark.parametrize("what", ["last.pt", "folder", "best model"])
+def test_resume_by_path_under_the_same_or_another_name(
+    whole: Path, tmp_path: Path, run: Run, what: str
+) -> None:
+    save = tmp_path / "run.pt"
+    assert start(save, whole / "corpus", "--max-updates", 20) == 0
+    path = {"last.pt": tmp_path / "run" / "last.pt", "folder": tmp_path / "run"}.get(what, save)
+    before = {p.name: p.read_bytes() for p in (tmp_path / "run").iterdir()}
+    elsewhere = tmp_path / "elsewhere.pt"
+    assert run("--resume", path, "--save", elsewhere).code == 0
+    assert_same_run(whole / "whole.pt", elsewhere)
+    assert before == {p.name: p.read_bytes() for p in (tmp_path / "run").iterdir()}
+    assert run("--resume", path).code == 0  # every flag is the run's own
+    assert_same_run(whole / "whole.pt", save)
+
+
+def test_another_run_is_refused_with_a_list_of_the_differences(
+    whole: Path, tmp_path: Path, run: Run
+) -> None:
+    save = tmp_path / "run.pt"
+    assert start(save, whole / "corpus", "--max-updates", 3) == 0
+    before = (tmp_path / "run" / "last.pt").read_bytes()
+    result = run("--resume", save, "--nhid", 9, "--seed", 8, "--log-interval", 100, "--untied")
+    assert result.code == 2
+    assert result.err == (
+        "error: argument --resume: the run was started with other flags: "
+        "--nhid 9 (was 8), --seed 8 (was 7), --untied True (was False)\n"
+    )
+    other = write_corpus(tmp_path / "other", seed=5)
+    result = run("--resume", save, "--data", other)
+    assert result.code == 1
+    assert result.err == f"error: {other}: its text is not that of the run to be resumed\n"
+    assert (tmp_path / "run" / "last.pt").read_bytes() == before
+
+
+def spawn(save: Path, corpus: Path, *more: str, new_session: bool = False) -> subprocess.Popen:
+    command = [sys.executable, str(ROOT / "main.py"), *FLAGS, "--epochs", "100000"]
+    command += ["--data", str(corpus), "--save", str(save), "--resume", "auto", *more]
+    return subprocess.Popen(
+        command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
+        start_new_session=new_session,
+    )  # fmt: skip
+
+
+def wait_for(path: Path, process: subprocess.Popen, text: str = "") -> None:
+    deadline = time.monotonic() + 60
+    while time.monotonic() < deadline and process.poll() is None:
+        if path.exists() and text in path.read_text(errors="replace"):
+            return
+        time.sleep(0.01)
+    raise AssertionError(f"{path} did not come: {process.communicate()}")
+
+
+def test_killed_in_the_middle(whole: Path, tmp_path: Path) -> None:
+    save = tmp_path / "killed.pt"
+    process = spawn(save, whole / "corpus", "--checkpoint-every", "1")
+    wait_for(tmp_path / "killed" / "metrics.jsonl", process, '"valid"')
+    process.kill()
+    process.communicate()
+    last = torch.load(tmp_path / "killed" / "last.pt", weights_only=True)
+    epochs = last["position"]["epoch"] + 1
+    assert start(save, whole / "corpus", "--epochs", epochs) == 0
+    assert start(tmp_path / "whole.pt", whole / "corpus", "--epochs", epochs) == 0
+    assert_same_run(tmp_path / "whole.pt", save)
+    assert not list(tmp_path.rglob("*.tmp"))
+
+
+def test_control_c_once_tests_the_best_model(whole: Path, tmp_path: Path) -> None:
+    process = spawn(tmp_path / "run.pt", whole / "corpus")
+    wait_for(tmp_path / "run" / "metrics.jsonl", process, '"valid"')
+    process.send_signal(signal.SIGINT)
+    out, err = process.communicate(timeout=60)
+    assert process.returncode == 0, err
+    assert "Exiting from training early: the best model is of epoch" in out
+    assert out.splitlines()[-1].startswith("| End of training | test loss")
+    assert json.loads((tmp_path / "run" / "summary.json").read_text())["test_ppl"] > 1
+
+
+def test_terminated_leaves_a_checkpoint(whole: Path, tmp_path: Path) -> None:
+    process = spawn(tmp_path / "run.pt", whole / "corpus")
+    wait_for(tmp_path / "run" / "metrics.jsonl", process, '"valid"')
+    process.send_signal(signal.SIGTERM)
+    out, err = process.communicate(timeout=60)
+    assert process.returncode == 1
+    assert "error: terminated; --resume" in err.splitlines()[-1]
+    assert "End of training" not in out
+    step = torch.load(tmp_path / "run" / "last.pt", weights_only=True)["position"]["update"]
+    assert step >= metrics(tmp_path / "run")[-1]["step"]
+
+
+def test_control_c_twice_stops_at_once(whole: Path, tmp_path: Path) -> None:
+    # A test text that takes long, so that the second Ctrl-C comes while it is read.
+    corpus = write_corpus(tmp_path / "corpus")
+    test = (corpus / "test.txt").read_text()
+    (corpus / "test.txt").write_text(test * 3000)
+    process = spawn(tmp_path / "run.pt", corpus, "--test-batch-size", "1")
+    wait_for(tmp_path / "run" / "metrics.jsonl", process, '"valid"')
+    process.send_signal(signal.SIGINT)
+    assert process.stdout is not None
+    for line in process.stdout:
+        if line.startswith("Exiting from training early"):
+            break
+    process.send_signal(signal.SIGINT)
+    out, err = process.communicate(timeout=20)
+    assert process.returncode == 1
+    assert err.splitlines()[-1] == "error: interrupted"
+    assert "End of training" not in out
+
+
+def test_two_processes_cannot_share_a_run(whole: Path, tmp_path: Path, run: Run) -> None:
+    process = spawn(tmp_path / "run.pt", whole / "corpus")
+    try:
+        wait_for(tmp_path / "run" / "last.pt", process)
+        before = (tmp_path / "run" / "config.json").read_bytes()
+        result = run(*FLAGS, "--data", whole / "corpus", "--save", tmp_path / "run.pt")
+        assert result.code == 1
+        assert result.err == f"error: {tmp_path / 'run'}: another process is running there\n"
+    finally:
+        process.kill()
+        process.communicate()
+    assert (tmp_path / "run" / "config.json").read_bytes() == before
