@@ -1,0 +1,274 @@
+"""Corpora that are fetched by name, verified, and put in place only once they are complete."""
+
+import gzip
+import hashlib
+import importlib.util
+import os
+import shutil
+import sys
+import tarfile
+import zipfile
+import zlib
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
+from functools import partial
+from pathlib import Path
+from secrets import token_hex
+
+from data.demo import build_demo
+from data.errors import DataError
+from data.files import SPLITS, atomic_write
+from data.sources import KNOWN_CORPORA, CorpusSource, Mirror
+
+TIMEOUT_SECONDS = 30.0
+_BROKEN_ARCHIVE = (
+    zipfile.BadZipFile,
+    tarfile.TarError,
+    gzip.BadGzipFile,
+    zlib.error,
+    EOFError,
+    ValueError,
+    RuntimeError,  # what zipfile raises for encryption and unknown compression
+)
+
+
+def ensure_corpus(folder: str | os.PathLike[str], timeout: float = TIMEOUT_SECONDS) -> None:
+    """Fetch or build a known corpus that is not there yet.
+
+    Does nothing if the folder holds train.txt, valid.txt and test.txt, or if its path does not
+    end in ``data/NAME`` with the name of a known corpus (or ``demo``, which is built on the
+    spot). Of several processes that start together one does the work and the others wait.
+
+    Args:
+        folder: the folder that is to hold the three texts.
+        timeout: seconds that a server may stay silent.
+
+    Raises:
+        DataError: the corpus cannot be fetched or built; the folder is as it was before.
+    """
+    folder = Path(folder)
+    path = folder.absolute()
+    if path.parent.name != "data" or path.is_file() or _is_complete(path):
+        return
+    if path.name == "demo":
+        _fill_folder(folder, build_demo)
+    elif path.name in KNOWN_CORPORA:
+        fetch_corpus(KNOWN_CORPORA[path.name], folder, timeout)
+
+
+def fetch_corpus(
+    source: CorpusSource, folder: str | os.PathLike[str], timeout: float = TIMEOUT_SECONDS
+) -> None:
+    """Download a corpus from the first mirror that has it, verify it, and put it in place.
+
+    Args:
+        source: where it can be had, and its checksums.
+        folder: where train.txt, valid.txt and test.txt shall be; created if need be.
+        timeout: seconds that a server may stay silent.
+
+    Raises:
+        DataError: every mirror failed (the message names each with its cause), the disk cannot
+            be written, or the folder already holds a text of another content. The folder is as
+            it was before.
+    """
+    folder = Path(folder)
+    _fill_folder(folder, partial(_fetch_texts, source, folder, timeout))
+
+
+class _MirrorError(Exception):
+    """A mirror that does not deliver; the message names the URL and the cause."""
+
+
+def _fill_folder(folder: Path, make_texts: Callable[[Path], None]) -> None:
+    """Make the three texts in a folder aside, then put those in place that are missing."""
+    try:
+        with _only_process(folder), _workplace(folder) as work:
+            if not _is_complete(folder):
+                make_texts(work)
+                _put_in_place(work, folder)
+    except OSError as error:
+        raise DataError(f"{folder}: cannot be written ({error.strerror or error})") from error
+
+
+def _fetch_texts(source: CorpusSource, folder: Path, timeout: float, work: Path) -> None:
+    if importlib.util.find_spec("pooch") is None:
+        raise DataError(_by_hand(folder, "pooch"))
+    failures = []
+    for mirror in source.mirrors:
+        try:
+            _fetch_from(mirror, source, work, timeout)
+            return
+        except _MirrorError as error:
+            failures.append(str(error))
+    raise DataError(f"{folder}: cannot be downloaded: {'; '.join(failures)}")
+
+
+def _is_complete(folder: Path) -> bool:
+    try:
+        return all((folder / f"{split}.txt").exists() for split in SPLITS)
+    except OSError:  # a folder that cannot be entered
+        return False
+
+
+@contextmanager
+def _only_process(folder: Path) -> Iterator[None]:
+    """Hold a lock next to the folder."""
+    try:
+        from filelock import FileLock
+    except ImportError:
+        raise DataError(_by_hand(folder, "filelock")) from None
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    path = folder.parent / f".{folder.name}.lock"
+    with FileLock(path):
+        try:
+            yield
+        finally:
+            # A waiting process notices that the file is gone, and makes its own.
+            with suppress(OSError):
+                path.unlink()
+
+
+@contextmanager
+def _workplace(folder: Path) -> Iterator[Path]:
+    """A temporary folder next to the given one; needs the lock."""
+    for abandoned in folder.parent.glob(f".{folder.name}.*.tmp"):
+        shutil.rmtree(abandoned, ignore_errors=True)
+    work = folder.parent / f".{folder.name}.{os.getpid()}-{token_hex(4)}.tmp"
+    work.mkdir()
+    try:
+        yield work
+    finally:
+        shutil.rmtree(work, ignore_errors=True)
+
+
+def _put_in_place(work: Path, folder: Path) -> None:
+    missing = []
+    for split in SPLITS:
+        path = folder / f"{split}.txt"
+        if not path.exists():
+            missing.append(path)
+        elif _md5(path) != _md5(work / path.name):
+            raise DataError(f"{path}: already there with other content; move it out of the way")
+    folder.mkdir(exist_ok=True)
+    for path in missing:
+        # Copied rather than renamed, since the folder may be a link to another disk.
+        with (work / path.name).open("rb") as text, atomic_write(path) as file:
+            shutil.copyfileobj(text, file)
+
+
+def _fetch_from(mirror: Mirror, source: CorpusSource, work: Path, timeout: float) -> None:
+    if "{split}" in mirror.url:
+        for split in SPLITS:
+            url = mirror.url.format(split=split)
+            _download(url, work / f"{split}.txt", source.text_md5.get(split, ""), timeout)
+        return
+    archive = work / "archive"
+    _download(mirror.url, archive, mirror.md5, timeout)
+    try:
+        if source.heldout_bytes:
+            _extract(archive, mirror.member, work / "raw", source.raw_md5)
+            _write_bytes_as_words(work / "raw", work, source.heldout_bytes)
+        else:
+            for split in SPLITS:
+                member = mirror.member.format(split=split)
+                text_md5 = source.text_md5.get(split, "")
+                _extract(archive, member, work / f"{split}.txt", text_md5)
+    except KeyError as error:
+        raise _MirrorError(f"{mirror.url} (the archive has no {error.args[0]})") from None
+    except _BROKEN_ARCHIVE as error:
+        raise _MirrorError(f"{mirror.url} ({_one_line(error)})") from None
+
+
+def _download(url: str, path: Path, md5: str, timeout: float) -> None:
+    """Fetch one file and compare its checksum, if one is given."""
+    import pooch  # type: ignore[import-untyped]
+    import requests
+
+    on_terminal = sys.stderr.isatty() and importlib.util.find_spec("tqdm") is not None
+    print(f"downloading {url}", file=sys.stderr, flush=True)
+    fetch = pooch.HTTPDownloader(
+        progressbar=on_terminal,
+        chunk_size=1 << 16,
+        timeout=timeout,
+        # Some mirrors turn away the default names of download libraries.
+        headers={"User-Agent": "Mozilla/5.0 (compatible; awd-lstm-lm)"},
+    )
+    try:
+        fetch(url, str(path), None)
+    except requests.RequestException as error:
+        raise _MirrorError(f"{url} ({_cause(error, timeout)})") from None
+    if md5 and _md5(path) != md5:
+        raise _MirrorError(f"{url} (wrong checksum)")
+
+
+def _cause(error: Exception, timeout: float) -> str:
+    """In a few words, what the long message of the HTTP library says."""
+    text = str(error)
+    response = getattr(error, "response", None)
+    if response is not None:
+        return f"HTTP status {response.status_code}"
+    for sign, cause in (
+        ("timed out", f"no answer for {timeout:g} s"),
+        ("IncompleteRead", "cut short"),
+        ("resolve", "unknown host"),
+        ("refused", "connection refused"),
+    ):
+        if sign in text:
+            return cause
+    return _one_line(error)
+
+
+def _one_line(error: Exception) -> str:
+    return " ".join(str(error).split()) or type(error).__name__
+
+
+def _extract(archive: Path, member: str, path: Path, md5: str) -> None:
+    """Copy one member, asked for by its name, so that no archive chooses where to write.
+
+    Raises:
+        KeyError: there is no such member.
+        ValueError: the file is no archive, the member no file, or its checksum is wrong.
+    """
+    with path.open("wb") as file:
+        if zipfile.is_zipfile(archive):
+            with zipfile.ZipFile(archive) as bundle, bundle.open(member) as content:
+                shutil.copyfileobj(content, file)
+        elif tarfile.is_tarfile(archive):
+            with tarfile.open(archive) as bundle_:
+                found = bundle_.extractfile(bundle_.getmember(member))
+                if found is None:
+                    raise ValueError(f"{member} is not a file")
+                shutil.copyfileobj(found, file)
+        else:
+            raise ValueError("not an archive")
+    if md5 and _md5(path) != md5:
+        raise ValueError(f"wrong checksum of {member}")
+
+
+def _write_bytes_as_words(raw: Path, folder: Path, heldout_bytes: int) -> None:
+    """Cut a file into train, valid and test, each byte a word; newlines stay what they are."""
+    size = raw.stat().st_size
+    if size <= 2 * heldout_bytes:
+        raise ValueError(f"{size} bytes are too few")
+    ends = (size - 2 * heldout_bytes, size - heldout_bytes, size)
+    words = [str(byte) if byte != ord("\n") else "\n" for byte in range(256)]
+    with raw.open("rb") as source:
+        for split, end in zip(SPLITS, ends, strict=True):
+            with (folder / f"{split}.txt").open("w", encoding="ascii", newline="") as file:
+                separator = ""
+                while block := source.read(min(1 << 20, end - source.tell())):
+                    file.write(separator + " ".join([words[byte] for byte in block]))
+                    separator = " "
+
+
+def _md5(path: Path) -> str:
+    # Not a matter of security: these are the sums that the corpora are published with.
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, partial(hashlib.md5, usedforsecurity=False)).hexdigest()
+
+
+def _by_hand(folder: Path, package: str) -> str:
+    return (
+        f"{folder}: cannot be downloaded without the package {package}; pip install {package}, "
+        "or put train.txt, valid.txt and test.txt there"
+    )
