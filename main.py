@@ -244,10 +244,10 @@ def open_tracker(
         group=args.wandb_group,
         tags=None if args.wandb_tags is None else tuple(args.wandb_tags),
     )
-    try:
-        return Tracker(folder.folder, config, wandb, None if state is None else state["tracking"])
-    except ValueError as error:
-        raise RunError(str(error)) from None
+    if state is None:
+        return Tracker(folder.folder, config, wandb)
+    with damage_reported(Path(args.resume)):
+        return Tracker(folder.folder, config, wandb, state["tracking"])
 
 
 def print_plan(args: argparse.Namespace, model: RNNModel, corpus: Corpus) -> None:

@@ -21,6 +21,17 @@ from model import RNNModel
 
 MODEL_FORMAT = "awd-lstm model 1"
 TRAINING_FORMAT = "awd-lstm training state 1"
+TRAINING_PARTS: dict[str, type] = {
+    "flags": dict,
+    "fingerprint": str,
+    "model": dict,
+    "optimizer": dict,
+    "scheme": dict,
+    "hidden": list,
+    "position": dict,
+    "random": dict,
+    "tracking": dict,
+}
 
 
 def save_model(path: Path, model: RNNModel, vocabulary: Vocabulary, **details: Any) -> None:
@@ -77,7 +88,12 @@ def load_training_state(path: Path) -> dict[str, Any]:
     Raises:
         CheckpointError: no such file, or not a training state of this project.
     """
-    return _read(path, TRAINING_FORMAT)
+    state = _read(path, TRAINING_FORMAT)
+    with damage_reported(path):
+        for part, kind in TRAINING_PARTS.items():
+            if not isinstance(state[part], kind):
+                raise TypeError(f"its {part} is not a {kind.__name__}")
+    return state
 
 
 @contextmanager

@@ -197,7 +197,8 @@ class _WandbRun:
             function(*arguments)
         except (Exception, SystemExit) as error:  # whatever it is, training goes on
             self._broken = True
-            reason = str(error) or type(error).__name__
+            timed_out = isinstance(error, TimeoutError) and not str(error)
+            reason = "no answer in time" if timed_out else str(error) or type(error).__name__
             warn(f"Weights & Biases is off from here on, metrics.jsonl is not: {reason}")
 
     def start(self, folder: Path, config: dict[str, object], options: WandbOptions) -> None:

@@ -1,0 +1,201 @@
+"""Whatever a user can get wrong: one line, the right exit code, and nothing harmed."""
+
+import json
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+from conftest import ROOT, TINY, Result
+from test_checkpoint import bad_file
+
+Run = Callable[..., Result]
+
+OUT_OF_RANGE = [
+    "--emsize 0", "--emsize -3", "--emsize 2.5", "--emsize ten", "--nhid 0", "--nlayers 0",
+    "--model GRU", "--model QRNN", "--model nonsense",
+    "--dropout 1", "--dropout -0.1", "--dropout nan", "--dropouth 1.5", "--dropouti 1",
+    "--dropoute 1", "--wdrop 1", "--wdrop x", "--alpha -1", "--beta inf", "--wdecay -1e-9",
+    "--optimizer rmsprop", "--lr 0", "--lr -1", "--lr nan", "--lr inf", "--clip -1",
+    "--batch-size 0", "--batch_size 1.5", "--bptt 0", "--bptt-scheme random", "--epochs 0",
+    "--max-updates 0", "--nonmono -1", "--when 0", "--when one", "--seed -1",
+    "--seed 4294967296", "--device tpu", "--device cuda:99", "--device meta", "--device ''",
+    "--cuda", "--save nosuffix", "--resume auto", "--checkpoint-every 0",
+    "--checkpoint-minutes 0", "--eval-batch-size 0", "--test-batch-size 0", "--samples -1",
+    "--log-interval 0", "--wandb maybe", "--nosuchflag", "stray", "@nosuchrecipe.txt",
+]  # fmt: skip
+
+
+def only_line(result: Result, code: int) -> str:
+    """The one line on stderr, after the checks that every error has to pass."""
+    assert result.code == code, result
+    assert result.out == ""
+    assert result.err.startswith("error: ")
+    assert result.err.endswith("\n")
+    assert result.err.count("\n") == 1
+    return result.err.removeprefix("error: ").rstrip("\n")
+
+
+@pytest.mark.parametrize("flags", OUT_OF_RANGE)
+def test_flags_out_of_range(run: Run, tmp_path: Path, flags: str) -> None:
+    import shlex
+
+    argv = shlex.split(flags)
+    result = run("--data", tmp_path / "nowhere", *argv)
+    line = only_line(result, 2)
+    assert argv[0].lstrip("-@").replace("_", "-")[:8] in line.replace("_", "-")
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_recipe_that_is_not_text(run: Run, tmp_path: Path) -> None:
+    (tmp_path / "recipe").write_bytes(b"\xff\xfe\x00")
+    assert "recipe" in only_line(run(f"@{tmp_path / 'recipe'}"), 2)
+    (tmp_path / "recipe").write_text("--save 'PTB.pt")
+    assert "recipe" in only_line(run(f"@{tmp_path / 'recipe'}"), 2)
+
+
+BAD_TEXTS = {
+    "missing": None,
+    "empty": b"",
+    "binary": b"the cat\x00\x01\x02 sat\n",
+    "not UTF-8": "the caf\u00e9\n".encode("latin-1") * 9,
+    "one token": b"\n",
+    "shorter than the batch": b"a b\n",
+}
+
+
+@pytest.mark.parametrize("split", ["train", "valid", "test"])
+@pytest.mark.parametrize("kind", BAD_TEXTS)
+def test_texts(run: Run, corpus_folder: Path, tmp_path: Path, kind: str, split: str) -> None:
+    path = corpus_folder / f"{split}.txt"
+    content = BAD_TEXTS[kind]
+    if content is None:
+        path.unlink()
+    else:
+        path.write_bytes(content)
+    save = tmp_path / "run.pt"
+    result = run(*TINY, "--data", corpus_folder, "--save", save, "--test-batch-size", 3)
+    assert str(path) in only_line(result, 1)
+    assert not (tmp_path / "run").exists()
+
+
+def test_no_corpus(run: Run, tmp_path: Path) -> None:
+    flags = [*TINY, "--save", tmp_path / "run.pt"]
+    assert str(tmp_path / "nowhere") in only_line(run(*flags, "--data", tmp_path / "nowhere"), 1)
+    (tmp_path / "file").write_text("text\n")
+    assert str(tmp_path / "file") in only_line(run(*flags, "--data", tmp_path / "file"), 1)
+
+
+@pytest.mark.parametrize("where", ["missing/run.pt", "file/run.pt", "folder.pt"])
+def test_output_places(run: Run, corpus_folder: Path, tmp_path: Path, where: str) -> None:
+    (tmp_path / "file").write_text("mine")
+    (tmp_path / "folder.pt").mkdir()
+    result = run(*TINY, "--data", corpus_folder, "--save", tmp_path / where)
+    assert str((tmp_path / where).parent) in only_line(result, 1)
+    assert (tmp_path / "file").read_text() == "mine"
+    assert list((tmp_path / "folder.pt").iterdir()) == []
+
+
+@pytest.mark.skipif(not Path("/proc/self").exists(), reason="needs a folder that nobody can write")
+def test_unwritable_output(run: Run, corpus_folder: Path) -> None:
+    result = run(*TINY, "--data", corpus_folder, "--save", "/proc/run.pt")
+    assert "/proc/run: cannot write" in only_line(result, 1)
+
+
+def limited(kilobytes: int, *argv: object) -> subprocess.CompletedProcess:
+    """main.py in a process whose files cannot grow beyond a size, as on a full disk."""
+    code = (
+        "import resource, signal, sys, main\n"
+        "signal.signal(signal.SIGXFSZ, signal.SIG_IGN)\n"
+        f"resource.setrlimit(resource.RLIMIT_FSIZE, ({kilobytes} * 1024,) * 2)\n"
+        "sys.exit(main.main(sys.argv[1:]))"
+    )
+    command = [sys.executable, "-c", code, *map(str, argv)]
+    return subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+
+
+def test_full_disk(run: Run, corpus_folder: Path, tmp_path: Path) -> None:
+    flags = [*TINY, "--data", corpus_folder, "--save", tmp_path / "run.pt", "--resume", "auto"]
+    assert run(*flags, "--max-updates", 5).code == 0
+    before = {p: p.read_bytes() for p in [tmp_path / "run.pt", tmp_path / "run" / "last.pt"]}
+    result = limited(6, *flags, "--epochs", 2)
+    assert result.returncode == 1
+    assert result.stderr.splitlines()[-1].startswith(f"error: {tmp_path / 'run'}")
+    assert "cannot write" in result.stderr.splitlines()[-1]
+    assert "Traceback" not in result.stderr
+    assert {p: p.read_bytes() for p in before} == before
+    assert not list(tmp_path.rglob("*.tmp"))
+    assert run(*flags, "--epochs", 2).code == 0  # and with room again, it goes on
+
+
+@pytest.mark.parametrize(
+    "kind", ["missing", "empty", "truncated", "text", "malicious", "original", "foreign"]
+)
+def test_checkpoints(run: Run, tmp_path: Path, kind: str) -> None:
+    path = bad_file(kind, tmp_path)
+    before = path.read_bytes() if path.exists() else b""
+    line = only_line(run("--resume", path), 1)
+    assert str(path) in line
+    assert not (tmp_path / "ran").exists()
+    assert (path.read_bytes() if path.exists() else b"") == before
+
+
+def test_damaged_training_states(run: Run, corpus_folder: Path, tmp_path: Path) -> None:
+    flags = [*TINY, "--data", corpus_folder, "--save", tmp_path / "run.pt"]
+    assert run(*flags, "--max-updates", 5).code == 0
+    last = tmp_path / "run" / "last.pt"
+    state = torch.load(last, weights_only=True)
+    for key in state.keys() - {"format"}:
+        torch.save({name: value for name, value in state.items() if name != key}, last)
+        assert str(last) in only_line(run("--resume", last), 1)
+        torch.save({**state, key: 3}, last)
+        assert str(last) in only_line(run("--resume", last), 1)
+    torch.save(state, last)
+    (tmp_path / "run" / "metrics.jsonl").write_text("")
+    assert "metrics.jsonl" in only_line(run("--resume", last), 1)
+    (tmp_path / "run.pt").unlink()
+
+
+def test_best_model_missing_on_resume(run: Run, corpus_folder: Path, tmp_path: Path) -> None:
+    flags = [*TINY, "--data", corpus_folder, "--save", tmp_path / "run.pt"]
+    assert run(*flags, "--epochs", 1).code == 0
+    (tmp_path / "run.pt").unlink()
+    line = only_line(run("--resume", tmp_path / "run" / "last.pt"), 1)
+    assert line.startswith(f"{tmp_path / 'run.pt'}: no such file")
+
+
+def test_divergence(run: Run, corpus_folder: Path, tmp_path: Path) -> None:
+    flags = [*TINY, "--data", corpus_folder, "--save", tmp_path / "run.pt"]
+    assert run(*flags, "--epochs", 1).code == 0
+    model, last = tmp_path / "run.pt", tmp_path / "run" / "last.pt"
+    state = torch.load(last, weights_only=True)
+    update = state["position"]["update"]
+    # The second column of a state that explodes in the next update.
+    state["hidden"][0][0][0, 1] = float("nan")
+    torch.save(state, last)
+    before = model.read_bytes(), last.read_bytes()
+    result = run("--resume", last, "--epochs", 9, "--checkpoint-every", 1)
+    assert result.code == 1
+    assert result.err.splitlines()[-1] == (
+        f"error: loss is nan at update {update + 1} (epoch 2, lr 2): training stopped"
+    )
+    assert (model.read_bytes(), last.read_bytes()) == before
+    events = (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()
+    assert all(json.loads(line)["loss"] is not None for line in events)
+    summary = json.loads((tmp_path / "run" / "summary.json").read_text())
+    assert summary["diverged"] is True
+    assert summary["test_ppl"] is None
+
+
+@pytest.mark.parametrize("clip", [0, 0.25])
+def test_divergence_by_learning_rate(
+    run: Run, corpus_folder: Path, tmp_path: Path, clip: float
+) -> None:
+    flags = [*TINY, "--data", corpus_folder, "--save", tmp_path / "run.pt", "--epochs", 50]
+    result = run(*flags, "--lr", 1e38, "--clip", clip)
+    assert result.code == 1
+    assert "not" not in result.err or "Traceback" not in result.err
+    assert " at update " in result.err.splitlines()[-1]
+    assert not (tmp_path / "run.pt").exists()
