@@ -150,213 +150,121 @@ def training_parser() -> Parser:
     return parser
 
 
-def _flag(group: Any, name: str, **keywords: Any) -> None:
-    names = [name]
-    if "_" in name or "-" in name.lstrip("-"):
-        other = name.lstrip("-")
-        other = other.replace("-", "_") if "-" in other else other.replace("_", "-")
-        names.append(f"--{other}")
-    if keywords.get("action") not in ("store_true", _CudaFlag):
-        keywords.setdefault("metavar", "N" if keywords.get("type") in _WHOLE else "X")
-    group.add_argument(*names, **keywords)
+def _flag(
+    group: Any, name: str, default: Any, help: str, type: Any = str, metavar: str = "N", **more: Any
+) -> None:
+    """Declare a flag that takes a value, under both spellings."""
+    names = dict.fromkeys(
+        [name, "--" + name[2:].replace("_", "-"), "--" + name[2:].replace("-", "_")]
+    )
+    group.add_argument(*names, default=default, help=help, type=type, metavar=metavar, **more)
 
 
-_WHOLE = (positive_int, natural, seed_value, epoch_number)
+def _choice(group: Any, name: str, choices: list[str], help: str) -> None:
+    """Declare a flag that takes one of a few words, the first by default."""
+    _flag(group, name, choices[0], help, metavar="|".join(choices), choices=choices)
+
+
+def _switch(group: Any, name: str, help: str) -> None:
+    """Declare a flag without a value."""
+    names = dict.fromkeys([name, "--" + name[2:].replace("-", "_")])
+    group.add_argument(*names, action="store_true", help=help)
 
 
 def _add_corpus(parser: Parser) -> None:
     group = parser.add_argument_group("corpus")
-    _flag(
-        group,
-        "--data",
-        default="data/penn",
-        metavar="FOLDER",
-        help="folder with train.txt, valid.txt and test.txt; data/penn, data/wikitext-2, "
+    what = (
+        "folder with train.txt, valid.txt and test.txt; data/penn, data/wikitext-2, "
         "data/wikitext-103, data/pennchar and data/enwik8 are downloaded where they are missing, "
-        "data/demo is made on the spot",
+        "data/demo is made on the spot"
     )
+    _flag(group, "--data", "data/penn", what, metavar="FOLDER")
 
 
 def _add_model(parser: Parser) -> None:
     group = parser.add_argument_group("model")
-    _flag(group, "--model", type=model_name, default="LSTM", metavar="LSTM", help="kind of layer")
-    _flag(group, "--emsize", type=positive_int, default=400, help="width of the embedding, units")
-    _flag(group, "--nhid", type=positive_int, default=1150, help="units of each hidden layer")
-    _flag(group, "--nlayers", type=positive_int, default=3, help="number of layers")
-    _flag(
-        group,
-        "--untied",
-        action="store_true",
-        help="give the decoder a matrix of its own; the last layer then has --nhid units",
-    )
+    _flag(group, "--model", "LSTM", "kind of layer", model_name, "LSTM")
+    _flag(group, "--emsize", 400, "width of the embedding, units", positive_int)
+    _flag(group, "--nhid", 1150, "units of each hidden layer", positive_int)
+    _flag(group, "--nlayers", 3, "number of layers", positive_int)
+    what = "give the decoder a matrix of its own; the last layer then has --nhid units"
+    _switch(group, "--untied", what)
 
 
 def _add_regularisation(parser: Parser) -> None:
     group = parser.add_argument_group("regularisers (0 switches one off)")
-    rate = dict(type=probability, metavar="P")
-    _flag(group, "--dropout", default=0.4, help="locked dropout, last layer's output", **rate)
-    _flag(group, "--dropouth", default=0.3, help="locked dropout between layers", **rate)
-    _flag(group, "--dropouti", default=0.65, help="locked dropout on embedded words", **rate)
-    _flag(group, "--dropoute", default=0.1, help="embedding dropout: whole words", **rate)
-    _flag(group, "--wdrop", default=0.5, help="weight drop on hidden-to-hidden weights", **rate)
-    _flag(group, "--alpha", type=non_negative, default=2.0, help="AR, weight of mean(h**2)")
-    _flag(group, "--beta", type=non_negative, default=1.0, help="TAR, weight of mean((h' - h)**2)")
-    _flag(group, "--wdecay", type=non_negative, default=1.2e-6, help="weight decay")
+    _flag(group, "--dropout", 0.4, "locked dropout, last layer's output", probability, "P")
+    _flag(group, "--dropouth", 0.3, "locked dropout between layers", probability, "P")
+    _flag(group, "--dropouti", 0.65, "locked dropout on embedded words", probability, "P")
+    _flag(group, "--dropoute", 0.1, "embedding dropout: whole words", probability, "P")
+    _flag(group, "--wdrop", 0.5, "weight drop on hidden-to-hidden weights", probability, "P")
+    _flag(group, "--alpha", 2.0, "AR, weight of mean(h**2)", non_negative, "X")
+    _flag(group, "--beta", 1.0, "TAR, weight of mean((h[t+1] - h[t])**2)", non_negative, "X")
+    _flag(group, "--wdecay", 1.2e-6, "weight decay", non_negative, "X")
 
 
 def _add_optimisation(parser: Parser) -> None:
     group = parser.add_argument_group("optimisation")
-    _flag(
-        group,
-        "--optimizer",
-        choices=["sgd", "adam"],
-        default="sgd",
-        metavar="sgd|adam",
-        help="sgd means NT-ASGD",
-    )
-    _flag(group, "--lr", type=positive, default=30.0, help="learning rate, for --bptt steps")
-    _flag(
-        group,
-        "--clip",
-        type=non_negative,
-        default=0.25,
-        help="largest global norm of the gradient; 0: no clipping",
-    )
-    _flag(group, "--batch_size", type=positive_int, default=80, help="columns of text per update")
-    _flag(group, "--bptt", type=positive_int, default=70, help="time steps per update")
-    _flag(
-        group,
-        "--bptt-scheme",
-        choices=["variable", "fixed"],
-        default="variable",
-        metavar="variable|fixed",
-        help="windows of random length around --bptt, or of just --bptt",
-    )
-    _flag(group, "--epochs", type=positive_int, default=8000, help="epochs at most")
-    _flag(
-        group,
-        "--max-updates",
-        type=positive_int,
-        default=None,
-        help="stop training after N updates in all, then validate and test",
-    )
-    _flag(
-        group,
-        "--nonmono",
-        type=natural,
-        default=5,
-        help="NT-ASGD: epochs without a better validation that are forgiven",
-    )
-    _flag(group, "--no-asgd", action="store_true", help="never start averaging")
-    _flag(
-        group,
-        "--when",
-        nargs="+",
-        type=epoch_number,
-        default=[-1],
-        metavar="EPOCH",
-        help="epochs at whose end the learning rate is divided by 10; -1: never",
-    )
-    _flag(group, "--seed", type=seed_value, default=1111, help="of all random draws")
+    _choice(group, "--optimizer", ["sgd", "adam"], "sgd means NT-ASGD")
+    _flag(group, "--lr", 30.0, "learning rate of an update of --bptt steps", positive, "X")
+    what = "largest global norm of the gradient; 0: no clipping"
+    _flag(group, "--clip", 0.25, what, non_negative, "X")
+    _flag(group, "--batch_size", 80, "columns of text per update", positive_int)
+    _flag(group, "--bptt", 70, "time steps per update", positive_int)
+    what = "windows of random length around --bptt, or of just --bptt"
+    _choice(group, "--bptt-scheme", ["variable", "fixed"], what)
+    _flag(group, "--epochs", 8000, "epochs at most", positive_int)
+    what = "stop training after N updates in all, then validate and test"
+    _flag(group, "--max-updates", None, what, positive_int)
+    what = "NT-ASGD: epochs without a better validation that are forgiven"
+    _flag(group, "--nonmono", 5, what, natural)
+    _switch(group, "--no-asgd", "never start averaging")
+    what = "epochs at whose end the learning rate is divided by 10; -1: never"
+    _flag(group, "--when", [-1], what, epoch_number, "EPOCH", nargs="+")
+    _flag(group, "--seed", 1111, "of all random draws", seed_value)
 
 
 def _add_run(parser: Parser) -> None:
     group = parser.add_argument_group("run")
-    _flag(
-        group,
-        "--device",
-        default="auto",
-        metavar="auto|cpu|cuda[:N]",
-        help="where to compute; auto: the first GPU, if there is one",
+    what = "where to compute; auto: the first GPU, if there is one"
+    _flag(group, "--device", "auto", what, metavar="auto|cpu|cuda[:N]")
+    group.add_argument("--cuda", action=_CudaFlag, nargs=0, help=argparse.SUPPRESS)
+    what = (
+        "the best model; the rest of the run goes into a folder of this name without its suffix; "
+        "an earlier run there is kept as NAME.1 (a name made of the time, if not given)"
     )
-    _flag(group, "--cuda", action=_CudaFlag, nargs=0, help=argparse.SUPPRESS)
-    _flag(
-        group,
-        "--save",
-        type=save_path,
-        default=None,
-        metavar="FILE",
-        help="the best model; the rest of the run goes into a folder of this name without its "
-        "suffix; an earlier run there is kept as NAME.1 (default: a name made of the time)",
+    _flag(group, "--save", None, what, save_path, "FILE")
+    what = (
+        "continue a run exactly; auto: the one at --save if it is there, else start; PATH: a "
+        "run's last.pt, folder or best model. Flags not given are the run's own"
     )
-    _flag(
-        group,
-        "--resume",
-        default=None,
-        metavar="auto|PATH",
-        help="continue a run exactly; auto: the one at --save if it is there, else start; PATH: "
-        "a run's last.pt, folder or best model. Flags not given are the run's own",
-    )
-    _flag(
-        group,
-        "--checkpoint-every",
-        type=positive_int,
-        default=None,
-        help="updates between checkpoints, besides those at each epoch's end",
-    )
-    _flag(
-        group,
-        "--checkpoint-minutes",
-        type=positive,
-        default=10.0,
-        help="at most so many minutes between checkpoints",
-    )
-    _flag(
-        group,
-        "--dry-run",
-        action="store_true",
-        help="print parameters, updates per epoch and an estimate of the memory, then exit",
-    )
+    _flag(group, "--resume", None, what, metavar="auto|PATH")
+    what = "updates between checkpoints, besides those at each epoch's end"
+    _flag(group, "--checkpoint-every", None, what, positive_int)
+    what = "at most so many minutes between checkpoints"
+    _flag(group, "--checkpoint-minutes", 10.0, what, positive, "X")
+    what = "print parameters, updates per epoch and an estimate of the memory, then exit"
+    _switch(group, "--dry-run", what)
 
 
 def _add_evaluation(parser: Parser) -> None:
     group = parser.add_argument_group("evaluation")
-    _flag(
-        group,
-        "--eval-batch-size",
-        type=positive_int,
-        default=10,
-        help="stretches that the validation text is read in, side by side",
-    )
-    _flag(
-        group, "--test-batch-size", type=positive_int, default=1, help="the same for the test text"
-    )
-    _flag(
-        group,
-        "--bigram",
-        action="store_true",
-        help="also print the test perplexity of an interpolated bigram model",
-    )
-    _flag(group, "--samples", type=natural, default=0, help="sentences to let the model write last")
+    what = "stretches that the validation text is read in, side by side"
+    _flag(group, "--eval-batch-size", 10, what, positive_int)
+    _flag(group, "--test-batch-size", 1, "the same for the test text", positive_int)
+    what = "also print the test perplexity of an interpolated bigram model"
+    _switch(group, "--bigram", what)
+    _flag(group, "--samples", 0, "sentences to let the model write last", natural)
 
 
 def _add_logging(parser: Parser) -> None:
-    group = parser.add_argument_group("logging")
-    _flag(group, "--log-interval", type=positive_int, default=200, help="updates between log lines")
-    _flag(
-        group,
-        "--wandb",
-        choices=["online", "offline", "disabled"],
-        default="disabled",
-        metavar="online|offline|disabled",
-        help="Weights & Biases",
-    )
-    for name, what in dict(project="project", name="the run's name", group="group").items():
-        _flag(
-            group,
-            f"--wandb-{name}",
-            default=None,
-            metavar="NAME",
-            help=f"W&B: {what} (default: from the WANDB_* variables)",
-        )
-    _flag(
-        group,
-        "--wandb-tags",
-        nargs="+",
-        default=None,
-        metavar="TAG",
-        help="W&B: tags (default: from the WANDB_* variables)",
-    )
+    group = parser.add_argument_group("logging (WANDB_* variables fill in what is not given)")
+    _flag(group, "--log-interval", 200, "updates between log lines", positive_int)
+    _choice(group, "--wandb", ["disabled", "offline", "online"], "Weights & Biases")
+    _flag(group, "--wandb-project", None, "W&B: project", metavar="NAME")
+    _flag(group, "--wandb-name", None, "W&B: the run's name", metavar="NAME")
+    _flag(group, "--wandb-group", None, "W&B: group", metavar="NAME")
+    _flag(group, "--wandb-tags", None, "W&B: tags", metavar="TAG", nargs="+")
 
 
 # Parsing

@@ -60,6 +60,8 @@ def train_and_test(argv: Sequence[str]) -> None:
         config = dict(flags=flags, argv=list(argv), versions=versions(), git_commit=commit)
         folder.write_json("config.json", config)
         tracker = open_tracker(args, folder, dict(flags, git_commit=commit), state)
+        if tracker.wandb_url is not None:
+            print(f"W&B: {tracker.wandb_url}", file=sys.stderr)
         exit_code = 1
         try:
             trainer = Trainer(

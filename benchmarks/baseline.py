@@ -26,7 +26,8 @@ class BaselineModel(nn.Module):
         self.rnns = nn.ModuleList([nn.LSTM(sizes[i], sizes[i + 1]) for i in range(nlayers)])
         self.raw = nn.ParameterList()
         for rnn in self.rnns:
-            self.raw.append(nn.Parameter(rnn._parameters.pop("weight_hh_l0").detach()))
+            self.raw.append(rnn.weight_hh_l0)
+            del rnn.weight_hh_l0
         self.decoder = nn.Linear(ninp, ntoken)
         self.decoder.weight = self.encoder.weight
         nn.init.uniform_(self.encoder.weight, -0.1, 0.1)

@@ -85,8 +85,8 @@ def baseline(
     recipe: dict[str, Any], corpus: Corpus, device: torch.device, stack: ExitStack
 ) -> Update:
     """The straightforward implementation's update."""
-    sizes = [recipe[name] for name in ("ntoken", "ninp", "nhid", "nlayers")]
-    model = BaselineModel(*sizes, recipe["dropouts"]).to(device)
+    names = ("ntoken", "ninp", "nhid", "nlayers", "dropouts")
+    model = BaselineModel(**{name: recipe[name] for name in names}).to(device)
     step = BaselineStep(model, LR, CLIP, WDECAY)
     batch_size = recipe["batch_size"]
     rows = corpus.train[: len(corpus.train) // batch_size * batch_size]

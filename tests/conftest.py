@@ -2,11 +2,17 @@
 
 import os
 import random
+import shlex
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import NamedTuple
 
 import pytest
+
+# Tiny models gain nothing from a second thread, and lose much where the cores are shared. Before
+# torch is imported, and inherited by the programs that tests start.
+os.environ.setdefault("OMP_NUM_THREADS", "1")
+
 import torch
 
 import main
@@ -14,11 +20,11 @@ import main
 ROOT = Path(__file__).resolve().parent.parent
 REAL_DATA = Path(os.environ.get("AWD_DATA", ROOT.parent / "shared" / "data"))
 
-TINY = (
+TINY = shlex.split(
     "--emsize 6 --nhid 8 --nlayers 2 --batch-size 4 --bptt 10 --lr 2 --eval-batch-size 3 "
     "--dropout 0.2 --dropouth 0.15 --dropouti 0.2 --dropoute 0.05 --wdrop 0.3 --seed 7 "
     "--log-interval 3 --device cpu"
-).split()
+)
 
 
 class Result(NamedTuple):

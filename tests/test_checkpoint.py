@@ -3,6 +3,7 @@
 import os
 import pickle
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -16,8 +17,8 @@ from model import RNNModel
 WORDS = Vocabulary(["the", "naïve", "<unk>", "<eos>"])
 
 
-def small_model(**changes: object) -> RNNModel:
-    keywords = dict(
+def small_model(**changes: Any) -> RNNModel:
+    keywords: dict[str, Any] = dict(
         rnn_type="LSTM", ntoken=4, ninp=3, nhid=5, nlayers=2, wdrop=0.5, tie_weights=True
     )
     return RNNModel(**{**keywords, **changes})
@@ -60,7 +61,7 @@ def test_failed_write_leaves_the_old_file(tmp_path: Path, monkeypatch: pytest.Mo
     with pytest.raises(CheckpointError, match=r"m\.pt: cannot write: No space left on device"):
         save_model(path, small_model(), WORDS)
     assert path.read_bytes() == before
-    assert os.listdir(tmp_path) == ["m.pt"]
+    assert list(tmp_path.iterdir()) == [path]
 
 
 class _Malice:
@@ -149,7 +150,7 @@ def test_what_is_not_a_model_is_refused(tmp_path: Path, kind: str) -> None:
 
 @pytest.mark.parametrize("kind", ["empty", "truncated", "text", "malicious", "original"])
 def test_training_states_are_read_as_carefully(tmp_path: Path, kind: str) -> None:
-    with pytest.raises(CheckpointError, match="refused|truncated"):
+    with pytest.raises(CheckpointError, match=r"refused|truncated"):
         load_training_state(bad_file(kind, tmp_path))
     assert not (tmp_path / "ran").exists()
 

@@ -2,6 +2,7 @@
 
 import argparse
 import json
+import os
 import re
 import shlex
 import subprocess
@@ -222,30 +223,26 @@ def test_same_seed_same_run_and_another_seed_another(
     assert results[0] == results[1] != results[2]
 
 
-@pytest.mark.skipif(not REAL_DATA.is_dir(), reason=f"no corpora in {REAL_DATA}")
-@pytest.mark.parametrize("command", WORD_LEVEL)
-def test_commands_of_the_original_run(command: str, tmp_path: Path) -> None:
-    """As they stand, cut short, on the real corpora (a small model: these are two cores)."""
-    (tmp_path / "data").symlink_to(REAL_DATA)
-    size = "--max-updates 2 --emsize 16 --nhid 16 --device cpu --test-batch-size 50"
-    result = subprocess.run(
-        [sys.executable, str(ROOT / "main.py"), *command.split(), *size.split()],
-        cwd=tmp_path,
-        capture_output=True,
-        text=True,
-        timeout=300,
-    )
-    assert result.returncode == 0, result.stderr
-    assert result.stdout.splitlines()[-1].startswith("| End of training | test loss")
+SMALL = ["--emsize", "16", "--nhid", "16", "--device", "cpu", "--test-batch-size", "50"]
 
 
-@pytest.mark.slow
 @pytest.mark.skipif(not REAL_DATA.is_dir(), reason=f"no corpora in {REAL_DATA}")
-@pytest.mark.parametrize("command", WORD_LEVEL)
-def test_commands_of_the_original_run_at_full_size(command: str, tmp_path: Path) -> None:
-    (tmp_path / "data").symlink_to(REAL_DATA)
-    argv = [sys.executable, str(ROOT / "main.py"), *command.split(), "--max-updates", "2"]
-    result = subprocess.run(argv, cwd=tmp_path, capture_output=True, text=True)
+@pytest.mark.parametrize(
+    ("command", "size"),
+    [
+        (WORD_LEVEL[0], SMALL),
+        pytest.param(WORD_LEVEL[1], SMALL, marks=pytest.mark.slow),
+        pytest.param(WORD_LEVEL[0], [], marks=pytest.mark.slow),
+        pytest.param(WORD_LEVEL[1], [], marks=pytest.mark.slow),
+    ],
+    ids=["penn, small", "wikitext-2, small", "penn", "wikitext-2"],
+)
+def test_commands_of_the_original_run(command: str, size: list[str], tmp_path: Path) -> None:
+    """As they stand, cut short, on the real corpora."""
+    (tmp_path / "data").symlink_to(REAL_DATA.resolve())
+    argv = [sys.executable, str(ROOT / "main.py"), *command.split(), *size, "--max-updates", "2"]
+    environment = {**os.environ, "OMP_NUM_THREADS": str(os.cpu_count() if not size else 1)}
+    result = subprocess.run(argv, cwd=tmp_path, env=environment, capture_output=True, text=True)
     assert result.returncode == 0, result.stderr
     assert result.stdout.splitlines()[-1].startswith("| End of training | test loss")
 

@@ -2,6 +2,7 @@
 
 import math
 from collections import Counter
+from itertools import pairwise
 
 import numpy as np
 import pytest
@@ -30,7 +31,7 @@ def loss_by_tokens(model: RNNModel, ids: Tensor, batch_size: int) -> float:
     predictions = len(ids) - 1
     bounds = np.cumsum([0] + [len(a) for a in np.array_split(np.arange(predictions), batch_size)])
     total = 0.0
-    for begin, end in zip(bounds, bounds[1:], strict=False):
+    for begin, end in pairwise(bounds):
         hidden = model.init_hidden(1)
         for n in range(begin, end):
             output, hidden = model(ids[n].long().reshape(1, 1), hidden)
@@ -94,7 +95,8 @@ def test_bigram_model_against_counting() -> None:
     draw = np.random.default_rng(2)
     train, valid, test = (draw.integers(0, 6, n).astype(np.int32) for n in (200, 60, 50))
     train[train == 5] = 4  # word 5 is never seen in training
-    single, pairs, follows = Counter(train), Counter(zip(train, train[1:], strict=False)), Counter()
+    single, pairs = Counter(train), Counter(pairwise(train))
+    follows: Counter[int] = Counter()
     for v in train[:-1]:
         follows[v] += 1
 
@@ -106,12 +108,12 @@ def test_bigram_model_against_counting() -> None:
     weights = [1 / 3] * 3
     for _ in range(50):
         sums = [0.0] * 3
-        for v, w in zip(valid, valid[1:], strict=False):
+        for v, w in pairwise(valid):
             shares = [a * p for a, p in zip(weights, parts(v, w), strict=True)]
             sums = [s + share / sum(shares) for s, share in zip(sums, shares, strict=True)]
         weights = [s / sum(sums) for s in sums]
     total = 0.0
-    for v, w in zip(test, test[1:], strict=False):
+    for v, w in pairwise(test):
         total -= math.log(sum(a * p for a, p in zip(weights, parts(v, w), strict=True)))
     assert bigram_loss(train, valid, test, 6) == pytest.approx(total / 49, rel=1e-9)
 

@@ -42,7 +42,8 @@ def test_trigger_is_the_formula_of_the_paper() -> None:
     for nonmono in (0, 1, 2, 5):
         for _ in range(50):
             losses = torch.rand(12, generator=generator).tolist()
-            expected, logs = None, []
+            expected: int | None = None
+            logs: list[float] = []
             for epoch, valid in enumerate(losses, 1):
                 earlier = logs[: len(logs) - nonmono] if len(logs) > nonmono else []
                 if earlier and valid > min(earlier):

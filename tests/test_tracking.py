@@ -10,14 +10,16 @@ import subprocess
 import sys
 import termios
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
+from conftest import TINY
 
 from engine import tracking
-from engine.tracking import MetricsFile, Progress, Tracker, WandbOptions, warn
+from engine.metrics_file import MetricsFile
+from engine.tracking import Progress, Tracker, WandbOptions, warn
 
 ROOT = Path(__file__).resolve().parents[1]
 DISABLED = WandbOptions()
@@ -593,3 +595,34 @@ def test_a_call_that_hangs_is_left_behind() -> None:
     assert tracking._within(5.0, lambda: 3) == 3
     with pytest.raises(SystemExit):
         tracking._within(5.0, lambda: sys.exit(2))
+
+
+def test_main_with_wandb_from_start_to_resume(
+    wandb: Any, corpus_folder: Path, tmp_path: Path, run: Callable[..., Any]
+) -> None:
+    """The whole program, stopped once: one W&B run with everything in it, each event once."""
+    save = tmp_path / "run.pt"
+    flags = [*TINY, "--data", corpus_folder, "--save", save, "--epochs", 2, "--resume", "auto"]
+    flags += ["--wandb", "offline", "--wandb-project", "p", "--wandb-tags", "a", "b"]
+    first = run(*flags, "--max-updates", 8)
+    assert first.code == 0
+    assert "W&B: " in first.err
+    assert run(*flags).code == 0
+    folders = offline_folders(tmp_path / "run")
+    found = [record for path in folders for record in records(path)]
+    runs = [record["run"] for record in found if record["type"] == "run"]
+    assert len(runs) == 2
+    assert len({r["run_id"] for r in runs}) == 1
+    assert (runs[0]["project"], runs[0]["tags"]) == ("p", ["a", "b"])
+    assert runs[0]["config"]["update"]["nhid"] == 8
+    sent = [event for path in folders for event in events(path)]
+    # the first session's own end is in W&B, too
+    assert set(logged(tmp_path / "run")) <= set(sent)
+    assert len(sent) == len(set(sent))
+    summary: dict[str, Any] = {}
+    for record in found:
+        if record["type"] == "summary":
+            summary.update(record["summary"]["update"])
+    ours = json.loads((tmp_path / "run" / "summary.json").read_text())
+    assert summary["test_ppl"] == pytest.approx(ours["test_ppl"])
+    assert summary["best_valid_ppl"] == pytest.approx(ours["best_valid_ppl"])

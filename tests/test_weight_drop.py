@@ -1,6 +1,7 @@
 """WeightDrop against an LSTM written out per time step, in float64."""
 
 import copy
+from typing import Any
 
 import pytest
 import torch
@@ -24,7 +25,7 @@ def loop_lstm(x: Tensor, w_ih: Tensor, w_hh: Tensor, b_ih: Tensor, b_hh: Tensor)
 
 
 def test_one_mask_per_window_and_gradient_through_kept_weights_only(device: torch.device) -> None:
-    lstm = nn.LSTM(3, 4).double().to(device)
+    lstm: Any = nn.LSTM(3, 4).double().to(device)
     dropped = WeightDrop(copy.deepcopy(lstm), ["weight_hh_l0"], dropout=0.4)
     x = torch.randn(5, 2, 3, dtype=torch.float64, device=device)
 
@@ -42,7 +43,7 @@ def test_one_mask_per_window_and_gradient_through_kept_weights_only(device: torc
     expected.square().sum().backward()
 
     torch.testing.assert_close(output, expected)
-    raw = dropped.module.weight_hh_l0_raw
+    raw: Any = dropped.module.weight_hh_l0_raw
     torch.testing.assert_close(raw.grad, lstm.weight_hh_l0.grad)
     assert (raw.grad[mask == 0] == 0).all()
     torch.testing.assert_close(dropped.module.weight_ih_l0.grad, lstm.weight_ih_l0.grad)
@@ -73,7 +74,7 @@ def test_first_step_does_not_see_the_mask_and_each_call_draws_anew() -> None:
 
 def test_rate_and_scale() -> None:
     linear = WeightDrop(nn.Linear(300, 300, bias=False), ["weight"], dropout=0.3)
-    nn.init.ones_(linear.module.weight_raw)
+    nn.init.ones_(linear.get_parameter("module.weight_raw"))
     weight = linear(torch.eye(300))
     assert abs((weight == 0).float().mean() - 0.3) < 0.01  # 5 standard deviations are 0.0076
     assert torch.allclose(weight[weight != 0], torch.tensor(1 / 0.7))
@@ -90,7 +91,7 @@ def test_variational_drops_rows_and_only_in_training() -> None:
 
 
 @pytest.mark.parametrize("kind", [nn.LSTM, nn.GRU, nn.RNN])
-def test_wraps_any_recurrent_module_as_a_black_box(kind: type[nn.RNNBase]) -> None:
+def test_wraps_any_recurrent_module_as_a_black_box(kind: Any) -> None:
     plain = kind(3, 4, num_layers=2, bidirectional=True)
     names = ["weight_hh_l0", "weight_hh_l1_reverse"]
     dropped = WeightDrop(copy.deepcopy(plain), names, dropout=0.5)
@@ -107,7 +108,9 @@ def test_state_dicts_of_the_original_load_and_copies_work() -> None:
     state = {name: torch.randn_like(value) for name, value in dropped.state_dict().items()}
     # The original registered the masked weight beside the raw one.
     dropped.load_state_dict({**state, "module.weight_hh_l0": torch.zeros(16, 4)})
-    assert torch.equal(dropped.module.weight_hh_l0_raw, state["module.weight_hh_l0_raw"])
+    assert torch.equal(
+        dropped.get_parameter("module.weight_hh_l0_raw"), state["module.weight_hh_l0_raw"]
+    )
     twin = copy.deepcopy(dropped).eval()
     x = torch.randn(2, 1, 3)
     assert torch.equal(twin(x)[0], dropped.eval()(x)[0])

@@ -1,0 +1,62 @@
+"""Every command in the README is one that the programs take."""
+
+import re
+import shlex
+from pathlib import Path
+
+import pytest
+from conftest import ROOT
+
+import cli
+
+README = (ROOT / "README.md").read_text()
+BLOCKS = re.findall(r"^```(?:sh|bash)\n(.*?)^```", README, re.MULTILINE | re.DOTALL)
+LINES = [line for block in BLOCKS for line in block.replace("\\\n", " ").splitlines()]
+COMMANDS = [
+    shlex.split(command, comments=True)
+    for line in LINES
+    for command in line.split("&&")
+    if command.split("#")[0].strip()
+]
+
+
+def described(command: list[str]) -> str:
+    return " ".join(command)[:60]
+
+
+@pytest.mark.parametrize(
+    "command", [c for c in COMMANDS if c[:2] == ["python", "main.py"]], ids=described
+)
+def test_training_commands_parse(command: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(ROOT)
+    if "--help" not in command:
+        cli.parse_training(command[2:])
+
+
+def test_all_commands_are_of_known_programs() -> None:
+    assert len(COMMANDS) > 5
+    for command in COMMANDS:
+        if command[0] == "python" and command[1] != "-m":
+            assert (ROOT / command[1]).is_file(), command
+        elif command[:2] == ["python", "-m"] and command[2] != "pytest":
+            assert (ROOT / command[2].replace(".", "/")).with_suffix(".py").is_file(), command
+
+
+def test_links_lead_somewhere() -> None:
+    for target in re.findall(r"\]\((?!https?:)([^)#]+)\)", README):
+        assert (ROOT / target).exists(), target
+
+
+def test_flags_that_are_mentioned_exist() -> None:
+    known = {name for action in cli.training_parser()._actions for name in action.option_strings}
+    others = {"--recipe", "--updates", "--output", "--json", "--nproc-per-node"}
+    for flag in set(re.findall(r"(?<![\w-])--[a-z][\w-]*", README)):
+        assert flag in known | others, flag
+
+
+def test_tree_names_what_is_there() -> None:
+    tree = next(b for b in re.findall(r"```text\n(.*?)```", README, re.DOTALL) if "main.py" in b)
+    for line in tree.splitlines():
+        assert (ROOT / line.split()[0]).exists(), line
+    listed = {Path(line.split()[0].rstrip("/")).name for line in tree.splitlines()}
+    assert {p.name for p in ROOT.glob("*.py")} <= listed
