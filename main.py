@@ -93,6 +93,7 @@ def run(args: argparse.Namespace, trainer: Trainer, tracker: Tracker) -> None:
     except DivergenceError:
         conclude(trainer, tracker, dict(summary, diverged=True))
         raise
+    trainer.interrupt.release()
     if trainer.interrupt.terminated:
         raise RunError(f"terminated; --resume {folder.last_path} goes on from here")
     if ended == "interrupted":

@@ -9,12 +9,14 @@ class Interrupt:
     """While this context is entered, signals are noted for the training loop to look at.
 
     SIGINT (Ctrl-C): the first is noted, the second raises KeyboardInterrupt. SIGTERM, which
-    clusters send before they take a machine away, is noted.
+    clusters send before they take a machine away, is noted. Once the loop has ended and `release`
+    was called, the next signal of either kind raises KeyboardInterrupt.
     """
 
     def __init__(self) -> None:
         self.requested = False
         self.terminated = False
+        self._released = False
         self._previous: dict[int, Any] = {}
 
     def __enter__(self) -> "Interrupt":
@@ -33,10 +35,16 @@ class Interrupt:
         for number, handler in self._previous.items():
             signal.signal(number, handler)
 
+    def release(self) -> None:
+        """There is nothing left that an early end would have to save."""
+        self._released = True
+
     def _on_interrupt(self, number: int, frame: FrameType | None) -> None:
-        if self.requested:
+        if self.requested or self._released:
             raise KeyboardInterrupt
         self.requested = True
 
     def _on_terminate(self, number: int, frame: FrameType | None) -> None:
+        if self._released:
+            raise KeyboardInterrupt
         self.requested = self.terminated = True

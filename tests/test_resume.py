@@ -239,12 +239,16 @@ def test_terminated_leaves_a_checkpoint(whole: Path, tmp_path: Path) -> None:
     assert step >= metrics(tmp_path / "run")[-1]["step"]
 
 
-def test_control_c_twice_stops_at_once(whole: Path, tmp_path: Path) -> None:
-    # A test text that takes long, so that the second Ctrl-C comes while it is read.
-    corpus = write_corpus(tmp_path / "corpus")
-    test = (corpus / "test.txt").read_text()
-    (corpus / "test.txt").write_text(test * 3000)
-    process = spawn(tmp_path / "run.pt", corpus, "--test-batch-size", "1")
+@pytest.fixture
+def long_test(tmp_path: Path) -> Path:
+    """A corpus whose test text takes long, so that a signal comes while it is read."""
+    corpus = write_corpus(tmp_path / "long")
+    (corpus / "test.txt").write_text((corpus / "test.txt").read_text() * 3000)
+    return corpus
+
+
+def test_control_c_twice_stops_at_once(long_test: Path, tmp_path: Path) -> None:
+    process = spawn(tmp_path / "run.pt", long_test)
     wait_for(tmp_path / "run" / "metrics.jsonl", process, '"valid"')
     process.send_signal(signal.SIGINT)
     assert process.stdout is not None
@@ -252,6 +256,20 @@ def test_control_c_twice_stops_at_once(whole: Path, tmp_path: Path) -> None:
         if line.startswith("Exiting from training early"):
             break
     process.send_signal(signal.SIGINT)
+    out, err = process.communicate(timeout=20)
+    assert process.returncode == 1
+    assert err.splitlines()[-1] == "error: interrupted"
+    assert "End of training" not in out
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_once_is_enough_when_training_is_over(
+    long_test: Path, tmp_path: Path, number: signal.Signals
+) -> None:
+    process = spawn(tmp_path / "run.pt", long_test, "--epochs", "1")
+    wait_for(tmp_path / "run" / "last.pt", process)
+    time.sleep(0.3)
+    process.send_signal(number)
     out, err = process.communicate(timeout=20)
     assert process.returncode == 1
     assert err.splitlines()[-1] == "error: interrupted"
