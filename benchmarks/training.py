@@ -151,24 +151,35 @@ def measure(
 
 
 def memory_alone(recipe: str, path: str, device: str) -> int:
-    """Peak memory of one path in a process of its own, bytes, over five updates."""
-    command = [sys.executable, "-m", "benchmarks.training", "--recipe", recipe, "--updates", "5"]
+    """Peak memory of one path in a process of its own, bytes: the median of three processes."""
+    command = [sys.executable, "-m", "benchmarks.training", "--recipe", recipe, "--updates", "8"]
     command += ["--device", device, "--only", path]
-    result = subprocess.run(command, capture_output=True, text=True, check=True)
-    return int(json.loads(result.stdout)["peak_memory"])
+    peaks = []
+    for _ in range(3):
+        result = subprocess.run(command, capture_output=True, text=True, check=True)
+        peaks.append(int(json.loads(result.stdout)["peak_memory"]))
+    return int(statistics.median(peaks))
+
+
+def hardware_of(device: torch.device) -> str:
+    """What the numbers were measured on."""
+    if device.type == "cuda":
+        return torch.cuda.get_device_name(device)
+    information = Path("/proc/cpuinfo")
+    lines = information.read_text().splitlines() if information.exists() else []
+    names = [line.split(":")[1].strip() for line in lines if line.startswith("model name")]
+    return names[0] if names else platform.machine()
 
 
 def table(args: argparse.Namespace, results: dict[str, Any], device: torch.device) -> str:
     """The results in Markdown."""
-    hardware = platform.processor() or platform.machine()
-    if device.type == "cuda":
-        hardware = torch.cuda.get_device_name(device)
+    hardware = hardware_of(device)
     lines = [
         f"`python -m benchmarks.training {' '.join(sys.argv[1:])}`",
         "",
         f"{hardware}, {torch.get_num_threads()} threads, torch {torch.__version__}, float32; "
         f"medians over {args.updates} updates, the two paths in turn on the same windows; memory: "
-        "peak of each path in a process of its own.",
+        "peak of each path in a process of its own, median of three.",
         "",
         f"| {args.recipe} | tokens/s | ms/update | p90 | s/epoch | memory, MiB |",
         "|---|---:|---:|---:|---:|---:|",

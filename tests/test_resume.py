@@ -243,7 +243,7 @@ def test_terminated_leaves_a_checkpoint(whole: Path, tmp_path: Path) -> None:
 def long_test(tmp_path: Path) -> Path:
     """A corpus whose test text takes long, so that a signal comes while it is read."""
     corpus = write_corpus(tmp_path / "long")
-    (corpus / "test.txt").write_text((corpus / "test.txt").read_text() * 3000)
+    (corpus / "test.txt").write_text((corpus / "test.txt").read_text() * 12000)
     return corpus
 
 
