@@ -51,33 +51,29 @@ def train_and_test(argv: Sequence[str]) -> None:
         print_plan(args, model, corpus)
         return
     with RunFolder(args.save) as folder, Interrupt() as interrupt:
-        source = None if state is None else Path(args.resume).parent
-        best_epoch = None if state is None else state["position"]["best_epoch"]
-        if aside := folder.begin(source, best_epoch):
-            warn(f"the run that was in {folder.folder} is now in {aside}")
         flags = {name: value for name, value in vars(args).items() if name != "dry_run"}
+        trainer = Trainer(
+            model,
+            build_optimizer(args, model),
+            build_scheme(args),
+            corpus,
+            training_options(args),
+            folder,
+            interrupt,
+            identity=dict(flags=flags, fingerprint=corpus.fingerprint),
+        )
+        if state is not None:  # before any file is touched: the state may be damaged
+            with damage_reported(Path(args.resume)):
+                trainer.load_state_dict(state)
+        source = None if state is None else Path(args.resume).parent
+        if aside := folder.begin(source, trainer.at.best_epoch):
+            warn(f"the run that was in {folder.folder} is now in {aside}")
         commit = git_commit()
         config = dict(flags=flags, argv=list(argv), versions=versions(), git_commit=commit)
-        folder.write_json("config.json", config)
         tracker = open_tracker(args, folder, dict(flags, git_commit=commit), state)
-        if tracker.wandb_url is not None:
-            print(f"W&B: {tracker.wandb_url}", file=sys.stderr)
         exit_code = 1
         try:
-            trainer = Trainer(
-                model,
-                build_optimizer(args, model),
-                build_scheme(args),
-                corpus,
-                training_options(args),
-                folder,
-                tracker,
-                interrupt,
-                identity=dict(flags=flags, fingerprint=corpus.fingerprint),
-            )
-            if state is not None:
-                with damage_reported(Path(args.resume)):
-                    trainer.load_state_dict(state)
+            folder.write_json("config.json", config)
             run(args, trainer, tracker)
             exit_code = 0
         finally:
@@ -87,9 +83,18 @@ def train_and_test(argv: Sequence[str]) -> None:
 def run(args: argparse.Namespace, trainer: Trainer, tracker: Tracker) -> None:
     """Train, test the best model, and write down what came out."""
     device, folder = trainer.device, trainer.folder
-    summary: dict[str, Any] = dict(parameters=count_parameters(trainer.model))
+    parameters = count_parameters(trainer.model)
+    summary: dict[str, Any] = dict(parameters=parameters)
+    words = len(trainer.corpus.vocabulary)
+    if tracker.wandb_url is not None:
+        print(f"W&B: {tracker.wandb_url}", file=sys.stderr)
+    print(
+        f"| {folder.model_path} | {parameters:,} parameters | {words:,} words | {device} "
+        f"| from update {trainer.at.update}",
+        file=sys.stderr,
+    )
     try:
-        ended = trainer.train()
+        ended = trainer.train(tracker)
     except DivergenceError:
         conclude(trainer, tracker, dict(summary, diverged=True))
         raise

@@ -12,7 +12,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable
-from contextlib import ExitStack, closing
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
@@ -25,7 +25,6 @@ from data.corpus import Corpus, Vocabulary
 from engine.device import peak_memory, select_device
 from engine.interrupt import Interrupt
 from engine.run_folder import RunFolder
-from engine.tracking import Tracker, WandbOptions
 from engine.trainer import Trainer
 from engine.training_state import TrainingOptions
 from model import RNNModel
@@ -69,13 +68,12 @@ def ours(recipe: dict[str, Any], corpus: Corpus, device: torch.device, stack: Ex
     folder = stack.enter_context(
         RunFolder(Path(stack.enter_context(tempfile.TemporaryDirectory())) / "run.pt")
     )
-    tracker = stack.enter_context(closing(Tracker(folder.folder, {}, WandbOptions())))
     options = TrainingOptions(
         epochs=1, batch_size=recipe["batch_size"], bptt=recipe["bptt"], clip=CLIP, alpha=2, beta=1
     )
     trainer = Trainer(
         model, NTASGD(model.parameters(), LR, WDECAY), VariableWindows(recipe["bptt"], 1), corpus,
-        options, folder, tracker, Interrupt(), identity={},
+        options, folder, Interrupt(), identity={},
     )  # fmt: skip
     model.train()
     return lambda window: _timed(device, lambda: trainer.update(window))

@@ -38,7 +38,6 @@ class Trainer:
             model's device.
         options: see TrainingOptions.
         folder: where the best model and the checkpoints go.
-        tracker: where the numbers go.
         interrupt: asks for an early end.
         identity: plain values that a checkpoint carries along for the caller.
 
@@ -54,7 +53,6 @@ class Trainer:
         corpus: Corpus,
         options: TrainingOptions,
         folder: RunFolder,
-        tracker: Tracker,
         interrupt: Interrupt,
         identity: dict[str, Any],
     ) -> None:
@@ -64,8 +62,8 @@ class Trainer:
         self.corpus = corpus
         self.options = options
         self.folder = folder
-        self.tracker = tracker
         self.interrupt = interrupt
+        self.tracker: Tracker  # given to train
         self.identity = identity
         self.device = model.encoder.weight.device
         self.rows = batchify(corpus.train, options.batch_size).to(self.device)  # (N // B, B)
@@ -80,8 +78,11 @@ class Trainer:
 
     # The loop
 
-    def train(self) -> str:
+    def train(self, tracker: Tracker) -> str:
         """Train until the epochs or updates are done or an early end is asked for.
+
+        Args:
+            tracker: where the numbers go.
 
         Returns:
             "epochs", "updates" or "interrupted".
@@ -90,6 +91,7 @@ class Trainer:
             DivergenceError: something is not finite any more; the files stay as they were.
             CheckpointError: a checkpoint could not be written.
         """
+        self.tracker = tracker
         self._stopwatch = Stopwatch(self.at)
         self._last_checkpoint = time.monotonic()
         while self.at.epoch <= self.options.epochs:

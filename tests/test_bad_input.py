@@ -147,11 +147,14 @@ def test_damaged_training_states(run: Run, corpus_folder: Path, tmp_path: Path) 
     assert run(*flags, "--max-updates", 5).code == 0
     last = tmp_path / "run" / "last.pt"
     state = torch.load(last, weights_only=True)
+    files = [tmp_path / "run.pt", *(tmp_path / "run" / f for f in ("metrics.jsonl", "config.json"))]
+    before = [path.read_bytes() for path in files]
     for key in state.keys() - {"format"}:
         torch.save({name: value for name, value in state.items() if name != key}, last)
         assert str(last) in only_line(run("--resume", last), 1)
         torch.save({**state, key: 3}, last)
         assert str(last) in only_line(run("--resume", last), 1)
+        assert [path.read_bytes() for path in files] == before
     torch.save(state, last)
     (tmp_path / "run" / "metrics.jsonl").write_text("")
     assert "metrics.jsonl" in only_line(run("--resume", last), 1)

@@ -133,7 +133,7 @@ def build_trainer(
     ).double().to(device)  # fmt: skip
     folder = stack.enter_context(RunFolder(tmp_path / "run.pt"))
     tracker = stack.enter_context(closing(Tracker(folder.folder, {}, WandbOptions())))
-    return Trainer(
+    trainer = Trainer(
         model,
         NTASGD(model.parameters(), LR, setting.wdecay),
         FixedWindows(BPTT),
@@ -143,10 +143,11 @@ def build_trainer(
             beta=setting.beta,
         ),
         folder,
-        tracker,
         Interrupt(),
         identity={},
     )  # fmt: skip
+    trainer.tracker = tracker
+    return trainer
 
 
 def no(name: str) -> dict[str, Any]:
