@@ -260,7 +260,9 @@ class Progress:
                 if os.get_terminal_size(sys.stderr.fileno()).columns == 0:
                     columns = {"ncols": 80}  # not known; tqdm would show nothing
             # leave=False: what stays on the screen are the results, on stdout
-            self._bar = tqdm(desc=description, total=total, initial=initial, leave=False, **columns)
+            self._bar = tqdm(
+                desc=description, total=total, initial=initial, unit="step", leave=False, **columns
+            )
 
     def update(self, n: int = 1) -> None:
         """Count `n` more as done."""
@@ -273,14 +275,6 @@ class Progress:
             self._bar.set_postfix(postfix)
         else:
             print(line, file=sys.stderr, flush=True)
-
-    def write(self, line: str) -> None:
-        """Print a result to stdout, above the bar."""
-        if self._bar is not None:
-            self._bar.write(line, file=sys.stdout)
-            sys.stdout.flush()
-        else:
-            print(line, flush=True)
 
     def close(self) -> None:
         """Take the bar off the screen; twice does no harm."""
