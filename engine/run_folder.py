@@ -11,6 +11,8 @@ from typing import Any
 from data.files import atomic_write
 from engine.errors import RunError
 
+LOCK = ".lock"
+
 
 class RunFolder:
     """The files of one run, locked against a second process while this one lives.
@@ -34,9 +36,16 @@ class RunFolder:
             raise RunError(f"{self.model_path.parent}: no such folder (for --save {save})")
         if self.model_path.is_dir():
             raise RunError(f"{self.model_path}: is a folder, and --save names a file")
+        if self.folder.is_dir() and self._is_foreign():
+            raise RunError(f"{self.folder}: has files that are no run's; give --save another name")
         self._lock = self._acquire()
         for path in [*self.folder.glob(".*.tmp"), *self._model_leftovers()]:
             path.unlink(missing_ok=True)
+
+    def _is_foreign(self) -> bool:
+        """The folder is somebody's, and not an earlier run's."""
+        names = {path.name for path in self.folder.iterdir()} - {LOCK}
+        return bool(names) and not names & {"metrics.jsonl", "config.json", "last.pt"}
 
     def _model_leftovers(self) -> list[Path]:
         """Temporary files of a process that was killed while it wrote the best model."""
@@ -58,7 +67,7 @@ class RunFolder:
 
         try:
             self.folder.mkdir(exist_ok=True)
-            lock = filelock.FileLock(self.folder / ".lock", timeout=0)
+            lock = filelock.FileLock(self.folder / LOCK, timeout=0)
             lock.acquire()
         except filelock.Timeout:
             raise RunError(f"{self.folder}: another process is running there") from None
@@ -81,7 +90,7 @@ class RunFolder:
     def is_empty(self) -> bool:
         """No run has been here yet."""
         return not self.model_path.exists() and not any(
-            path.name != ".lock" for path in self.folder.iterdir()
+            path.name != LOCK for path in self.folder.iterdir()
         )
 
     def set_aside(self) -> Path:
@@ -91,15 +100,20 @@ class RunFolder:
             The folder it has now.
         """
         number = 1
-        while self._numbered(number).exists() or self._numbered(number, ".pt").exists():
+        suffix = self.model_path.suffix
+        while self._numbered(number).exists() or self._numbered(number, suffix).exists():
             number += 1
         aside = self._numbered(number)
         aside.mkdir()
         for path in self.folder.iterdir():
-            if path.name != ".lock":
+            if path.name != LOCK:
                 path.rename(aside / path.name)
-        if self.model_path.exists():
-            self.model_path.rename(self._numbered(number, ".pt"))
+        # The best model, and what --when kept of it: PTB.pt, PTB.pt.e25, …
+        name = glob.escape(self.model_path.name)
+        for path in [self.model_path, *self.model_path.parent.glob(f"{name}.e*")]:
+            if path.exists():
+                tail = path.name.removeprefix(self.folder.name)
+                path.rename(self._numbered(number, tail))
         return aside
 
     def _numbered(self, number: int, suffix: str = "") -> Path:

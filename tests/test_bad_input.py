@@ -98,6 +98,17 @@ def test_output_places(run: Run, corpus_folder: Path, tmp_path: Path, where: str
     assert list((tmp_path / "folder.pt").iterdir()) == []
 
 
+def test_a_folder_that_is_no_run_is_left_alone(
+    run: Run, corpus_folder: Path, tmp_path: Path
+) -> None:
+    """--save data.pt must not move data/ out of the way."""
+    before = {path: path.read_bytes() for path in corpus_folder.glob("*.txt")}
+    result = run(*TINY, "--data", corpus_folder, "--save", f"{corpus_folder}.pt")
+    assert f"{corpus_folder}: has files that are no run's" in only_line(result, 1)
+    assert {path: path.read_bytes() for path in corpus_folder.glob("*.txt")} == before
+    assert not (corpus_folder / ".lock").exists()
+
+
 @pytest.mark.skipif(not Path("/proc/self").exists(), reason="needs a folder that nobody can write")
 def test_unwritable_output(run: Run, corpus_folder: Path) -> None:
     result = run(*TINY, "--data", corpus_folder, "--save", "/proc/run.pt")

@@ -158,7 +158,6 @@ for epoch in (1, 2):
             progress.report("| interval |", loss="4.00")
         warn("careful,\\n  please")
     print("| result |", flush=True)
-    progress.close()
 """
 
 
