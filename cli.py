@@ -209,6 +209,8 @@ def _add_optimisation(parser: Parser) -> None:
     _flag(group, "--lr", 30.0, "learning rate of an update of --bptt steps", positive, "X")
     what = "largest global norm of the gradient; 0: no clipping"
     _flag(group, "--clip", 0.25, what, non_negative, "X")
+    what = "gradient filter in front of every layer; THRESHOLD 10, if none is given; 0: off"
+    _flag(group, "--grad-filter", 0.0, what, non_negative, "THRESHOLD", nargs="?", const=10.0)
     _flag(group, "--batch_size", 80, "columns of text per update", positive_int)
     _flag(group, "--bptt", 70, "time steps per update", positive_int)
     what = "windows of random length around --bptt, or of just --bptt"

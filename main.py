@@ -211,6 +211,7 @@ def build_model(args: argparse.Namespace, ntoken: int) -> RNNModel:
         args.dropoute,
         args.wdrop,
         tie_weights=not args.untied,
+        grad_filter=args.grad_filter,
     )
 
 

@@ -5,8 +5,9 @@ from typing import Any
 from torch import Tensor, nn
 
 from embed_regularize import embedded_dropout
+from gradient_filter import GradientFilter
 from locked_dropout import LockedDropout
-from weight_drop import WeightDrop
+from weight_drop import WeightDrop, lend_weights
 
 Hidden = list[tuple[Tensor, Tensor]]
 
@@ -31,6 +32,8 @@ class RNNModel(nn.Module):
         dropoute: embedding dropout (whole words).
         wdrop: weight drop on the hidden-to-hidden weights of every LSTM.
         tie_weights: decode with the embedding matrix.
+        grad_filter: threshold of a gradient filter in front of every LSTM, over its input and its
+            weights as the kernel sees them; 0: none.
 
     Raises:
         ValueError: an rnn_type other than "LSTM", a size below 1 or a dropout outside [0, 1).
@@ -49,6 +52,7 @@ class RNNModel(nn.Module):
         dropoute: float = 0.1,
         wdrop: float = 0,
         tie_weights: bool = False,
+        grad_filter: float = 0,
     ) -> None:
         super().__init__()
         if rnn_type != "LSTM":
@@ -71,6 +75,7 @@ class RNNModel(nn.Module):
         self.dropoute = dropoute
         self.wdrop = wdrop
         self.tie_weights = tie_weights
+        self.grad_filter = grad_filter
 
         self.lockdrop = LockedDropout()
         self.encoder = nn.Embedding(ntoken, ninp)
@@ -79,6 +84,9 @@ class RNNModel(nn.Module):
         if wdrop:
             rnns = [WeightDrop(rnn, ["weight_hh_l0"], dropout=wdrop) for rnn in rnns]
         self.rnns = nn.ModuleList(rnns)
+        self.filters = nn.ModuleList(
+            [GradientFilter(threshold=grad_filter) for _ in rnns] if grad_filter else []
+        )
         self.decoder = nn.Linear(sizes[-1], ntoken)
         if tie_weights:
             self.decoder.weight = self.encoder.weight
@@ -90,10 +98,15 @@ class RNNModel(nn.Module):
         last = self.ninp if self.tie_weights else self.nhid
         return [self.ninp] + [self.nhid] * (self.nlayers - 1) + [last]
 
+    @property
+    def gradient_filters(self) -> list[GradientFilter]:
+        """The gradient filters, one a layer; none where they are off."""
+        return [gate for gate in self.filters if isinstance(gate, GradientFilter)]
+
     def config(self) -> dict[str, Any]:
         """The keywords that build this model again, plain numbers and strings."""
         names = ["rnn_type", "ntoken", "ninp", "nhid", "nlayers", "dropout", "dropouth"]
-        names += ["dropouti", "dropoute", "wdrop", "tie_weights"]
+        names += ["dropouti", "dropoute", "wdrop", "tie_weights", "grad_filter"]
         return {name: getattr(self, name) for name in names}
 
     def init_weights(self) -> None:
@@ -128,7 +141,10 @@ class RNNModel(nn.Module):
         x = self.lockdrop(x, self.dropouti)
         new_hidden, raw_outputs, outputs = [], [], []
         for layer, rnn in enumerate(self.rnns):
-            x, state = rnn(x, hidden[layer])
+            if self.filters:
+                x, state = self._filtered(layer, x, hidden[layer])
+            else:
+                x, state = rnn(x, hidden[layer])
             new_hidden.append(state)
             raw_outputs.append(x)
             x = self.lockdrop(x, self.dropout if layer == self.nlayers - 1 else self.dropouth)
@@ -137,6 +153,17 @@ class RNNModel(nn.Module):
         if return_h:
             return result, new_hidden, raw_outputs, outputs
         return result, new_hidden
+
+    def _filtered(self, layer: int, x: Tensor, hidden: tuple[Tensor, Tensor]) -> Any:
+        """Call a layer with its gradient filter in front."""
+        rnn = self.rnns[layer]
+        weights = rnn.draw_weights() if isinstance(rnn, WeightDrop) else {}
+        lstm = rnn.module if isinstance(rnn, WeightDrop) else rnn
+        weights.update(lstm.named_parameters())
+        weights = {name: w for name, w in weights.items() if not name.endswith("_raw")}
+        x, *filtered = self.filters[layer](x, *weights.values())
+        with lend_weights(lstm, dict(zip(weights, filtered, strict=True))):
+            return lstm(x, hidden)
 
 
 def repackage_hidden(hidden: Hidden) -> Hidden:

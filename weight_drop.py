@@ -1,6 +1,7 @@
 """DropConnect on the weights of a module that stays a black box."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 import torch.nn.functional as F
@@ -47,12 +48,12 @@ class WeightDrop(nn.Module):
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         """Call the wrapped module, with masked weights in training and raw ones in evaluation."""
-        masked = {name: self._masked(name) for name in self.weights}
-        self._lend(masked)
-        try:
+        with lend_weights(self.module, self.draw_weights()):
             return self.module(*args, **kwargs)
-        finally:
-            self._lend(dict.fromkeys(self.weights))
+
+    def draw_weights(self) -> dict[str, Tensor]:
+        """The dropped weights of one call, by their names: masked in training, else raw."""
+        return {name: self._masked(name) for name in self.weights}
 
     def _masked(self, name: str) -> Tensor:
         raw: Tensor = getattr(self.module, f"{name}_raw")
@@ -63,21 +64,32 @@ class WeightDrop(nn.Module):
             return raw * F.dropout(rows, self.dropout)
         return F.dropout(raw, self.dropout)
 
-    def _lend(self, weights: Mapping[str, Tensor | None]) -> None:
-        """Let the module see these weights; None takes a weight away again.
 
-        They are put into the module's __dict__ past nn.Module's and nn.RNNBase's attribute hooks:
-        the first would register a raw weight as a second parameter, and what the second notices
-        makes the next call re-flatten all weights (on CUDA: move the parameters' storage).
-        """
-        for name, weight in weights.items():
-            if weight is None:
-                self.module.__dict__.pop(name, None)
-            else:
-                self.module.__dict__[name] = weight
-            if isinstance(self.module, nn.RNNBase):
-                index = self.module._flat_weights_names.index(name)
-                self.module._flat_weights[index] = weight
+@contextmanager
+def lend_weights(module: nn.Module, weights: Mapping[str, Tensor]) -> Iterator[None]:
+    """Within this context module computes with these tensors as its weights.
+
+    They are put into the module's __dict__ and, for a recurrent module, into the list that its
+    kernel gets, past nn.Module's and nn.RNNBase's attribute hooks: the first would register a
+    raw weight as a second parameter, and what the second notices makes each call re-flatten all
+    weights (on CUDA: move the parameters' storage).
+    """
+    rnn: Any = module if isinstance(module, nn.RNNBase) else None
+    if rnn is not None:
+        flat, references = rnn._flat_weights, rnn._flat_weight_refs
+        names = rnn._flat_weights_names
+        rnn._flat_weights = [weights.get(n, w) for n, w in zip(names, flat, strict=True)]
+        rnn._flat_weight_refs = [
+            None if n in weights else r for n, r in zip(names, references, strict=True)
+        ]
+    module.__dict__.update(weights)
+    try:
+        yield
+    finally:
+        for name in weights:
+            del module.__dict__[name]
+        if rnn is not None:
+            rnn._flat_weights, rnn._flat_weight_refs = flat, references
 
 
 def _forget_masked_weights(

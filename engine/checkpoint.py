@@ -28,6 +28,7 @@ TRAINING_PARTS: dict[str, type] = {
     "optimizer": dict,
     "scheme": dict,
     "hidden": list,
+    "filters": list,
     "position": dict,
     "random": dict,
     "tracking": dict,

@@ -205,6 +205,11 @@ class Trainer:
             loss=loss,
         )
         progress.report(line, loss=f"{loss:.2f}", ppl=f"{perplexity(loss):.2f}")
+        acting = {
+            f"grad_filter_{what}_l{layer}": value
+            for layer, gate in enumerate(self.model.gradient_filters)
+            for what, value in gate.summary().items()
+        }
         self.tracker.log(
             "train",
             step=at.update,
@@ -214,7 +219,10 @@ class Trainer:
             lr=lr,
             grad_norm=float(self._grad_norm),
             tokens_per_second=at.interval_tokens / max(at.interval_seconds, 1e-9),
+            **acting,
         )
+        for gate in self.model.gradient_filters:
+            gate.reset_statistics()
         self._interval_loss.zero_()
         at.begin_interval()
 
@@ -326,6 +334,7 @@ class Trainer:
             scheme=self.scheme.state_dict(),
             hidden=repackage_hidden(self.hidden),
             position=asdict(self.at),
+            filters=[gate.statistics for gate in self.model.gradient_filters],
             random=random_state(self.device),
             tracking=self.tracker.state_dict(),
         )
@@ -336,6 +345,8 @@ class Trainer:
         self.optimizer.load_state_dict(state["optimizer"])
         self.scheme.load_state_dict(state["scheme"])
         self.hidden = [(h.to(self.device), c.to(self.device)) for h, c in state["hidden"]]
+        for gate, statistics in zip(self.model.gradient_filters, state["filters"], strict=True):
+            gate.statistics = statistics
         self.at = Position(**state["position"])
         self._interval_loss.fill_(self.at.interval_loss)
         restore_random_state(state["random"], self.device)

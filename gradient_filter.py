@@ -1,0 +1,116 @@
+"""The gradient filter: soft-masks exploding sequences inside the backward pass."""
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+
+class GradientFilter(nn.Module):
+    """Identity over (x, *params) whose backward pass tames sequences with large gradients.
+
+    From icefall (pruned_transducer_stateless2/scaling.py), where it stands in front of the LSTMs of
+    a speech recogniser. With g the gradient of x and n_b the root mean square of g over all but
+    the batch dimension, in backward
+
+        cutoff = threshold * median(n),  inv_mask_b = (cutoff + n_b) / (cutoff + eps),
+
+    x's gradient is divided by inv_mask, each parameter's by mean(inv_mask). A sequence far below
+    the cutoff keeps its gradient; one far above it is scaled down to the cutoff's size. The
+    median is torch's, the lower one of two. eps = 1e-20.
+
+    Different from icefall: everything is worked out in float32 or wider, so that half precision
+    neither underflows eps nor overflows g**2; eps is relative to the largest gradient, so that a
+    factor on the loss changes nothing; gradients that are all zero stay so, and gradients that
+    are not finite do not become finite.
+
+    Args:
+        batch_dim: x's dimension of sequences; 1 for (T, B, F).
+        threshold: cutoff over the median norm, > 0.
+
+    Raises:
+        ValueError: the threshold is not above 0.
+    """
+
+    def __init__(self, batch_dim: int = 1, threshold: float = 10.0) -> None:
+        super().__init__()
+        if not threshold > 0:
+            raise ValueError(f"threshold is {threshold}; it must be above 0")
+        self.batch_dim = batch_dim
+        self.threshold = threshold
+        self.reset_statistics()
+
+    def forward(self, x: Tensor, *params: Tensor) -> tuple[Tensor, ...]:
+        """Return x and params as they are; see the class for what their gradients go through."""
+        return tuple(_Filter.apply(self, x, *params))
+
+    # How often and how hard it acts
+
+    def reset_statistics(self) -> None:
+        """Start counting anew."""
+        # backward passes, sequences, those masked below 0.9, smallest mask, summed parameter mask
+        self.statistics = torch.tensor([0.0, 0.0, 0.0, 1.0, 0.0], dtype=torch.float64)
+
+    def note(self, mask: Tensor, param_mask: Tensor) -> None:
+        """Count one backward pass: mask of each sequence, (B,), and the parameters'.
+
+        Nothing is read back from the device.
+        """
+        old = self.statistics.to(mask.device)
+        new = [old[0] + 1, old[1] + mask.numel(), old[2] + (mask < 0.9).sum()]
+        new += [torch.minimum(old[3], mask.min().double()), old[4] + param_mask.double()]
+        self.statistics = torch.stack(new)
+
+    def summary(self) -> dict[str, float]:
+        """What was counted since the last reset; reads it from the device.
+
+        Returns:
+            masked: share of sequences whose mask was below 0.9; smallest: the smallest mask;
+            params: mean of the parameters' mask. Masks are 1 / inv_mask and 1 / mean(inv_mask).
+            Without a backward pass 0, 1 and 1.
+        """
+        passes, sequences, masked, smallest, params = self.statistics.tolist()
+        if not passes:
+            return dict(masked=0.0, smallest=1.0, params=1.0)
+        return dict(masked=masked / sequences, smallest=smallest, params=params / passes)
+
+
+class _Filter(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, owner: GradientFilter, x: Tensor, *params: Tensor) -> Any:
+        ctx.owner = owner
+        return (x.view_as(x), *(p.view_as(p) for p in params))
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> Any:
+        x_grad, *param_grads = grads
+        owner: GradientFilter = ctx.owner
+        inv_mask = inverse_mask(x_grad, owner.batch_dim, owner.threshold)
+        mean = inv_mask.mean()
+        owner.note(1 / inv_mask.flatten(), 1 / mean)
+        filtered = (x_grad / inv_mask).to(x_grad.dtype)
+        return (None, filtered, *((g / mean).to(g.dtype) for g in param_grads))
+
+
+def inverse_mask(x_grad: Tensor, batch_dim: int, threshold: float, eps: float = 1e-20) -> Tensor:
+    """What a gradient is divided by, per sequence.
+
+    Args:
+        x_grad: gradient of the filter's x, any shape.
+        batch_dim: its dimension of sequences.
+        threshold: cutoff over the median norm.
+        eps: keeps the quotient finite when the median is 0.
+
+    Returns:
+        float32 (float64 for float64 gradients), 1 in every dimension but batch_dim.
+    """
+    g = x_grad.float() if x_grad.itemsize < 4 else x_grad
+    others = [d for d in range(g.dim()) if d != batch_dim % g.dim()]
+    # Scaled by the largest value, so that squaring overflows or underflows nothing.
+    largest = g.abs().amax()
+    scale = torch.where(largest > 0, largest, torch.ones_like(largest))
+    norm = (g / scale).square().mean(dim=others, keepdim=True).sqrt()
+    cutoff = threshold * norm.median()
+    inv_mask = (cutoff + norm) / (cutoff + eps)
+    # 0 / eps is no mask for gradients that are all zero.
+    return torch.where(cutoff + norm == 0, torch.ones_like(inv_mask), inv_mask)

@@ -1,0 +1,203 @@
+"""The gradient filter against its equations, in float64 and in loops."""
+
+import json
+import math
+import statistics
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from conftest import TINY, Result
+from torch import Tensor, nn
+
+from gradient_filter import GradientFilter
+from model import RNNModel
+
+Run = Callable[..., Result]
+
+
+def by_hand(
+    g: Tensor, param_grads: list[Tensor], threshold: float
+) -> tuple[Tensor, list[Tensor], list[float]]:
+    """Filtered gradients of x, (T, B, F), and of the parameters, and inv_mask."""
+    norms = []
+    for b in range(g.size(1)):
+        values = [float(v) ** 2 for v in g[:, b].flatten()]
+        norms.append(math.sqrt(sum(values) / len(values)))
+    cutoff = threshold * statistics.median_low(norms)
+    inverse = [(cutoff + n) / (cutoff + 1e-20) for n in norms]
+    x_grad = torch.stack([g[:, b] / inverse[b] for b in range(g.size(1))], dim=1)
+    mean = sum(inverse) / len(inverse)
+    return x_grad, [p / mean for p in param_grads], inverse
+
+
+def filtered(
+    g: Tensor, param_grads: list[Tensor], threshold: float = 10.0
+) -> tuple[list[Tensor], GradientFilter]:
+    """What the filter makes of these gradients."""
+    gate = GradientFilter(batch_dim=1, threshold=threshold)
+    inputs = [torch.randn_like(t).requires_grad_() for t in (g, *param_grads)]
+    outputs = gate(*inputs)
+    for before, after in zip(inputs, outputs, strict=True):
+        assert torch.equal(before, after)
+    torch.autograd.backward(outputs, [g, *param_grads])
+    return [t.grad for t in inputs if t.grad is not None], gate
+
+
+@pytest.mark.parametrize("batch", [1, 2, 5, 8])
+@pytest.mark.parametrize("threshold", [0.5, 2.0, 10.0])
+def test_equations(batch: int, threshold: float, device: torch.device) -> None:
+    g = torch.randn(6, batch, 3, dtype=torch.float64) * torch.logspace(-2, 2, batch)[:, None]
+    params = [torch.randn(4, 3, dtype=torch.float64), torch.randn(4, dtype=torch.float64)]
+    x_grad, param_grads, inverse = by_hand(g, params, threshold)
+    found, gate = filtered(g.to(device), [p.to(device) for p in params], threshold)
+    for one, other in zip(found, [x_grad, *param_grads], strict=True):
+        torch.testing.assert_close(one.cpu(), other, rtol=1e-12, atol=1e-15)
+    masks = [1 / v for v in inverse]
+    summary = gate.summary()
+    assert summary["masked"] == sum(m < 0.9 for m in masks) / batch
+    assert summary["smallest"] == pytest.approx(min(masks))
+    assert summary["params"] == pytest.approx(batch / sum(inverse))
+
+
+def test_other_batch_dimensions() -> None:
+    g = torch.randn(4, 6, 3, dtype=torch.float64)
+    expected, _, _ = by_hand(g.transpose(0, 1), [], 2.0)
+    x = torch.zeros_like(g).requires_grad_()
+    GradientFilter(batch_dim=0, threshold=2.0)(x)[0].backward(g)
+    assert x.grad is not None
+    torch.testing.assert_close(x.grad, expected.transpose(0, 1))
+    x.grad = None
+    GradientFilter(batch_dim=-3, threshold=2.0)(x)[0].backward(g)
+    torch.testing.assert_close(x.grad, expected.transpose(0, 1))
+
+
+def test_an_exploding_sequence_is_suppressed_and_the_others_are_not() -> None:
+    g = torch.randn(10, 8, 5)
+    g /= g.square().mean((0, 2), keepdim=True).sqrt()
+    g[:, 3] *= 1e6
+    (x_grad, weight_grad), gate = filtered(g, [torch.ones(3)])
+    size = x_grad.square().mean((0, 2)).sqrt()
+    others = [b for b in range(8) if b != 3]
+    median = g.square().mean((0, 2)).sqrt().median()
+    assert size[3] == pytest.approx(float(10 * median), rel=1e-3)
+    for b in others:
+        ratio = x_grad[:, b] / g[:, b]
+        assert 0.85 < ratio.min() <= ratio.max() < 1
+    assert weight_grad[0] < 1e-3
+    assert gate.summary()["masked"] == 1 / 8
+
+
+def test_gradients_of_zero_stay_zero_and_infinite_ones_stay_visible() -> None:
+    (x_grad, weight_grad), gate = filtered(torch.zeros(3, 4, 2), [torch.zeros(2)])
+    assert not x_grad.any()
+    assert not weight_grad.any()
+    assert gate.summary() == dict(masked=0.0, smallest=1.0, params=1.0)
+
+    g = torch.randn(3, 4, 2)
+    g[:, :3] = 0  # the median is 0: what is not 0 is suppressed
+    (x_grad, _), _ = filtered(g, [torch.ones(2)])
+    assert x_grad.isfinite().all()
+    assert x_grad.abs().max() < 1e-15
+
+    for value in (math.inf, math.nan):
+        g = torch.randn(3, 4, 2)
+        g[1, 2, 0] = value
+        (x_grad, weight_grad), _ = filtered(g, [torch.ones(2)])
+        assert not x_grad.isfinite().all()
+        assert not weight_grad.isfinite().all()
+
+
+@pytest.mark.parametrize("scale", [1e-30, 1e-10, 1e10, 1e30])
+def test_a_factor_on_the_loss_changes_no_mask(scale: float) -> None:
+    g = torch.randn(6, 5, 3) * torch.logspace(-2, 2, 5)[:, None]
+    (x_grad, weight_grad), _ = filtered(g, [torch.ones(2)])
+    (scaled, scaled_weight), _ = filtered(g * scale, [torch.full((2,), scale)])
+    torch.testing.assert_close(scaled / scale, x_grad, rtol=1e-5, atol=1e-12)
+    torch.testing.assert_close(scaled_weight / scale, weight_grad, rtol=1e-5, atol=0)
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_half_precision_neither_overflows_nor_underflows(dtype: torch.dtype) -> None:
+    for size in (1e-6, 300.0):  # squares of these are 0 and infinity in float16
+        g = (torch.randn(6, 5, 3) * size).to(dtype)
+        (x_grad, _), _ = filtered(g, [torch.ones(2, dtype=dtype)])
+        expected, _, _ = by_hand(g.double(), [], 10.0)
+        assert x_grad.dtype == dtype
+        tolerance = 0.02 * float(expected.abs().max())
+        torch.testing.assert_close(x_grad.double(), expected, rtol=0.02, atol=tolerance)
+
+
+def test_threshold_has_to_be_positive() -> None:
+    with pytest.raises(ValueError, match="threshold is 0"):
+        GradientFilter(threshold=0)
+
+
+@pytest.mark.parametrize("wdrop", [0.0, 0.5])
+def test_in_the_model_it_filters_each_layer_s_input_and_weights(wdrop: float) -> None:
+    """Against a model without filters, whose gradients are filtered layer by layer by hand."""
+    sizes = dict(dropouth=0.0, dropouti=0.0, dropoute=0.0, dropout=0.0, wdrop=wdrop)
+    torch.manual_seed(1)
+    plain = RNNModel("LSTM", 9, 4, 5, 1, **sizes, tie_weights=True).double()
+    model = RNNModel("LSTM", 9, 4, 5, 1, **sizes, tie_weights=True, grad_filter=0.5).double()
+    model.load_state_dict(plain.state_dict())
+    words = torch.randint(0, 9, (6, 3))
+
+    torch.manual_seed(2)
+    output, _ = model(words, model.init_hidden(3))
+    (output.reshape(6, 3, 4) * torch.tensor([1.0, 5.0, 0.1])[:, None]).sum().backward()
+
+    torch.manual_seed(2)
+    inner: list[Tensor] = []
+    hook = plain.rnns[0].register_forward_pre_hook(lambda _, args: inner.append(args[0]))
+    output, _ = plain(words, plain.init_hidden(3))
+    hook.remove()
+    inner[0].retain_grad()
+    (output.reshape(6, 3, 4) * torch.tensor([1.0, 5.0, 0.1])[:, None]).sum().backward()
+    named: dict[str, Any] = {n: p.grad for n, p in plain.named_parameters() if n.startswith("rnns")}
+    assert inner[0].grad is not None
+    x_grad, param_grads, _ = by_hand(inner[0].grad, list(named.values()), 0.5)
+    for name, grad in zip(named, param_grads, strict=True):
+        torch.testing.assert_close(model.get_parameter(name).grad, grad, rtol=1e-9, atol=1e-12)
+    expected = torch.zeros(9, 4, dtype=torch.float64)
+    for t in range(6):
+        for b in range(3):
+            expected[words[t, b]] += x_grad[t, b]
+    torch.testing.assert_close(model.encoder.weight.grad, expected, rtol=1e-9, atol=1e-12)
+
+
+def test_state_dicts_and_evaluation_do_not_know_of_it() -> None:
+    plain = RNNModel("LSTM", 9, 4, 5, 2, tie_weights=True, wdrop=0.5)
+    model = RNNModel("LSTM", 9, 4, 5, 2, tie_weights=True, wdrop=0.5, grad_filter=10.0)
+    assert list(model.state_dict()) == list(plain.state_dict())
+    model.load_state_dict(plain.state_dict())
+    words = torch.randint(0, 9, (6, 3))
+    one = plain.eval()(words, plain.init_hidden(3))[0]
+    assert torch.equal(one, model.eval()(words, model.init_hidden(3))[0])
+    assert isinstance(model.rnns[0], nn.Module)
+
+
+def test_runs_log_it_and_resume_it(run: Run, corpus_folder: Path, tmp_path: Path) -> None:
+    flags = [*TINY, "--data", corpus_folder, "--resume", "auto", "--epochs", 2, "--grad-filter"]
+    whole, parts, off, without = (tmp_path / f"{n}.pt" for n in ("whole", "parts", "off", "none"))
+    assert run(*flags, "--save", whole).code == 0
+    assert run(*flags, "--save", parts, "--max-updates", 4).code == 0
+    assert run(*flags, "--save", parts).code == 0
+    assert run(*flags, 0, "--save", off).code == 0
+    assert run(*flags[:-1], "--save", without).code == 0
+
+    def lines(save: Path) -> list[dict]:
+        text = (save.with_suffix("") / "metrics.jsonl").read_text()
+        events = [json.loads(line) for line in text.splitlines()]
+        return [{k: v for k, v in e.items() if k != "tokens_per_second"} for e in events]
+
+    assert lines(whole) == lines(parts)
+    assert lines(off) == lines(without) != lines(whole)
+    train = [line for line in lines(whole) if line["event"] == "train"]
+    for layer in (0, 1):
+        for line in train:
+            assert 0 <= line[f"grad_filter_masked_l{layer}"] <= 1
+            assert 0 < line[f"grad_filter_smallest_l{layer}"] < 1
+            assert 0 < line[f"grad_filter_params_l{layer}"] < 1
