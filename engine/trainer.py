@@ -7,10 +7,7 @@ from dataclasses import asdict
 from typing import Any
 
 import torch
-import torch.nn.functional as F
-from torch import Tensor
 
-from activation_regularize import activation_regularization, temporal_activation_regularization
 from bptt import Scheme, Window
 from data.corpus import Corpus, batchify
 from engine.checkpoint import save_model, save_training_state
@@ -22,8 +19,9 @@ from engine.report import RULE, epoch_line, interval_line
 from engine.run_folder import RunFolder
 from engine.tracking import Progress, Tracker
 from engine.training_state import Position, Stopwatch, TrainingOptions
+from engine.update import Updater
 from evaluation.plain import evaluate, perplexity
-from model import Hidden, RNNModel, repackage_hidden
+from model import RNNModel, repackage_hidden
 from nt_asgd import NTASGD
 
 
@@ -65,6 +63,14 @@ class Trainer:
         self.interrupt = interrupt
         self.tracker: Tracker  # given to train
         self.identity = identity
+        self.updater = Updater(
+            model,
+            optimizer,
+            bptt=options.bptt,
+            clip=options.clip,
+            alpha=options.alpha,
+            beta=options.beta,
+        )
         self.device = model.encoder.weight.device
         self.rows = batchify(corpus.train, options.batch_size).to(self.device)  # (N // B, B)
         self.num_steps = len(self.rows) - 1
@@ -131,58 +137,17 @@ class Trainer:
         self.at.update += 1
         self.at.row += window.length
 
-        self.optimizer.zero_grad(set_to_none=True)
-        loss, objective, self.hidden = self.loss(inputs, targets, repackage_hidden(self.hidden))
-        objective.backward()
-        grad_norm = self.clip_gradients()
+        wanted = self.is_logged(self.at.batch)
+        loss, grad_norm, self.hidden = self.updater(inputs, targets, self.hidden, wanted)
         self._watch.push(self.at.update, loss, grad_norm)
-        self.step(window.length / self.options.bptt)
+        if grad_norm is not None:
+            self._grad_norm = grad_norm
 
-        self._interval_loss += loss.detach().double() * targets.numel()
+        self._interval_loss += loss.double() * targets.numel()
         self.at.tokens += targets.numel()
         self.at.interval_tokens += targets.numel()
         self.at.interval_updates += 1
         self._stopwatch.lap(training=True)
-
-    def loss(
-        self, inputs: Tensor, targets: Tensor, hidden: Hidden
-    ) -> tuple[Tensor, Tensor, Hidden]:
-        """Cross-entropy, the same with AR and TAR added (nats per token), and the new states."""
-        result, hidden, raw_outputs, outputs = self.model(inputs, hidden, return_h=True)
-        loss = F.cross_entropy(self.model.decoder(result), targets)
-        objective = loss
-        if self.options.alpha:
-            objective = objective + activation_regularization(outputs[-1], self.options.alpha)
-        if self.options.beta:
-            slowness = temporal_activation_regularization(raw_outputs[-1], self.options.beta)
-            objective = objective + slowness
-        return loss, objective, hidden
-
-    def clip_gradients(self) -> Tensor | None:
-        """Clip by the global norm, in which a tied matrix counts once.
-
-        Returns:
-            The norm before clipping; None where nobody asks for it (no clipping, not logged).
-        """
-        parameters = list(self.model.parameters())
-        if self.options.clip:
-            self._grad_norm = torch.nn.utils.clip_grad_norm_(parameters, self.options.clip)
-        elif self.is_logged(self.at.batch):
-            gradients = [p.grad for p in parameters if p.grad is not None]
-            self._grad_norm = torch.nn.utils.get_total_norm(gradients)
-        else:
-            return None
-        return self._grad_norm
-
-    def step(self, scale: float) -> None:
-        """Step with every learning rate multiplied by scale, T / bptt."""
-        groups = self.optimizer.param_groups
-        rates = [group["lr"] for group in groups]
-        for group in groups:
-            group["lr"] *= scale
-        self.optimizer.step()
-        for group, lr in zip(groups, rates, strict=True):
-            group["lr"] = lr
 
     # Around the loop
 
