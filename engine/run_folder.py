@@ -182,7 +182,7 @@ def find_run(path: str | Path) -> Path:
     Raises:
         RunError: none is there.
     """
-    path = Path(path)
+    path = Path(path).absolute()  # the run's folder has a name, also where it is the current one
     candidates = [path / "last.pt", path, path.with_suffix("") / "last.pt"]
     if path.suffix == ".pt" and path.name != "last.pt":
         candidates = [path.with_suffix("") / "last.pt", path]

@@ -165,6 +165,17 @@ def test_resume_by_path_under_the_same_or_another_name(
     assert_same_run(whole / "whole.pt", save)
 
 
+def test_resume_from_inside_the_run_s_folder(
+    whole: Path, tmp_path: Path, run: Run, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    save = tmp_path / "run.pt"
+    assert start(save, whole / "corpus", "--max-updates", 20) == 0
+    monkeypatch.chdir(tmp_path / "run")
+    for path in ("last.pt", "."):
+        assert run("--resume", path).code == 0
+        assert_same_run(whole / "whole.pt", save)
+
+
 def test_another_run_is_refused_with_a_list_of_the_differences(
     whole: Path, tmp_path: Path, run: Run
 ) -> None:
