@@ -42,14 +42,24 @@ def run_program(program: Callable[[Sequence[str]], None], argv: Sequence[str] | 
         return _fail(str(error))
     except KeyboardInterrupt:
         return _fail("interrupted")
-    except torch.OutOfMemoryError:
-        return _fail("the GPU's memory is full; a smaller --batch-size or --bptt needs less")
-    except MemoryError:
-        return _fail("the memory is full; a smaller --batch-size or --bptt needs less")
+    except (MemoryError, RuntimeError) as error:
+        if not _is_memory(error):
+            raise
+        where = "GPU's memory" if isinstance(error, torch.OutOfMemoryError) else "memory"
+        return _fail(
+            f"the {where} is too small; a smaller model, --batch-size or --bptt needs less"
+        )
     except OSError as error:
         place = f"{error.filename}: " if error.filename else ""
         return _fail(f"{place}{error.strerror or error}")
     return 0
+
+
+def _is_memory(error: Exception) -> bool:
+    """A tensor did not fit; on a CPU torch says so in a RuntimeError like any other."""
+    known = ("can't allocate memory", "not enough memory", "Storage size calculation overflowed")
+    special = isinstance(error, MemoryError | torch.OutOfMemoryError)
+    return special or any(words in str(error) for words in known)
 
 
 def _fail(message: str, code: int = 1) -> int:

@@ -88,6 +88,13 @@ def test_no_corpus(run: Run, tmp_path: Path) -> None:
     assert str(tmp_path / "file") in only_line(run(*flags, "--data", tmp_path / "file"), 1)
 
 
+@pytest.mark.parametrize("size", ["10000000000000", "1000000000000000000"])
+def test_a_model_that_cannot_fit(run: Run, corpus_folder: Path, tmp_path: Path, size: str) -> None:
+    flags = [*TINY, "--data", corpus_folder, "--save", tmp_path / "run.pt", "--emsize", size]
+    assert "memory is too small" in only_line(run(*flags), 1)
+    assert not (tmp_path / "run").exists()
+
+
 @pytest.mark.parametrize("where", ["missing/run.pt", "file/run.pt", "folder.pt"])
 def test_output_places(run: Run, corpus_folder: Path, tmp_path: Path, where: str) -> None:
     (tmp_path / "file").write_text("mine")
