@@ -2,6 +2,7 @@
 
 import argparse
 import math
+import re
 import shlex
 import sys
 import time
@@ -132,6 +133,10 @@ class Parser(argparse.ArgumentParser):
 
     def error(self, message: str) -> NoReturn:
         """Argparse's errors, without the usage before them."""
+        if unreadable := re.fullmatch(r"\[Errno \d+\] (.*): '(.*)'", message):
+            message = f"@{unreadable[2]}: {unreadable[1]}"
+        if message.startswith("unrecognized arguments") and ".txt" in message:
+            message += " (a recipe is given as @FILE)"
         raise UsageError(message)
 
 
@@ -248,7 +253,8 @@ def _add_run(parser: Parser) -> None:
     _flag(group, "--save", None, what, save_path, "FILE")
     what = (
         "continue a run exactly; auto: the one at --save if it is there, else start; PATH: a "
-        "run's last.pt, folder or best model. Flags not given are the run's own"
+        "run's last.pt, folder or best model. Flags not given are the run's own, but for "
+        "--max-updates"
     )
     _flag(group, "--resume", None, what, metavar="auto|PATH")
     what = "updates between checkpoints, besides those at each epoch's end"

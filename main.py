@@ -69,11 +69,12 @@ def train_and_test(argv: Sequence[str]) -> None:
         if aside := folder.begin(source, trainer.at.best_epoch):
             warn(f"the run that was in {folder.folder} is now in {aside}")
         commit = git_commit()
-        config = dict(flags=flags, argv=list(argv), versions=versions(), git_commit=commit)
+        session: dict[str, Any] = dict(argv=list(argv), from_update=trainer.at.update)
+        session.update(versions=versions(), git_commit=commit)
         tracker = open_tracker(args, folder, dict(flags, git_commit=commit), state)
         exit_code = 1
         try:
-            folder.write_json("config.json", config)
+            folder.write_config(flags, session, resumed=state is not None)
             run(args, trainer, tracker)
             exit_code = 0
         finally:
@@ -103,7 +104,9 @@ def run(args: argparse.Namespace, trainer: Trainer, tracker: Tracker) -> None:
         raise RunError(f"terminated; --resume {folder.last_path} goes on from here")
     if ended == "interrupted":
         best = trainer.at.best_epoch
-        which = "no epoch was finished" if best is None else f"the best model is of epoch {best}"
+        which = f"the best model is of epoch {best}"
+        if best is None:
+            which = "nothing was validated yet, so the model as it is now counts"
         print(DOUBLE_RULE)
         print(
             f"Exiting from training early: {which}; --resume {folder.last_path} goes on from here"
@@ -270,7 +273,8 @@ def print_plan(args: argparse.Namespace, model: RNNModel, corpus: Corpus) -> Non
     print(f"| vocabulary        | {len(corpus.vocabulary):,} words")
     print(f"| parameters        | {count_parameters(model):,}")
     print(f"| updates per epoch | about {steps / scheme.mean_length:,.0f}")
-    print(f"| memory            | about {memory / 2**20:,.0f} MiB of tensors")
+    print(f"| memory            | about {memory / 2**20:,.0f} MiB of tensors in an update, besides")
+    print("|                   | the process itself (some 300 MiB on a CPU)")
 
 
 if __name__ == "__main__":

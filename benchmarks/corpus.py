@@ -8,7 +8,6 @@ loop reads a part of the same text, and its time is scaled by the number of toke
 """
 
 import argparse
-import resource
 import shutil
 import subprocess
 import sys
@@ -16,12 +15,24 @@ import tempfile
 import time
 from pathlib import Path
 
+import torch
+
+from data.corpus import load_corpus
+from data.download import ensure_corpus
+from data.errors import DataError
+from engine.device import peak_memory
+
 MEGABYTE = 10**6
 
 
 def main() -> None:
     """Run the benchmark and print its table."""
     args = _parser().parse_args()
+    try:
+        ensure_corpus(args.folder)
+        load_corpus(args.folder, cache=False)  # says what is wrong with it, if anything is
+    except DataError as error:
+        sys.exit(f"error: {error}")
     if args.measure:
         print(*(_measure_plain if args.measure == "plain" else _measure_load)(args.folder))
         return
@@ -76,7 +87,6 @@ def _in_fresh_process(what: str, folder: Path) -> tuple[int, float, float]:
 
 
 def _measure_load(folder: Path) -> tuple[int, float, float]:
-    from data.corpus import load_corpus
 
     start = time.perf_counter()
     corpus = load_corpus(folder)
@@ -87,7 +97,6 @@ def _measure_load(folder: Path) -> tuple[int, float, float]:
 
 def _measure_plain(folder: Path) -> tuple[int, float, float]:
     """The way of the original: words to a dict, then ids into a tensor one at a time."""
-    import torch
 
     start = time.perf_counter()
     index: dict[str, int] = {}
@@ -113,8 +122,7 @@ def _measure_plain(folder: Path) -> tuple[int, float, float]:
 
 
 def _peak_megabytes() -> float:
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    return peak / MEGABYTE if sys.platform == "darwin" else peak * 1024 / MEGABYTE
+    return peak_memory(torch.device("cpu")) / MEGABYTE
 
 
 def _report(

@@ -155,5 +155,5 @@ def _refusal(message: str) -> str:
             "the original saves, has to be exported as a state dict first"
         )
     if "Unsupported" in message:
-        return "refused: a pickle that may hold more than tensors and plain values"
+        return "not a checkpoint, or a pickle that may hold more than plain values: refused"
     return "truncated or not a checkpoint"

@@ -18,9 +18,10 @@ def interval_line(
     )
 
 
-def epoch_line(*, epoch: int, seconds: float, loss: float) -> str:
-    """The validation at an epoch's end; loss in nats per token."""
-    return f"| end of epoch {epoch:3d} | time: {seconds:5.2f}s | {_numbers('valid ', loss)}"
+def epoch_line(*, epoch: int, seconds: float, loss: float, whole: bool = True) -> str:
+    """The validation at an epoch's end, or where it was cut short; loss in nats per token."""
+    place = "end of" if whole else "within"
+    return f"| {place} epoch {epoch:3d} | time: {seconds:5.2f}s | {_numbers('valid ', loss)}"
 
 
 def final_line(loss: float) -> str:

@@ -4,6 +4,7 @@ import glob
 import json
 import math
 import shutil
+from contextlib import suppress
 from pathlib import Path
 from types import TracebackType
 from typing import Any
@@ -148,7 +149,7 @@ class RunFolder:
         return aside
 
     def _copy_from(self, source: Path) -> None:
-        for name in ("metrics.jsonl", self.epoch_best_path.name):
+        for name in ("metrics.jsonl", "config.json", self.epoch_best_path.name):
             if (source / name).exists():
                 _copy(source / name, self.folder / name)
         model = source.with_name(source.name + self.model_path.suffix)
@@ -159,6 +160,18 @@ class RunFolder:
         """Before a stop in mid-epoch replaces the best model: keep it for a resumed run."""
         if self.model_path.exists() and not self.epoch_best_path.exists():
             _copy(self.model_path, self.epoch_best_path)
+
+    def write_config(
+        self, flags: dict[str, Any], session: dict[str, Any], resumed: bool = False
+    ) -> None:
+        """Write config.json: the flags in force, and each session's command line and versions."""
+        path = self.folder / "config.json"
+        sessions: list[dict[str, Any]] = []
+        if resumed and path.exists():
+            with suppress(ValueError, KeyError, TypeError):  # it was edited: start the list anew
+                sessions = [*json.loads(path.read_text(encoding="utf-8"))["sessions"]]
+        sessions.append(session)
+        self.write_json(path.name, dict(flags=flags, **sessions[0], sessions=sessions))
 
     def write_json(self, name: str, values: dict[str, Any]) -> None:
         """Write one of the folder's JSON files, atomically; what is not finite becomes null."""

@@ -220,7 +220,9 @@ class Trainer:
             what = f"validation loss is {loss}"
             raise DivergenceError(self._describe_divergence(what, self.at.update))
         print(RULE)
-        print(epoch_line(epoch=self.at.epoch, seconds=self.at.epoch_seconds, loss=loss))
+        at = self.at
+        whole = at.row == self.num_steps
+        print(epoch_line(epoch=at.epoch, seconds=at.epoch_seconds, loss=loss, whole=whole))
         print(RULE, flush=True)
         self.tracker.log(
             "valid",

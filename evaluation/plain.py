@@ -8,9 +8,9 @@ from torch import Tensor
 
 from model import RNNModel
 
-# A window holds about this many tokens, and a block of logits this many values (128 MB).
+# A window holds about this many tokens, and a block of logits this many values (32 MB).
 WINDOW_TOKENS = 2048
-BLOCK_LOGITS = 2**25
+BLOCK_LOGITS = 2**23
 
 
 @torch.no_grad()

@@ -49,6 +49,11 @@ def test_flags_out_of_range(run: Run, tmp_path: Path, flags: str) -> None:
     assert list(tmp_path.iterdir()) == []
 
 
+def test_recipe_that_is_missing_or_lacks_its_sign(run: Run) -> None:
+    assert only_line(run("@no.txt"), 2) == "@no.txt: No such file or directory"
+    assert "a recipe is given as @FILE" in only_line(run("recipes/demo.txt"), 2)
+
+
 def test_recipe_that_is_not_text(run: Run, tmp_path: Path) -> None:
     (tmp_path / "recipe").write_bytes(b"\xff\xfe\x00")
     assert "recipe" in only_line(run(f"@{tmp_path / 'recipe'}"), 2)

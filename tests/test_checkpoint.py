@@ -124,7 +124,7 @@ KINDS = {
     "empty": "empty or truncated",
     "truncated": "truncated or not a checkpoint",
     "text": "truncated or not a checkpoint",
-    "pickle": "refused: a pickle that may hold more than tensors",
+    "pickle": "a pickle that may hold more than plain values: refused",
     "old pickle": r"refused, because loading it would run code \(.*system\)",
     "malicious": r"refused, because loading it would run code \(.*system\)",
     "path object": "refused, because loading it would run code",

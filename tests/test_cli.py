@@ -146,6 +146,15 @@ def test_a_run_writes_what_the_contract_says(run: Run, corpus_folder: Path, tmp_
     assert summary["seconds"] > 0
 
 
+def test_an_epoch_that_is_cut_short_is_not_called_ended(
+    run: Run, corpus_folder: Path, tmp_path: Path
+) -> None:
+    flags = [*TINY, "--data", corpus_folder, "--save", tmp_path / "run.pt", "--max-updates", 2]
+    result = run(*flags)
+    assert "| within epoch   1 | time" in result.out
+    assert "end of epoch" not in result.out
+
+
 def test_end_of_training_is_the_last_line(run: Run, corpus_folder: Path, tmp_path: Path) -> None:
     flags = [*TINY, "--data", corpus_folder, "--save", tmp_path / "run.pt", "--max-updates", 2]
     result = run(*flags, "--bigram")

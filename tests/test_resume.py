@@ -163,6 +163,11 @@ def test_resume_by_path_under_the_same_or_another_name(
     assert before == {p.name: p.read_bytes() for p in (tmp_path / "run").iterdir()}
     assert run("--resume", path).code == 0  # every flag is the run's own
     assert_same_run(whole / "whole.pt", save)
+    for place in ("run", "elsewhere"):
+        config = json.loads((tmp_path / place / "config.json").read_text())
+        first, second = config["sessions"]
+        assert config["argv"] == first["argv"] != second["argv"]
+        assert (first["from_update"], second["from_update"]) == (0, 20)
 
 
 def test_resume_from_inside_the_run_s_folder(
