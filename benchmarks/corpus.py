@@ -28,14 +28,14 @@ MEGABYTE = 10**6
 def main() -> None:
     """Run the benchmark and print its table."""
     args = _parser().parse_args()
+    if args.measure:
+        print(*(_measure_plain if args.measure == "plain" else _measure_load)(args.folder))
+        return
     try:
         ensure_corpus(args.folder)
         load_corpus(args.folder, cache=False)  # says what is wrong with it, if anything is
     except DataError as error:
         sys.exit(f"error: {error}")
-    if args.measure:
-        print(*(_measure_plain if args.measure == "plain" else _measure_load)(args.folder))
-        return
     with tempfile.TemporaryDirectory(dir=args.temporary) as temporary:
         whole, part = Path(temporary, "whole"), Path(temporary, "part")
         _repeat_text(args.folder, whole, args.megabytes * MEGABYTE)
