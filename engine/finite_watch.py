@@ -17,10 +17,12 @@ class FiniteWatch:
     Args:
         describe: makes the error's text out of what is not finite, e.g. "loss is nan", and the
             update's number.
+        device: where the values come from.
     """
 
-    def __init__(self, describe: Callable[[str, int], str]) -> None:
+    def __init__(self, describe: Callable[[str, int], str], device: torch.device) -> None:
         self._describe = describe
+        self._device = device
         self._pending: tuple[int, Tensor, torch.cuda.Event | None] | None = None
 
     def push(self, update: int, loss: Tensor, grad_norm: Tensor | None) -> None:
@@ -30,10 +32,9 @@ class FiniteWatch:
             DivergenceError: the update before was not finite.
         """
         values = torch.stack([loss.detach()] + ([] if grad_norm is None else [grad_norm.detach()]))
+        values = values.to("cpu", non_blocking=True)  # from a GPU: into pinned memory
         event = None
-        if values.is_cuda:
-            pinned = torch.empty_like(values, device="cpu", pin_memory=True)
-            values = pinned.copy_(values, non_blocking=True)
+        if self._device.type == "cuda":
             event = torch.cuda.Event()
             event.record()
         self.check()

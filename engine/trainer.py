@@ -78,7 +78,7 @@ class Trainer:
         self.at = Position()
         self._interval_loss = torch.zeros((), dtype=torch.float64, device=self.device)
         self._grad_norm = torch.zeros((), device=self.device)
-        self._watch = FiniteWatch(self._describe_divergence)
+        self._watch = FiniteWatch(self._describe_divergence, self.device)
         self._stopwatch = Stopwatch(self.at)
         self._last_checkpoint = time.monotonic()
 
