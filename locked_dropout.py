@@ -23,5 +23,15 @@ class LockedDropout(nn.Module):
         """
         if not self.training or not dropout:
             return x
-        mask = x.new_empty(1, x.size(1), x.size(2)).bernoulli_(1 - dropout).div_(1 - dropout)
-        return x * mask
+        return x * draw_mask(x, (1, x.size(1), x.size(2)), dropout)
+
+
+def draw_mask(like: Tensor, shape: tuple[int, ...], dropout: float) -> Tensor:
+    """Factors that drop: 0 with probability dropout, else 1 / (1 - dropout).
+
+    Args:
+        like: gives device and dtype.
+        shape: of the mask.
+        dropout: probability of dropping, in [0, 1).
+    """
+    return like.new_empty(shape).bernoulli_(1 - dropout).div_(1 - dropout)

@@ -1,15 +1,30 @@
 """The AWD-LSTM language model."""
 
+from dataclasses import dataclass
 from typing import Any
 
 from torch import Tensor, nn
 
 from embed_regularize import embedded_dropout
 from gradient_filter import GradientFilter
-from locked_dropout import LockedDropout
+from locked_dropout import draw_mask
 from weight_drop import WeightDrop, lend_weights
 
 Hidden = list[tuple[Tensor, Tensor]]
+
+
+@dataclass
+class Masks:
+    """What one window of text is dropped by; None or nothing where nothing is dropped.
+
+    words: a factor per word of the vocabulary, (V, 1).
+    locked: factors on the embedded input and on each layer's output, (1, B, units), nlayers + 1.
+    weights: per layer, factors on its dropped weights by their names.
+    """
+
+    words: Tensor | None
+    locked: list[Tensor | None]
+    weights: list[dict[str, Tensor]]
 
 
 class RNNModel(nn.Module):
@@ -77,7 +92,6 @@ class RNNModel(nn.Module):
         self.tie_weights = tie_weights
         self.grad_filter = grad_filter
 
-        self.lockdrop = LockedDropout()
         self.encoder = nn.Embedding(ntoken, ninp)
         sizes = self.layer_sizes
         rnns: list[nn.Module] = [nn.LSTM(sizes[i], sizes[i + 1]) for i in range(nlayers)]
@@ -123,13 +137,35 @@ class RNNModel(nn.Module):
             for units in self.layer_sizes[1:]
         ]
 
-    def forward(self, input: Tensor, hidden: Hidden, return_h: bool = False) -> Any:
+    def draw_masks(self, bsz: int) -> Masks:
+        """Draw what one window is dropped by; in evaluation, and where a rate is 0, nothing.
+
+        The draws come in the order in which they are used: words, input, then for each layer its
+        weights and its output.
+        """
+        like, sizes = self.encoder.weight, self.layer_sizes
+        rates = [self.dropouti] + [self.dropouth] * (self.nlayers - 1) + [self.dropout]
+        if not self.training:
+            return Masks(None, [None] * len(sizes), [{} for _ in self.rnns])
+        words = draw_mask(like, (self.ntoken, 1), self.dropoute) if self.dropoute else None
+        masks = Masks(words, [], [])
+        for i, (units, rate) in enumerate(zip(sizes, rates, strict=True)):
+            if i:
+                rnn = self.rnns[i - 1]
+                masks.weights.append(rnn.draw_masks() if isinstance(rnn, WeightDrop) else {})
+            masks.locked.append(draw_mask(like, (1, bsz, units), rate) if rate else None)
+        return masks
+
+    def forward(
+        self, input: Tensor, hidden: Hidden, return_h: bool = False, masks: Masks | None = None
+    ) -> Any:
         """Run a window of text through the stack.
 
         Args:
             input: word ids, (T, B).
             hidden: states from init_hidden or an earlier call.
             return_h: also return every layer's output.
+            masks: from draw_masks, for a window that is run in several calls; None: fresh ones.
 
         Returns:
             (result, hidden), or (result, hidden, raw_outputs, outputs) with return_h. result is
@@ -137,33 +173,40 @@ class RNNModel(nn.Module):
             raw_outputs and outputs hold each layer's output before and after locked dropout,
             (T, B, units).
         """
-        x = embedded_dropout(self.encoder, input, self.dropoute if self.training else 0)
-        x = self.lockdrop(x, self.dropouti)
+        masks = masks or self.draw_masks(input.size(1))
+        x = embedded_dropout(self.encoder, input, 0, masks.words)
+        x = _drop(x, masks.locked[0])
         new_hidden, raw_outputs, outputs = [], [], []
-        for layer, rnn in enumerate(self.rnns):
-            if self.filters:
-                x, state = self._filtered(layer, x, hidden[layer])
-            else:
-                x, state = rnn(x, hidden[layer])
+        for layer in range(self.nlayers):
+            x, state = self._run_layer(layer, x, hidden[layer], masks.weights[layer])
             new_hidden.append(state)
             raw_outputs.append(x)
-            x = self.lockdrop(x, self.dropout if layer == self.nlayers - 1 else self.dropouth)
+            x = _drop(x, masks.locked[layer + 1])
             outputs.append(x)
         result = x.flatten(0, 1)
         if return_h:
             return result, new_hidden, raw_outputs, outputs
         return result, new_hidden
 
-    def _filtered(self, layer: int, x: Tensor, hidden: tuple[Tensor, Tensor]) -> Any:
-        """Call a layer with its gradient filter in front."""
-        rnn = self.rnns[layer]
-        weights = rnn.draw_weights() if isinstance(rnn, WeightDrop) else {}
-        lstm = rnn.module if isinstance(rnn, WeightDrop) else rnn
-        weights.update(lstm.named_parameters())
-        weights = {name: w for name, w in weights.items() if not name.endswith("_raw")}
-        x, *filtered = self.filters[layer](x, *weights.values())
-        with lend_weights(lstm, dict(zip(weights, filtered, strict=True))):
+    def _run_layer(
+        self, layer: int, x: Tensor, hidden: tuple[Tensor, Tensor], masks: dict[str, Tensor]
+    ) -> Any:
+        """One LSTM over (T, B, units) with its weights under their masks, behind its filter."""
+        lstm: Any = self.rnns[layer]
+        weights: dict[str, Tensor] = {}
+        if isinstance(lstm, WeightDrop):
+            lstm, weights = lstm.module, lstm.masked(masks)
+        if self.filters:
+            weights.update(lstm.named_parameters())
+            weights = {name: w for name, w in weights.items() if not name.endswith("_raw")}
+            x, *filtered = self.filters[layer](x, *weights.values())
+            weights = dict(zip(weights, filtered, strict=True))
+        with lend_weights(lstm, weights):
             return lstm(x, hidden)
+
+
+def _drop(x: Tensor, mask: Tensor | None) -> Tensor:
+    return x if mask is None else x * mask
 
 
 def repackage_hidden(hidden: Hidden) -> Hidden:

@@ -4,7 +4,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
 
-import torch.nn.functional as F
+import torch
 from torch import Tensor, nn
 
 
@@ -48,21 +48,25 @@ class WeightDrop(nn.Module):
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         """Call the wrapped module, with masked weights in training and raw ones in evaluation."""
-        with lend_weights(self.module, self.draw_weights()):
+        with lend_weights(self.module, self.masked(self.draw_masks())):
             return self.module(*args, **kwargs)
 
-    def draw_weights(self) -> dict[str, Tensor]:
-        """The dropped weights of one call, by their names: masked in training, else raw."""
-        return {name: self._masked(name) for name in self.weights}
-
-    def _masked(self, name: str) -> Tensor:
-        raw: Tensor = getattr(self.module, f"{name}_raw")
+    def draw_masks(self) -> dict[str, Tensor]:
+        """Factors for the weights of one call, by their names; none in evaluation."""
         if not self.training or not self.dropout:
-            return raw
+            return {}
+        return {name: self._draw(getattr(self.module, f"{name}_raw")) for name in self.weights}
+
+    def _draw(self, raw: Tensor) -> Tensor:
+        shape = raw.shape
         if self.variational:
-            rows = raw.new_ones(raw.size(0), *(1,) * (raw.dim() - 1))
-            return raw * F.dropout(rows, self.dropout)
-        return F.dropout(raw, self.dropout)
+            shape = torch.Size([raw.size(0), *(1,) * (raw.dim() - 1)])
+        return raw.new_empty(shape).bernoulli_(1 - self.dropout).div_(1 - self.dropout)
+
+    def masked(self, masks: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """The dropped weights, by their names, each times its mask where it has one."""
+        weights = {name: getattr(self.module, f"{name}_raw") for name in self.weights}
+        return {n: w * masks[n] if n in masks else w for n, w in weights.items()}
 
 
 @contextmanager

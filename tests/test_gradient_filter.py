@@ -151,7 +151,8 @@ def test_in_the_model_it_filters_each_layer_s_input_and_weights(wdrop: float) ->
 
     torch.manual_seed(2)
     inner: list[Tensor] = []
-    hook = plain.rnns[0].register_forward_pre_hook(lambda _, args: inner.append(args[0]))
+    lstm = next(m for m in plain.modules() if isinstance(m, torch.nn.LSTM))
+    hook = lstm.register_forward_pre_hook(lambda _, args: inner.append(args[0]))
     output, _ = plain(words, plain.init_hidden(3))
     hook.remove()
     inner[0].retain_grad()

@@ -214,3 +214,20 @@ def test_runs_on_the_device_and_learns_there(
     trainer.load_state_dict(trainer.state_dict())
     assert all(p.device.type == device.type for p in trainer.model.parameters())
     assert all(s.device.type == device.type for pair in trainer.hidden for s in pair)
+
+
+@pytest.mark.parametrize("setting", [EVERYTHING, EVERYTHING._replace(wdrop=0, dropoute=0)])
+def test_a_window_in_pieces_under_the_same_masks_is_the_window(setting: Setting) -> None:
+    rates = dict(setting._asdict(), nlayers=3)
+    names = ("dropout", "dropouth", "dropouti", "dropoute", "wdrop")
+    model = RNNModel("LSTM", 9, 5, 7, 3, **{n: rates[n] for n in names}, tie_weights=True).double()
+    words = torch.randint(0, 9, (8, BATCH))
+    torch.manual_seed(3)
+    whole, after = model(words, model.init_hidden(BATCH))
+    torch.manual_seed(3)
+    masks, hidden, parts = model.draw_masks(BATCH), model.init_hidden(BATCH), []
+    for piece in words.split([5, 1, 2]):
+        output, hidden = model(piece, hidden, masks=masks)
+        parts.append(output)
+    torch.testing.assert_close(torch.cat(parts), whole, rtol=1e-12, atol=1e-12)
+    torch.testing.assert_close(hidden, after, rtol=1e-12, atol=1e-12)
