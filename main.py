@@ -96,8 +96,8 @@ def run(args: argparse.Namespace, trainer: Trainer, tracker: Tracker) -> None:
     )
     try:
         ended = trainer.train(tracker)
-    except DivergenceError:
-        conclude(trainer, tracker, dict(summary, diverged=True))
+    except DivergenceError as error:
+        conclude(trainer, tracker, dict(summary, diverged=True, cause=str(error)))
         raise
     trainer.interrupt.release()
     if trainer.interrupt.terminated:
@@ -254,6 +254,7 @@ def open_tracker(
         project=args.wandb_project,
         name=args.wandb_name,
         group=args.wandb_group,
+        job_type=args.wandb_job_type,
         tags=None if args.wandb_tags is None else tuple(args.wandb_tags),
     )
     if state is None:

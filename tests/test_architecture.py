@@ -36,7 +36,9 @@ MODULES = sorted(
 OWNERS = {
     "wandb": {"engine/tracking.py"},
     "tqdm": {"engine/tracking.py"},
-    "matplotlib": {"diagnostics/plots.py", "engine/table.py"},
+    "matplotlib": {"diagnostics/plots.py", "engine/ablation/curves.py"},
+    "ray": {"engine/ablation/ray_pool.py"},
+    "scipy": {"engine/ablation/statistics.py"},
     "pooch": {"data/download.py"},
 }
 
