@@ -105,6 +105,7 @@ epoch_number = _number(int, "an epoch, from 1, or -1 for never", lambda n: n >= 
 positive = _number(float, "a number above 0", lambda x: x > 0)
 non_negative = _number(float, "a number of at least 0", lambda x: x >= 0)
 whole_numbers = _several(natural)
+decay = _number(float, "a number above 1, or 0", lambda x: x > 1 or x == 0)
 probability = _number(float, "a probability in [0, 1)", lambda x: 0 <= x < 1)
 
 
@@ -249,6 +250,11 @@ def _add_optimisation(parser: Parser) -> None:
     what = "NT-ASGD: epochs without a better validation that are forgiven"
     _flag(group, "--nonmono", 5, what, natural)
     _switch(group, "--no-asgd", "never start averaging")
+    what = (
+        "with --no-asgd: divide the learning rate by X where averaging would have started, each "
+        "time; 0: never"
+    )
+    _flag(group, "--nonmono-decay", 0.0, what, decay, "X")
     what = "epochs at whose end the learning rate is divided by 10; -1: never"
     _flag(group, "--when", [-1], what, epoch_number, "EPOCH", nargs="+")
     _flag(group, "--seed", 1111, "of all random draws", seed_value)
@@ -357,6 +363,8 @@ def parse_training(argv: Sequence[str]) -> tuple[argparse.Namespace, set[str]]:
     given = set(vars(_parse(silent, argv)))
     if args.resume == "auto" and args.save is None:
         raise UsageError("argument --resume: auto needs --save, to know which run is meant")
+    if args.nonmono_decay and not args.no_asgd:
+        raise UsageError("argument --nonmono-decay: goes with --no-asgd only")
     if args.save is None and args.resume is None:
         args.save = f"{time.time_ns() // 1000}.pt"
     return args, given

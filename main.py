@@ -224,8 +224,8 @@ def build_optimizer(args: argparse.Namespace, model: RNNModel) -> torch.optim.Op
         if args.lr >= 1:
             warn(f"--optimizer adam with --lr {args.lr:g}, which is a learning rate for sgd")
         return torch.optim.Adam(model.parameters(), lr=args.lr, weight_decay=args.wdecay)
-    nonmono = None if args.no_asgd else args.nonmono
-    return NTASGD(model.parameters(), args.lr, args.wdecay, nonmono)
+    nonmono = None if args.no_asgd and not args.nonmono_decay else args.nonmono
+    return NTASGD(model.parameters(), args.lr, args.wdecay, nonmono, args.nonmono_decay or None)
 
 
 def build_scheme(args: argparse.Namespace) -> Scheme:
