@@ -1,6 +1,8 @@
 """ablate.py: tables in, runs of main.py, tables out."""
 
 import csv
+import gc
+import importlib
 import itertools
 import json
 import math
@@ -402,3 +404,51 @@ def test_names_are_escaped() -> None:
     rows = [line for line in table.splitlines() if line.startswith("|")]
     assert len({len(line) for line in rows[:3]}) == 1  # columns are aligned
     assert "a|b\\_c \\& 50\\% & 0 of 0 $\\dagger$ & - & 70.00" in latex(figures)
+
+
+# On a cluster
+
+
+@pytest.mark.slow
+@pytest.mark.filterwarnings("default")  # ray's own are no concern of ours
+def test_on_ray_a_killed_node_loses_nothing(
+    make_table: Callable[..., Path], run_table: Callable[..., Result], tmp_path: Path
+) -> None:
+    """Two nodes on this machine, one of them killed in the middle of its run."""
+    pytest.importorskip("ray", reason="requirements-cluster.txt")
+    cluster_utils = importlib.import_module("ray.cluster_utils")
+    rows = {"base": "", "- weight drop": "--wdrop 0", "filter": "--grad-filter"}
+    table = make_table(rows, (1, 2), "--epochs 12 --checkpoint-every 7 --nonmono 0")
+    assert run_table(table, "--threads", 1, "--output", tmp_path / "local").code == 0
+
+    cluster = cluster_utils.Cluster(initialize_head=True, head_node_args=dict(num_cpus=1))
+    try:
+        victim = cluster.add_node(num_cpus=1)
+        command = [sys.executable, str(ROOT / "ablate.py"), str(table), "--ray", cluster.address]
+        output = tmp_path / "ray"
+        process = subprocess.Popen([*command, "--output", str(output)], stdout=subprocess.PIPE)
+        deadline = time.monotonic() + 200
+        while sum('"valid"' in p.read_text() for p in output.glob("runs/*/metrics.jsonl")) < 2:
+            assert time.monotonic() < deadline
+            assert process.poll() is None
+            time.sleep(0.1)
+        cluster.remove_node(victim, allow_graceful=False)
+        assert process.wait(timeout=300) == 0
+    finally:
+        cluster.shutdown()
+    assert without_times(tmp_path / "ray") == without_times(tmp_path / "local")
+    for log in output.glob("runs/*.log"):  # started twice at most, and tested once
+        text = log.read_text()
+        assert text.count("$ python main.py") <= 2
+        assert text.count("End of training") == 1
+    gc.collect()  # what ray leaves open is complained about here, not in the next test
+
+
+def test_without_ray_it_says_so(
+    make_table: Callable[..., Path], run_table: Callable[..., Result], tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:  # fmt: skip
+    monkeypatch.setitem(sys.modules, "ray", None)
+    result = run_table(make_table({"a": ""}), "--ray", "--output", tmp_path / "out")
+    assert result.code == 1
+    assert result.err == "error: --ray: ray is not installed (requirements-cluster.txt)\n"

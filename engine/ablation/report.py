@@ -131,7 +131,7 @@ def markdown(figures: dict[str, Any], curves: bool) -> str:
     parts += ["## Runs", _aligned(COST, rows)]
     parts.append(f"Flags of every row: `{figures['flags']}`" if figures["flags"] else "")
     made = [f"torch {version}" for version in figures["versions"]]
-    made += [f"commit {commit[:12]}" for commit in figures["commits"]]
+    made += [f"commit {c[:12]}{'-dirty' * c.endswith('-dirty')}" for c in figures["commits"]]
     parts.append(", ".join(made))
     return "\n\n".join(part for part in parts if part) + "\n"
 
