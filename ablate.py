@@ -110,7 +110,9 @@ def make_run(table: Table, row: Row, seed: int, args: argparse.Namespace, output
     try:
         if taken := cli.parse_training(row.flags)[1] & OURS:
             raise cli.UsageError(f"argument --{min(taken).replace('_', '-')}: the table sets it")
-        flags = vars(cli.parse_training(argv)[0])
+        parsed = cli.parse_training(argv)[0]
+        cli.settle_scheme(parsed)
+        flags = vars(parsed)
         if flags["dry_run"]:
             raise cli.UsageError("argument --dry-run: nothing would be run")
     except cli.UsageError as error:

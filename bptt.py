@@ -1,12 +1,19 @@
-"""Truncated back-propagation through time: which tokens each update sees.
+"""Back-propagation through time: which tokens each update sees, and how far its gradient reaches.
 
 A batchified corpus is a matrix of rows (time steps) and columns. A scheme walks down its rows and
-yields windows; the hidden state is carried from window to window and its history is cut between
-them.
+yields windows, one an update; the hidden state is carried from window to window and its history is
+cut between them. A window may be run in pieces, between which the history is cut, passed on, or
+passed on with its gradient multiplied.
+
+In every scheme each row's loss counts once an epoch, and an update's learning rate is
+lr * counted / bptt, counted being the rows whose loss counts in it. So a row has the same weight
+in every scheme: the summed loss of an epoch is what all of them descend, in larger or smaller
+steps.
 """
 
 from collections.abc import Iterator
 from dataclasses import dataclass
+from itertools import repeat
 from typing import Any, Protocol
 
 import numpy as np
@@ -14,24 +21,66 @@ import numpy as np
 
 @dataclass(frozen=True)
 class Window:
-    """Rows start, …, start + length - 1 are the input of one update, (T, B) with T = length."""
+    """The text of one update and how it is run.
+
+    Rows start, …, start + length - 1 are its input, (T, B) with T = length.
+
+    Args:
+        start: first row.
+        length: rows, >= 1.
+        warmup: leading rows that are run but whose loss does not count.
+        pieces: lengths of the stretches that it is run in, in order; empty: one.
+        crossing: what the gradient is multiplied by where it crosses from a piece into the one
+            before it; 0: the history is cut there.
+        kept: pieces, counted from the end, whose activations are held until their gradient is
+            taken; earlier ones are run a second time then.
+        advance: rows from its start to the next window's, 0 or where a piece ends; None: length.
+    """
 
     start: int
     length: int
+    warmup: int = 0
+    pieces: tuple[int, ...] = ()
+    crossing: float = 1.0
+    kept: int = 1
+    advance: int | None = None
+
+    @property
+    def counted(self) -> int:
+        """Rows whose loss counts: its last ones."""
+        return self.length - self.warmup
+
+
+@dataclass(frozen=True)
+class Footprint:
+    """What an update holds in memory at its height, at most.
+
+    rows: time steps whose activations are held at once.
+    decoded: those of them that are decoded.
+    states: hidden states kept to start from, beside them.
+    """
+
+    rows: int
+    decoded: int
+    states: int = 1
 
 
 class Scheme(Protocol):
     """How the rows are divided into windows."""
 
-    mean_length: float
-    max_length: int
-
     def windows(self, num_steps: int, start: int = 0) -> Iterator[Window]:
-        """Windows that cover the rows start, …, num_steps - 1, each row once.
+        """Windows in which the loss of the rows start, …, num_steps - 1 counts, each once.
 
-        A window is drawn when it is asked for and not before, so that state_dict between two
-        windows is the state from which the rest follows.
+        start is where the counted rows of a window begin: 0, or where those of the windows that
+        were run so far end. A window is drawn when it is asked for and not before, so that
+        state_dict between two windows is the state from which the rest follows.
         """
+
+    def expected_windows(self, num_steps: int) -> float:
+        """About how many windows an epoch of num_steps rows has."""
+
+    def footprint(self, num_steps: int) -> Footprint:
+        """What the largest window of num_steps rows takes."""
 
     def state_dict(self) -> dict[str, Any]:
         """The scheme's own random state."""
@@ -41,22 +90,57 @@ class Scheme(Protocol):
 
 
 class FixedWindows:
-    """Windows of bptt rows, the last of an epoch shorter where it must be.
+    """Truncated BPTT(k1, k2): an update every k1 rows, whose gradient reaches back through k2.
+
+    Williams & Peng 1990; Sutskever 2013, section 2.8.1. With k1 = k2 the text is cut into windows
+    of k2 rows. k1 = k2 = 1 is an update per row without any history.
+
+    k1 < k2: windows overlap. Window i's loss is that of rows i k1, …, (i + 1) k1 - 1, and it is
+    run from row max(0, (i + 1) k1 - k2) on. It starts from the state that window i - 1 had
+    there: each row's state comes from the last window that the row is in, under that window's
+    masks and its weights before its update.
+
+    k1 > k2: a window of k1 rows is run in pieces of k2, with the history cut between them.
+
+    The last window of an epoch is shorter where it must be.
 
     Args:
-        bptt: rows per window, >= 1.
+        bptt: k2, >= 1.
+        k1: rows between two updates, >= 1; None: bptt.
     """
 
-    def __init__(self, bptt: int) -> None:
+    def __init__(self, bptt: int, k1: int | None = None) -> None:
         self.bptt = bptt
-        self.mean_length = float(bptt)
-        self.max_length = bptt
+        self.k1 = k1 or bptt
 
     def windows(self, num_steps: int, start: int = 0) -> Iterator[Window]:
         """See Scheme."""
-        while start < num_steps:
-            yield Window(start, min(self.bptt, num_steps - start))
-            start += self.bptt
+        for row in range(start, num_steps, self.k1):
+            stop = min(row + self.k1, num_steps)
+            if self.k1 < self.bptt:
+                yield self._overlapping(row, stop, last=stop == num_steps)
+            else:
+                pieces = segments(stop - row, self.bptt)
+                yield Window(row, stop - row, pieces=pieces, crossing=0.0 if pieces else 1.0)
+
+    def _overlapping(self, row: int, stop: int, last: bool) -> Window:
+        """The window in which the loss of row, …, stop - 1 counts."""
+        start = max(0, row + self.k1 - self.bptt)
+        length, warmup = stop - start, row - start
+        advance = max(0, row + 2 * self.k1 - self.bptt) - start
+        if last:
+            return Window(start, length, warmup)
+        pieces = (advance, length - advance) if 0 < advance < length else ()
+        return Window(start, length, warmup, pieces, kept=2, advance=advance)
+
+    def expected_windows(self, num_steps: int) -> float:
+        """See Scheme."""
+        return num_steps / self.k1
+
+    def footprint(self, num_steps: int) -> Footprint:
+        """See Scheme."""
+        rows = min(self.bptt, num_steps)
+        return Footprint(rows, min(self.k1, rows), states=1 if self.k1 >= self.bptt else 2)
 
     def state_dict(self) -> dict[str, Any]:
         """Nothing: fixed windows draw nothing."""
@@ -101,6 +185,15 @@ class VariableWindows:
         length = int(self._generator.normal(base, self.STANDARD_DEVIATION))
         return min(max(self.SHORTEST, length), self.max_length)
 
+    def expected_windows(self, num_steps: int) -> float:
+        """See Scheme."""
+        return num_steps / self.mean_length
+
+    def footprint(self, num_steps: int) -> Footprint:
+        """See Scheme."""
+        rows = min(self.max_length, num_steps)
+        return Footprint(rows, rows)
+
     def state_dict(self) -> dict[str, Any]:
         """See Scheme."""
         return {"generator": dict(self._generator.bit_generator.state)}
@@ -108,3 +201,110 @@ class VariableWindows:
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """See Scheme."""
         self._generator.bit_generator.state = state["generator"]
+
+
+class RandomizedWindows:
+    """Randomised truncation: cuts drawn so that the expected gradient is the full one.
+
+    Tallec & Ollivier 2017 (arXiv:1705.08209), with cuts at the boundaries between segments of
+    bptt rows only. At each boundary the history is cut with probability 1 - keep_prob, which ends
+    the window and makes an update; else the gradient that crosses it is multiplied by
+    1 / keep_prob. A path back through n boundaries thus survives with probability keep_prob**n
+    and then counts keep_prob**-n times: for fixed weights and masks the gradients of the windows'
+    summed losses add up to the full gradient, on average. Since the mean loss of a window is
+    stepped on with lr * length / bptt, the updates of SGD add up likewise, where nothing is
+    clipped. TAR compares rows of one segment only, as in fixed windows of bptt.
+
+    A window has n segments with probability keep_prob**(n - 1) * (1 - keep_prob), but for the
+    last of an epoch. Longer ones than KEPT segments run all but their last KEPT a second time, so
+    that memory stays bounded.
+
+    Args:
+        bptt: rows per segment, >= 1.
+        keep_prob: probability that the history is not cut at a boundary, in (0, 1).
+        seed: of a generator of its own, so that cuts and dropout masks are independent.
+    """
+
+    KEPT = 4
+
+    def __init__(self, bptt: int, keep_prob: float, seed: int) -> None:
+        self.bptt = bptt
+        self.keep_prob = keep_prob
+        self._generator = np.random.Generator(np.random.PCG64(seed))
+
+    def windows(self, num_steps: int, start: int = 0) -> Iterator[Window]:
+        """See Scheme."""
+        while start < num_steps:
+            stop = start + self.bptt
+            while stop < num_steps and self._generator.random() < self.keep_prob:
+                stop += self.bptt
+            length = min(stop, num_steps) - start
+            pieces = segments(length, self.bptt)
+            yield Window(start, length, 0, pieces, 1 / self.keep_prob if pieces else 1.0, self.KEPT)
+            start += length
+
+    def expected_windows(self, num_steps: int) -> float:
+        """See Scheme."""
+        boundaries = (num_steps - 1) // self.bptt
+        return 1 + boundaries * (1 - self.keep_prob)
+
+    def footprint(self, num_steps: int) -> Footprint:
+        """See Scheme."""
+        rows = min(self.KEPT * self.bptt, num_steps)
+        return Footprint(rows, rows, states=-(-num_steps // self.bptt))
+
+    def state_dict(self) -> dict[str, Any]:
+        """See Scheme."""
+        return {"generator": dict(self._generator.bit_generator.state)}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """See Scheme."""
+        self._generator.bit_generator.state = state["generator"]
+
+
+class FullWindows:
+    """Full BPTT: one window from the first row to the last, its history never cut.
+
+    It is run in segments of bptt rows; all but the last are run a second time when their gradient
+    is taken, so that activations are held for one segment only, and a state per segment.
+
+    Args:
+        bptt: rows per segment, >= 1; changes no result but by rounding (and, where the gradient
+            filter is on, which rows it filters together).
+    """
+
+    def __init__(self, bptt: int) -> None:
+        self.bptt = bptt
+
+    def windows(self, num_steps: int, start: int = 0) -> Iterator[Window]:
+        """See Scheme; start is 0 or num_steps."""
+        if start < num_steps:
+            yield Window(start, num_steps - start, pieces=segments(num_steps - start, self.bptt))
+
+    def expected_windows(self, num_steps: int) -> float:
+        """See Scheme."""
+        return 1.0
+
+    def footprint(self, num_steps: int) -> Footprint:
+        """See Scheme."""
+        rows = min(self.bptt, num_steps)
+        return Footprint(rows, rows, states=-(-num_steps // self.bptt))
+
+    def state_dict(self) -> dict[str, Any]:
+        """Nothing: there is nothing to draw."""
+        return {}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """See Scheme."""
+
+
+def segments(length: int, size: int) -> tuple[int, ...]:
+    """Lengths of the segments of size rows, the last one shorter, that make up length rows.
+
+    Returns:
+        Nothing where one segment holds them all.
+    """
+    if length <= size:
+        return ()
+    whole, rest = divmod(length, size)
+    return (*repeat(size, whole), rest) if rest else tuple(repeat(size, whole))

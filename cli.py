@@ -24,6 +24,14 @@ MAY_CHANGE = frozenset(
     """.split()  # noqa: SIM905
 )
 
+# The schemes of back-propagation through time, and the flags that only they take.
+SCHEME_FLAGS = {
+    "variable": (),
+    "fixed": ("k1",),
+    "randomized": ("keep_prob",),
+    "full": (),
+}
+
 
 class UsageError(Exception):
     """A flag or value that cannot be: one line, exit code 2."""
@@ -106,6 +114,7 @@ positive = _number(float, "a number above 0", lambda x: x > 0)
 non_negative = _number(float, "a number of at least 0", lambda x: x >= 0)
 whole_numbers = _several(natural)
 decay = _number(float, "a number above 1, or 0", lambda x: x > 1 or x == 0)
+between_0_and_1 = _number(float, "a probability in (0, 1)", lambda x: 0 < x < 1)
 probability = _number(float, "a probability in [0, 1)", lambda x: 0 <= x < 1)
 
 
@@ -235,15 +244,14 @@ def _add_regularisation(parser: Parser) -> None:
 def _add_optimisation(parser: Parser) -> None:
     group = parser.add_argument_group("optimisation")
     _choice(group, "--optimizer", ["sgd", "adam"], "sgd means NT-ASGD")
-    _flag(group, "--lr", 30.0, "learning rate of an update of --bptt steps", positive, "X")
+    what = "learning rate of an update in which --bptt steps count; of T steps: times T / --bptt"
+    _flag(group, "--lr", 30.0, what, positive, "X")
     what = "largest global norm of the gradient; 0: no clipping"
     _flag(group, "--clip", 0.25, what, non_negative, "X")
     what = "gradient filter in front of every layer; THRESHOLD 10, if none is given; 0: off"
     _flag(group, "--grad-filter", 0.0, what, non_negative, "THRESHOLD", nargs="?", const=10.0)
     _flag(group, "--batch_size", 80, "columns of text per update", positive_int)
-    _flag(group, "--bptt", 70, "time steps per update", positive_int)
-    what = "windows of random length around --bptt, or of just --bptt"
-    _choice(group, "--bptt-scheme", ["variable", "fixed"], what)
+    _add_bptt(group)
     _flag(group, "--epochs", 8000, "epochs at most", positive_int)
     what = "stop training after N updates in all, then validate and test"
     _flag(group, "--max-updates", None, what, positive_int)
@@ -258,6 +266,21 @@ def _add_optimisation(parser: Parser) -> None:
     what = "epochs at whose end the learning rate is divided by 10; -1: never"
     _flag(group, "--when", [-1], what, epoch_number, "EPOCH", nargs="+")
     _flag(group, "--seed", 1111, "of all random draws", seed_value)
+
+
+def _add_bptt(group: Any) -> None:
+    what = "time steps that the gradient reaches through, k2; full: that are computed at once"
+    _flag(group, "--bptt", 70, what, positive_int)
+    what = (
+        "variable: windows of random length around --bptt; fixed: truncated BPTT(--k1, --bptt); "
+        "randomized: history cut at random every --bptt steps, the gradient right on average; "
+        "full: never cut, one update an epoch"
+    )
+    _choice(group, "--bptt-scheme", list(SCHEME_FLAGS), what)
+    what = "time steps from one update to the next (only fixed; --bptt, if not given)"
+    _flag(group, "--k1", None, what, positive_int)
+    what = "probability that the history is not cut (only randomized; 0.5, if not given)"
+    _flag(group, "--keep-prob", None, what, between_0_and_1, "P")
 
 
 def _add_run(parser: Parser) -> None:
@@ -422,6 +445,25 @@ def other_flags(wanted: dict[str, Any], saved: dict[str, Any]) -> str:
         for name in sorted(wanted.keys() & saved.keys() - MAY_CHANGE)
         if wanted[name] != saved[name]
     )
+
+
+def settle_scheme(args: argparse.Namespace) -> None:
+    """Fill in what the scheme's own flags mean where they are not given.
+
+    Raises:
+        UsageError: a flag that the scheme does not take.
+    """
+    for scheme, names in SCHEME_FLAGS.items():
+        for name in names:
+            if scheme != args.bptt_scheme and getattr(args, name) is not None:
+                raise UsageError(
+                    f"argument --{name.replace('_', '-')}: only --bptt-scheme {scheme} takes it, "
+                    f"not {args.bptt_scheme}"
+                )
+    if args.bptt_scheme == "fixed" and args.k1 is None:
+        args.k1 = args.bptt
+    if args.bptt_scheme == "randomized" and args.keep_prob is None:
+        args.keep_prob = 0.5
 
 
 def _plain(value: Any) -> str:

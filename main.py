@@ -11,11 +11,11 @@ from typing import Any
 import torch
 
 import cli
-from bptt import FixedWindows, Scheme, VariableWindows
+from bptt import FixedWindows, FullWindows, RandomizedWindows, Scheme, VariableWindows
 from data.corpus import Corpus, load_corpus
 from data.download import ensure_corpus
 from engine.checkpoint import damage_reported, load_model, load_training_state
-from engine.device import peak_memory, select_device
+from engine.device import available_memory, peak_memory, select_device
 from engine.errors import CheckpointError, DivergenceError, RunError
 from engine.estimate import training_memory
 from engine.interrupt import Interrupt
@@ -41,6 +41,7 @@ def train_and_test(argv: Sequence[str]) -> None:
     """What the program does, between its command line and its errors."""
     args, given = cli.parse_training(argv)
     args, state = find_state(args, given)
+    cli.settle_scheme(args)
     device = device_of(args)
     corpus = read_corpus(args)
     if state is not None and state["fingerprint"] != corpus.fingerprint:
@@ -50,6 +51,7 @@ def train_and_test(argv: Sequence[str]) -> None:
     if args.dry_run:
         print_plan(args, model, corpus)
         return
+    check_memory(args, model, corpus)
     with RunFolder(args.save) as folder, Interrupt() as interrupt:
         flags = {name: value for name, value in vars(args).items() if name != "dry_run"}
         trainer = Trainer(
@@ -231,7 +233,11 @@ def build_optimizer(args: argparse.Namespace, model: RNNModel) -> torch.optim.Op
 def build_scheme(args: argparse.Namespace) -> Scheme:
     """How the flags divide the text into windows."""
     if args.bptt_scheme == "fixed":
-        return FixedWindows(args.bptt)
+        return FixedWindows(args.bptt, args.k1)
+    if args.bptt_scheme == "randomized":
+        return RandomizedWindows(args.bptt, args.keep_prob, args.seed)
+    if args.bptt_scheme == "full":
+        return FullWindows(args.bptt)
     return VariableWindows(args.bptt, args.seed)
 
 
@@ -263,17 +269,54 @@ def open_tracker(
         return Tracker(folder.folder, config, wandb, state["tracking"])
 
 
+def memory_needed(args: argparse.Namespace, model: RNNModel, corpus: Corpus) -> int:
+    """Bytes that an update will need, about."""
+    averages = args.optimizer == "adam" or not args.no_asgd
+    steps = steps_per_epoch(args, corpus)
+    return training_memory(model, args.batch_size, build_scheme(args), steps, averages)
+
+
+def steps_per_epoch(args: argparse.Namespace, corpus: Corpus) -> int:
+    """Rows that an epoch trains on."""
+    columns: int = args.batch_size
+    return len(corpus.train) // columns - 1
+
+
+def check_memory(args: argparse.Namespace, model: RNNModel, corpus: Corpus) -> None:
+    """Refuse windows that cannot fit; say what full BPTT takes and does.
+
+    Raises:
+        UsageError: an update needs more than there is.
+    """
+    needed = memory_needed(args, model, corpus) / 2**20
+    # The weights are counted in what is needed, and have been allocated already.
+    weights = 4 * count_parameters(model)
+    there = (available_memory(model.encoder.weight.device) + weights) / 2**20
+    if needed > there:
+        flag = "--bptt-scheme" if args.bptt_scheme == "full" else "--bptt"
+        raise cli.UsageError(
+            f"argument {flag}: an update would need about {needed:,.0f} MiB and {there:,.0f} MiB "
+            "are available; a smaller model, --batch-size or --bptt needs less"
+        )
+    if args.bptt_scheme == "full":
+        steps = steps_per_epoch(args, corpus)
+        print(
+            f"| full BPTT | one update an epoch, over {steps:,} time steps, {args.bptt:,} at a "
+            f"time | lr {args.lr * steps / args.bptt:g} (--lr x {steps} / {args.bptt}) | about "
+            f"{needed:,.0f} MiB of tensors, {there:,.0f} MiB are available",
+            file=sys.stderr,
+        )
+
+
 def print_plan(args: argparse.Namespace, model: RNNModel, corpus: Corpus) -> None:
     """What --dry-run prints."""
-    scheme = build_scheme(args)
-    steps = len(corpus.train) // args.batch_size - 1
-    averages = args.optimizer == "adam" or not args.no_asgd
-    memory = training_memory(model, args.batch_size, scheme, averages)
+    updates = build_scheme(args).expected_windows(steps_per_epoch(args, corpus))
+    memory = memory_needed(args, model, corpus)
     tokens = [len(text) for text in (corpus.train, corpus.valid, corpus.test)]
     print(f"| tokens            | {tokens[0]:,} train, {tokens[1]:,} valid, {tokens[2]:,} test")
     print(f"| vocabulary        | {len(corpus.vocabulary):,} words")
     print(f"| parameters        | {count_parameters(model):,}")
-    print(f"| updates per epoch | about {steps / scheme.mean_length:,.0f}")
+    print(f"| updates per epoch | about {updates:,.0f}")
     print(f"| memory            | about {memory / 2**20:,.0f} MiB of tensors in an update, besides")
     print("|                   | the process itself (some 300 MiB on a CPU)")
 

@@ -1,5 +1,6 @@
 """The device a run is on: choosing it, its random state, its memory."""
 
+import os
 import resource
 import sys
 import warnings
@@ -57,3 +58,21 @@ def peak_memory(device: torch.device) -> int:
         return int(peak.split()[1]) * 1024
     peak_rss = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     return peak_rss if sys.platform == "darwin" else peak_rss * 1024
+
+
+def available_memory(device: torch.device) -> int:
+    """Bytes that could be allocated now: free on a GPU; on a CPU, without pushing others out.
+
+    On Linux that is what the kernel calls available, within the limit of a container; elsewhere
+    all the memory there is.
+    """
+    if device.type == "cuda":
+        return int(torch.cuda.mem_get_info(device)[0])
+    amounts = [os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")]
+    information, limit = Path("/proc/meminfo"), Path("/sys/fs/cgroup/memory.max")
+    if information.exists():
+        lines = information.read_text().splitlines()
+        amounts += [int(x.split()[1]) * 1024 for x in lines if x.startswith("MemAvailable:")]
+    if limit.exists() and (text := limit.read_text().strip()).isdigit():
+        amounts.append(int(text))
+    return min(amounts)

@@ -6,19 +6,30 @@ from bptt import Scheme
 from model import RNNModel, count_parameters
 
 
-def training_memory(model: RNNModel, batch_size: int, scheme: Scheme, averages: bool) -> int:
-    """Bytes that tensors take at the height of an update with the longest window, about.
+def training_memory(
+    model: RNNModel, batch_size: int, scheme: Scheme, num_steps: int, averages: bool
+) -> int:
+    """Bytes that tensors take at the height of an update with the largest window, about.
 
     Counted: weights, gradients, the average (if averages), the masked weights and their
-    gradients; per layer and time step the input, the four gates' pre-activations and activations,
-    cell and output, with their gradients' buffers; the logits three times (themselves, their log
-    softmax, their gradient). Not counted: the interpreter and libraries (some 300 MB resident on
-    a CPU) and what the allocator keeps.
+    gradients; per layer and time step whose activations are held at once the input, the four
+    gates' pre-activations and activations, cell and output, with their gradients' buffers; the
+    logits three times (themselves, their log softmax, their gradient); hidden states kept to
+    start from. Not counted: the interpreter and libraries (some 300 MB resident on a CPU) and
+    what the allocator keeps.
+
+    Args:
+        model: with its sizes.
+        batch_size: columns, B.
+        scheme: how the rows are divided into windows.
+        num_steps: rows that an epoch trains on.
+        averages: the optimizer keeps a second set of weights.
     """
-    tokens = batch_size * scheme.max_length
-    sizes = model.layer_sizes
+    sizes, held = model.layer_sizes, scheme.footprint(num_steps)
     parameters = count_parameters(model) * (3 if averages else 2)
     masked = 2 * sum(4 * units * units for units in sizes[1:]) if model.wdrop else 0
-    activations = tokens * sum(2 * before + 11 * after for before, after in pairwise(sizes))
-    logits = 3 * tokens * model.ntoken
-    return 4 * (parameters + masked + activations + logits)
+    per_token = sum(2 * before + 11 * after for before, after in pairwise(sizes))
+    activations = batch_size * held.rows * per_token
+    logits = 3 * batch_size * held.decoded * model.ntoken
+    states = 2 * batch_size * held.states * sum(sizes[1:])
+    return 4 * (parameters + masked + activations + logits + states)

@@ -119,7 +119,7 @@ class Trainer:
         with Progress(self.num_steps, initial=self.at.row, description=description) as progress:
             for window in self.scheme.windows(self.num_steps, self.at.row):
                 self.update(window)
-                progress.update(window.length)
+                progress.update(window.counted)
                 if self.is_logged(self.at.batch):
                     self.log_interval(progress)
                 if self.at.row == self.num_steps:
@@ -131,21 +131,21 @@ class Trainer:
 
     def update(self, window: Window) -> None:
         """One update of the weights from one window of text."""
-        rows = self.rows[window.start : window.start + window.length + 1].long()
-        inputs, targets = rows[:-1], rows[1:].flatten()  # (T, B), (T·B,)
+        rows = self.rows[window.start : window.start + window.length + 1]  # (T + 1, B)
+        tokens = window.counted * rows.size(1)
         self.at.batch += 1
         self.at.update += 1
-        self.at.row += window.length
+        self.at.row += window.counted
 
         wanted = self.is_logged(self.at.batch)
-        loss, grad_norm, self.hidden = self.updater(inputs, targets, self.hidden, wanted)
+        loss, grad_norm, self.hidden = self.updater(window, rows, self.hidden, wanted)
         self._watch.push(self.at.update, loss, grad_norm)
         if grad_norm is not None:
             self._grad_norm = grad_norm
 
-        self._interval_loss += loss.double() * targets.numel()
-        self.at.tokens += targets.numel()
-        self.at.interval_tokens += targets.numel()
+        self._interval_loss += loss.double() * tokens
+        self.at.tokens += tokens
+        self.at.interval_tokens += tokens
         self.at.interval_updates += 1
         self._stopwatch.lap(training=True)
 
@@ -164,7 +164,7 @@ class Trainer:
         line = interval_line(
             epoch=at.epoch,
             batch=at.batch,
-            batches=max(at.batch, round(self.num_steps / self.scheme.mean_length)),
+            batches=max(at.batch, round(self.scheme.expected_windows(self.num_steps))),
             lr=lr,
             milliseconds=1000 * at.interval_seconds / at.interval_updates,
             loss=loss,
