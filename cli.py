@@ -127,6 +127,14 @@ def model_name(text: str) -> str:
     return text
 
 
+def loss_scale(text: str) -> str | float:
+    """--loss-scale."""
+    if text == "dynamic":
+        return text
+    value: float = positive(text)
+    return value
+
+
 def save_path(text: str) -> str:
     """--save: the run's folder is this path without its suffix, so it needs one."""
     if not Path(text).suffix:
@@ -182,6 +190,7 @@ def training_parser() -> Parser:
     _add_model(parser)
     _add_regularisation(parser)
     _add_optimisation(parser)
+    _add_precision(parser.add_argument_group("precision and speed"))
     _add_run(parser)
     _add_evaluation(parser)
     _add_logging(parser)
@@ -266,6 +275,23 @@ def _add_optimisation(parser: Parser) -> None:
     what = "epochs at whose end the learning rate is divided by 10; -1: never"
     _flag(group, "--when", [-1], what, epoch_number, "EPOCH", nargs="+")
     _flag(group, "--seed", 1111, "of all random draws", seed_value)
+
+
+def _add_precision(group: Any) -> None:
+    what = (
+        "of the matrix products in training; auto: tf32 on a GPU that has it, else fp32. Weights, "
+        "optimizer, averages, penalties, loss and evaluation are float32 (in tf32 and on a GPU "
+        "with bf16 or fp16, products of evaluation are tf32)"
+    )
+    _choice(group, "--precision", ["auto", "fp32", "tf32", "bf16", "fp16"], what)
+    what = "auto: the fast one where there is one; plain: torch's own layers, the reference"
+    _choice(group, "--kernel", ["auto", "plain"], what)
+    what = "factor on the loss while gradients are taken (dynamic for fp16; else none)"
+    _flag(group, "--loss-scale", None, what, loss_scale, "dynamic|X")
+    what = "where the dynamic loss scale stays between"
+    _flag(group, "--loss-scale-bounds", [1.0, 2.0**24], what, positive, "X", nargs=2)
+    what = "updates without overflow after which it doubles"
+    _flag(group, "--loss-scale-window", 2000, what, positive_int)
 
 
 def _add_bptt(group: Any) -> None:
@@ -386,6 +412,9 @@ def parse_training(argv: Sequence[str]) -> tuple[argparse.Namespace, set[str]]:
     given = set(vars(_parse(silent, argv)))
     if args.resume == "auto" and args.save is None:
         raise UsageError("argument --resume: auto needs --save, to know which run is meant")
+    low, high = args.loss_scale_bounds
+    if low > high:
+        raise UsageError(f"argument --loss-scale-bounds: {low:g} is above {high:g}")
     if args.nonmono_decay and not args.no_asgd:
         raise UsageError("argument --nonmono-decay: goes with --no-asgd only")
     if args.save is None and args.resume is None:
