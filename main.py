@@ -15,7 +15,7 @@ from bptt import FixedWindows, FullWindows, RandomizedWindows, Scheme, VariableW
 from data.corpus import Corpus, load_corpus
 from data.download import ensure_corpus
 from engine.checkpoint import damage_reported, load_model, load_training_state
-from engine.device import available_memory, peak_memory, select_device
+from engine.device import available_memory, keep_freed_memory, peak_memory, select_device
 from engine.errors import CheckpointError, DivergenceError, RunError
 from engine.estimate import training_memory
 from engine.interrupt import Interrupt
@@ -45,6 +45,8 @@ def train_and_test(argv: Sequence[str]) -> None:
     args, state = find_state(args, given)
     cli.settle_scheme(args)
     device = device_of(args)
+    if device.type == "cpu":
+        keep_freed_memory()
     corpus = read_corpus(args)
     if state is not None and state["fingerprint"] != corpus.fingerprint:
         raise CheckpointError(f"{args.data}: its text is not that of the run to be resumed")

@@ -3,6 +3,8 @@
 import torch
 from torch import nn
 
+from lstm_cpu import can_pack
+
 DTYPES = {"fp32": None, "tf32": None, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 
@@ -46,7 +48,8 @@ def fast_kernel(precision: str, device: torch.device) -> tuple[bool, str]:
         return False, "which calls cuDNN; the fast one is for bf16 on a CPU"
     if precision != "bf16":
         return False, f"the fast one is for bf16, not {precision}"
-    return True, "for bf16 on a CPU"
+    packed = "" if can_pack(torch.bfloat16) else "; this CPU or PyTorch cannot pack its weights"
+    return True, f"for bf16 on a CPU{packed}"
 
 
 def _try_out(name: str, dtype: torch.dtype, device: torch.device) -> None:
