@@ -14,8 +14,9 @@ import cli
 from bptt import FixedWindows, Scheme, VariableWindows
 from data.corpus import Corpus, load_corpus
 from data.download import ensure_corpus
+from diagnostics.probe import probe
 from engine.checkpoint import damage_reported, load_model, load_training_state
-from engine.device import peak_memory, select_device
+from engine.device import peak_memory
 from engine.errors import CheckpointError, DivergenceError, RunError
 from engine.estimate import training_memory
 from engine.interrupt import Interrupt
@@ -41,7 +42,7 @@ def train_and_test(argv: Sequence[str]) -> None:
     """What the program does, between its command line and its errors."""
     args, given = cli.parse_training(argv)
     args, state = find_state(args, given)
-    device = device_of(args)
+    device = cli.device_of(args)
     corpus = read_corpus(args)
     if state is not None and state["fingerprint"] != corpus.fingerprint:
         raise CheckpointError(f"{args.data}: its text is not that of the run to be resumed")
@@ -61,6 +62,7 @@ def train_and_test(argv: Sequence[str]) -> None:
             folder,
             interrupt,
             identity=dict(flags=flags, fingerprint=corpus.fingerprint),
+            probe=probe if args.diagnostics else None,
         )
         if state is not None:  # before any file is touched: the state may be damaged
             with damage_reported(Path(args.resume)):
@@ -171,14 +173,6 @@ def find_state(
 
 
 # From flags to objects
-
-
-def device_of(args: argparse.Namespace) -> torch.device:
-    """The device that --device means."""
-    try:
-        return select_device(args.device)
-    except ValueError as error:
-        raise cli.UsageError(f"argument --device: {error}") from None
 
 
 def read_corpus(args: argparse.Namespace) -> Corpus:

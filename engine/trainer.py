@@ -2,11 +2,13 @@
 
 import math
 import time
+from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import asdict
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from bptt import Scheme, Window
 from data.corpus import Corpus, batchify
@@ -38,6 +40,8 @@ class Trainer:
         folder: where the best model and the checkpoints go.
         interrupt: asks for an early end.
         identity: plain values that a checkpoint carries along for the caller.
+        probe: looks at the model every options.diagnostics updates, given the gradient's norm
+            before clipping; what it returns is logged.
 
     Raises:
         ValueError: the training text is too short for the batch.
@@ -53,6 +57,7 @@ class Trainer:
         folder: RunFolder,
         interrupt: Interrupt,
         identity: dict[str, Any],
+        probe: Callable[[RNNModel, Tensor], dict[str, float]] | None = None,
     ) -> None:
         self.model = model
         self.optimizer = optimizer
@@ -63,6 +68,7 @@ class Trainer:
         self.interrupt = interrupt
         self.tracker: Tracker  # given to train
         self.identity = identity
+        self.probe = probe
         self.updater = Updater(
             model,
             optimizer,
@@ -137,7 +143,8 @@ class Trainer:
         self.at.update += 1
         self.at.row += window.length
 
-        wanted = self.is_logged(self.at.batch)
+        probed = self.is_probed(self.at.update)
+        wanted = probed or self.is_logged(self.at.batch)
         loss, grad_norm, self.hidden = self.updater(inputs, targets, self.hidden, wanted)
         self._watch.push(self.at.update, loss, grad_norm)
         if grad_norm is not None:
@@ -148,8 +155,23 @@ class Trainer:
         self.at.interval_tokens += targets.numel()
         self.at.interval_updates += 1
         self._stopwatch.lap(training=True)
+        if probed:
+            self.log_probe()
 
     # Around the loop
+
+    def is_probed(self, update: int) -> bool:
+        """This update is one that the probe looks at."""
+        every = self.options.diagnostics
+        return self.probe is not None and every is not None and update % every == 0
+
+    def log_probe(self) -> None:
+        """Log what the probe finds; the time it takes is not training's."""
+        assert self.probe is not None
+        self._watch.check()
+        figures = self.probe(self.model, self._grad_norm)
+        self.tracker.log("diagnostics", step=self.at.update, epoch=self.at.epoch, **figures)
+        self._stopwatch.lap()
 
     def is_logged(self, batch: int) -> bool:
         """This update, the epoch's batch-th, ends a logging interval."""
