@@ -41,9 +41,9 @@ def diagnose(argv: Sequence[str]) -> None:
     if args.fresh:
         models[-1] = fresh(models[-1], args.seed)
     names = names_of(paths, args.fresh)
-    folder = make_folder(args.output or default_folder(paths, args.fresh))
     settings = settings_of(args)
     rows = read_rows(corpus, args, settings).to(device).long()
+    folder = make_folder(args.output or default_folder(paths, args.fresh))
     told = dict(asdict(settings), split=args.split, sequences=args.batch_size)
     told["samples"] = args.batch_size * settings.positions
     diagnosis: dict[str, Any] = dict(settings=told, models=[])

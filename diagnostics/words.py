@@ -7,6 +7,7 @@ from diagnostics.unrolled import GATES
 
 VANISHED_WITHIN = 10  # steps: a gradient that is down to a hundredth so soon vanishes
 MANY = 0.3  # a share of saturated values worth a sentence
+SOME = 0.05  # a share of samples worth a sentence
 DOMINANT = 0.5  # a share of the squared norm that settles what clipping does
 STATES = {"hidden": "h", "cells": "c"}
 
@@ -46,21 +47,29 @@ def findings(figures: dict[str, Any], settings: dict[str, Any]) -> list[str]:
 
 
 def headline(layers: list[dict[str, Any]]) -> str:
-    """Whether anything explodes or vanishes, and where."""
+    """Whether anything explodes or vanishes, and where: medians first, then tails."""
     where: dict[str, list[str]] = {}
     for n, layer in enumerate(layers):
         for state, letter in STATES.items():
-            where.setdefault(verdict(layer[state]), []).append(f"{letter} of layer {n}")
+            kind = verdict(layer[state])
+            where.setdefault(kind, []).append(f"{letter} of layer {n}")
+            if kind != "explodes" and layer[state]["exploding"] >= SOME:
+                where.setdefault("tail", []).append(f"{letter} of layer {n}")
     number = 2 * len(layers)
-    text = []
+    text: list[str] = []
     for kind, verb in (("explodes", "explode"), ("vanishes", "vanish")):
         places = where.get(kind, [])
         if places:
-            which = "in every layer, h and c" if len(places) == number else _list(places)
+            which = "h and c of every layer" if len(places) == number else _list(places)
             text.append(f"Gradients {verb}: {which}.")
     if not text:
-        text = ["Gradients neither explode nor vanish within a few steps."]
-    if lasting := where.get("lasts"):
+        text = ["Gradients neither explode nor vanish at once."]
+    if tail := where.get("tail"):
+        text.append(f"In some samples they explode: {_list(tail)}.")
+    lasting = where.get("lasts", [])
+    if len(lasting) == number:
+        text.append("They last in every layer.")
+    elif lasting:
         text.append(f"They last longest in {_list(lasting)}.")
     return " ".join(text)
 
