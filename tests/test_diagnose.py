@@ -169,10 +169,12 @@ def without_diagnostics(folder: Path) -> list[dict[str, Any]]:
     return [e for e in metrics(folder) if e["event"] != "diagnostics"]
 
 
+@pytest.mark.parametrize("clip", [0.25, 0])
 def test_diagnostics_change_nothing_and_resume_exactly(
-    run: Run, corpus_folder: Path, tmp_path: Path
+    run: Run, corpus_folder: Path, tmp_path: Path, clip: float
 ) -> None:
     flags = [*TINY, "--data", corpus_folder, "--nonmono", 0, "--lr", 20, "--epochs", 3]
+    flags += ["--clip", clip]
     off, whole, parts = (tmp_path / f"{name}.pt" for name in ("off", "whole", "parts"))
     assert run(*flags, "--save", off).code == 0
     flags += ["--resume", "auto", "--diagnostics", 2]
@@ -193,9 +195,12 @@ def test_diagnostics_change_nothing_and_resume_exactly(
         held = [value for key, value in event.items() if key.startswith("grad_share_")]
         assert len(held) == 4
         assert sum(held) == pytest.approx(1)
-        assert event["clip_factor"] == pytest.approx(min(1, 0.25 / event["grad_norm"]), rel=1e-3)
+        expected = min(1, clip / event["grad_norm"]) if clip else 1
+        assert event["clip_factor"] == pytest.approx(expected, rel=1e-3)
         if event["step"] in train:
             assert event["grad_norm"] == train[event["step"]]["grad_norm"]
+    assert run("--resume", tmp_path / "off", "--epochs", 4, "--diagnostics", 2).code == 0
+    assert "diagnostics" in {e["event"] for e in metrics(tmp_path / "off")}
 
 
 # Bad input
