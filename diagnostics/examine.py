@@ -188,11 +188,11 @@ def _filters(batch: gradients.WindowGradient, settings: Settings) -> dict[str, A
 
 
 def plain(value: Any) -> Any:
-    """Tensors to lists, floats to five digits, what is not finite to None: fit for JSON."""
+    """Tensors to lists, floats to four digits, what is not finite to None: fit for JSON."""
     if isinstance(value, Tensor):
         return plain(value.tolist())
     if isinstance(value, float):
-        return float(f"{value:.5g}") if math.isfinite(value) else None
+        return float(f"{value:.4g}") if math.isfinite(value) else None
     if isinstance(value, dict):
         return {key: plain(item) for key, item in value.items()}
     if isinstance(value, list | tuple):

@@ -30,7 +30,7 @@ def masked_spectrum(matrices: Tensor, dropout: float, draws: int) -> dict[str, A
 def spectral_norms(matrices: Tensor, iterations: int = 30) -> Tensor:
     """Largest singular values of (G, H, H), (G,), by power iteration on W^T W from a fixed start.
 
-    A lower bound that is a percent or so off where the two largest lie close together. Draws
+    A lower bound, a percent or so below where the two largest lie close together. Draws
     nothing at random: the start is the same each time, and no state is kept.
     """
     units = matrices.size(-1)

@@ -66,6 +66,15 @@ def headline(layers: list[dict[str, Any]]) -> str:
         text = ["Gradients neither explode nor vanish at once."]
     if tail := where.get("tail"):
         text.append(f"In some samples they explode: {_list(tail)}.")
+    if fading := where.get("fades"):
+        reaches = [
+            layer[state]["reach"]["0.01"]
+            for layer in layers
+            for state in STATES
+            if verdict(layer[state]) == "fades"
+        ]
+        which = "in every layer" if len(fading) == number else f"in {_list(fading)}"
+        text.append(f"They fade, to 1 % within {min(reaches)} to {max(reaches)} steps, {which}.")
     lasting = where.get("lasts", [])
     if len(lasting) == number:
         text.append("They last in every layer.")
