@@ -44,7 +44,7 @@ def diagnose(argv: Sequence[str]) -> None:
     settings = settings_of(args)
     rows = read_rows(corpus, args, settings).to(device).long()
     folder = make_folder(args.output or default_folder(paths, args.fresh))
-    told = dict(asdict(settings), split=args.split, sequences=args.batch_size)
+    told = dict(asdict(settings), data=args.data, split=args.split, sequences=args.batch_size)
     told["samples"] = args.batch_size * settings.positions
     diagnosis: dict[str, Any] = dict(settings=told, models=[])
     for path, name, model in zip(paths, names, models, strict=True):

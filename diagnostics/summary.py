@@ -9,11 +9,11 @@ READING = """\
 L_t is the loss of step t alone, in nats. The gradient by h or c at a lag is the norm of L_t's
 derivative by the state that many steps earlier, along all paths (from a lower layer also through
 those above it), for single sequences; figures are medians over {samples} samples ({sequences}
-sequences at {positions} steps) of the {split} text, of the model as it is evaluated. *explodes*:
-somewhere at least ten times as large as at lag 1; *vanishes*: down to 1 % of that within ten
-steps; *fades*: down to 1 % later; *lasts*: not down to 1 % within {lags} steps. Near are the lags
-up to 10, far the second half. The linear analysis takes each gate's W_hh for the Jacobian of a
-step. A gate is saturated within 0.05 of an end of its range.
+sequences at {positions} steps) of the {split} text of {data}, of the model as it is evaluated.
+*explodes*: somewhere at least ten times as large as at lag 1; *vanishes*: down to 1 % of that
+within ten steps; *fades*: down to 1 % later; *lasts*: not down to 1 % within {lags} steps. Near are
+the lags up to 10, far the second half. The linear analysis takes each gate's W_hh for the
+Jacobian of a step. A gate is saturated within 0.05 of an end of its range.
 
 Gradients of whole windows ({windows} windows of {bptt} steps), shares and filters are those of
 training, with its dropout, AR ({alpha:g}) and TAR ({beta:g}). A share is one of the squared norm, a

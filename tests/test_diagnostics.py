@@ -385,3 +385,29 @@ def test_examining_leaves_no_trace_and_sees_no_filter() -> None:
     assert examine(filtering, rows[: settings.rows], settings) == found
     assert len(filtering.gradient_filters) == 2
     assert json.dumps(found, allow_nan=False)
+
+
+@pytest.mark.gpu
+def test_a_gpu_finds_the_same() -> None:
+    settings = Settings(lags=5, positions=2, windows=2, bptt=4)
+    model = make(wdrop=0, dropout=0, dropouth=0, dropouti=0, dropoute=0)
+    rows = text(settings.rows)[: settings.rows]
+    here = examine(model, rows, settings)
+    assert_close(examine(model.cuda(), rows.cuda(), settings), here)
+    for parameter in model.parameters():
+        parameter.grad = torch.ones_like(parameter)
+    assert probe(model, torch.ones((), device="cuda"))["grad_norm"] == 1
+
+
+def assert_close(one: Any, other: Any) -> None:
+    """Through nested containers."""
+    if isinstance(one, dict):
+        assert one.keys() == other.keys()
+        for key, value in one.items():
+            assert_close(value, other[key])
+    elif isinstance(one, list):
+        assert len(one) == len(other)
+        for a, b in zip(one, other, strict=True):
+            assert_close(a, b)
+    else:
+        assert one == pytest.approx(other, rel=2e-3, abs=1e-9)
