@@ -97,6 +97,11 @@ def _layers(
 ) -> list[dict[str, Any]]:
     say(f"gradients of single steps, {settings.lags} steps back")
     unrolled, norms = _lag_norms(model, rows, hidden, settings)
+    looks = [
+        dict(gates=gates.gate_figures(unrolled, n), states=gates.state_figures(unrolled, n))
+        for n in range(model.nlayers)
+    ]
+    del unrolled  # and with it the graph, before there is another one
     masked = None
     if any((model.dropout, model.dropouth, model.dropouti, model.dropoute, model.wdrop)):
         say("the same under the masks of training")
@@ -112,8 +117,7 @@ def _layers(
             cells=lag_norms.describe(norms.cells[n], settings.bptt),
             prediction=_prediction(matrices, norms.arriving[n], settings.lags),
             spectrum=_spectrum(spectra.spectrum(matrices)),
-            gates=gates.gate_figures(unrolled, n),
-            states=gates.state_figures(unrolled, n),
+            **looks[n],
         )
         if masked is not None:
             figures["hidden_masked"] = lag_norms.describe(masked.hidden[n], settings.bptt)

@@ -48,6 +48,8 @@ def _png(figure: Any) -> bytes:
     """The figure in 256 colours, which takes a third of the bytes."""
     from PIL import Image  # matplotlib needs it, too
 
+    for axes in figure.axes:
+        axes.set_visible(axes.has_data())  # a model may have fewer layers than the other
     whole, small = io.BytesIO(), io.BytesIO()
     figure.savefig(whole, format="png")
     with Image.open(whole) as image:
@@ -109,7 +111,8 @@ def lag_norms(models: list[dict[str, Any]], settings: dict[str, Any]) -> Any:
             if row == 1:
                 axes.set_xlabel("lag, time steps")
     for axes in grid.flat:
-        _bptt_line(axes, settings)
+        if axes.has_data():
+            _bptt_line(axes, settings)
     _legend_of(figure, grid[0][0])
     figure.suptitle("Gradient of one step's loss by lag: median, 25-75 % and 5-95 % of samples")
     return figure
