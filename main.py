@@ -14,8 +14,9 @@ import cli
 from bptt import FixedWindows, FullWindows, RandomizedWindows, Scheme, VariableWindows
 from data.corpus import Corpus, load_corpus
 from data.download import ensure_corpus
+from diagnostics.probe import probe
 from engine.checkpoint import damage_reported, load_model, load_training_state
-from engine.device import available_memory, keep_freed_memory, peak_memory, select_device
+from engine.device import available_memory, keep_freed_memory, peak_memory
 from engine.errors import CheckpointError, DivergenceError, RunError
 from engine.estimate import training_memory
 from engine.interrupt import Interrupt
@@ -44,7 +45,7 @@ def train_and_test(argv: Sequence[str]) -> None:
     args, given = cli.parse_training(argv)
     args, state = find_state(args, given)
     cli.settle_scheme(args)
-    device = device_of(args)
+    device = cli.device_of(args)
     if device.type == "cpu":
         keep_freed_memory()
     corpus = read_corpus(args)
@@ -69,6 +70,7 @@ def train_and_test(argv: Sequence[str]) -> None:
             interrupt,
             identity=dict(flags=flags, fingerprint=corpus.fingerprint),
             loss_scale=build_loss_scale(args, precision),
+            probe=probe if args.diagnostics else None,
         )
         if state is not None:  # before any file is touched: the state may be damaged
             with damage_reported(Path(args.resume)):
@@ -181,14 +183,6 @@ def find_state(
 
 
 # From flags to objects
-
-
-def device_of(args: argparse.Namespace) -> torch.device:
-    """The device that --device means."""
-    try:
-        return select_device(args.device)
-    except ValueError as error:
-        raise cli.UsageError(f"argument --device: {error}") from None
 
 
 def read_corpus(args: argparse.Namespace) -> Corpus:

@@ -2,11 +2,13 @@
 
 import math
 import time
+from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import asdict
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from bptt import Scheme, Window
 from data.corpus import Corpus, batchify
@@ -40,6 +42,8 @@ class Trainer:
         interrupt: asks for an early end.
         identity: plain values that a checkpoint carries along for the caller.
         loss_scale: for gradients in float16; None: the loss is not scaled.
+        probe: looks at the model every options.diagnostics updates, given the gradient's norm
+            before clipping; what it returns is logged.
 
     Raises:
         ValueError: the training text is too short for the batch.
@@ -56,6 +60,7 @@ class Trainer:
         interrupt: Interrupt,
         identity: dict[str, Any],
         loss_scale: LossScale | None = None,
+        probe: Callable[[RNNModel, Tensor], dict[str, float]] | None = None,
     ) -> None:
         self.model = model
         self.optimizer = optimizer
@@ -67,6 +72,7 @@ class Trainer:
         self.tracker: Tracker  # given to train
         self.identity = identity
         self.loss_scale = loss_scale
+        self.probe = probe
         self.updater = Updater(
             model,
             optimizer,
@@ -142,7 +148,8 @@ class Trainer:
         self.at.update += 1
         self.at.row += window.counted
 
-        wanted = self.is_logged(self.at.batch)
+        probed = self.is_probed(self.at.update)
+        wanted = probed or self.is_logged(self.at.batch)
         scale = self.loss_scale and self.loss_scale.value
         step = self.updater(window, rows, self.hidden, wanted)
         self.hidden = step.hidden
@@ -161,8 +168,23 @@ class Trainer:
         self.at.interval_tokens += tokens
         self.at.interval_updates += 1
         self._stopwatch.lap(training=True)
+        if probed and not step.skipped:
+            self.log_probe()
 
     # Around the loop
+
+    def is_probed(self, update: int) -> bool:
+        """This update is one that the probe looks at."""
+        every = self.options.diagnostics
+        return self.probe is not None and every is not None and update % every == 0
+
+    def log_probe(self) -> None:
+        """Log what the probe finds; the time it takes is not training's."""
+        assert self.probe is not None
+        self._watch.check()
+        figures = self.probe(self.model, self._grad_norm)
+        self.tracker.log("diagnostics", step=self.at.update, epoch=self.at.epoch, **figures)
+        self._stopwatch.lap()
 
     def is_logged(self, batch: int) -> bool:
         """This update, the epoch's batch-th, ends a logging interval."""
