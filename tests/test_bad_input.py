@@ -1,6 +1,7 @@
 """Whatever a user can get wrong: one line, the right exit code, and nothing harmed."""
 
 import json
+import re
 import subprocess
 import sys
 from collections.abc import Callable
@@ -8,7 +9,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import ROOT, TINY, Result
+from conftest import ROOT, TINY, Result, write_corpus
 from test_checkpoint import bad_file
 
 Run = Callable[..., Result]
@@ -20,6 +21,10 @@ OUT_OF_RANGE = [
     "--dropoute 1", "--wdrop 1", "--wdrop x", "--alpha -1", "--beta inf", "--wdecay -1e-9",
     "--optimizer rmsprop", "--lr 0", "--lr -1", "--lr nan", "--lr inf", "--clip -1",
     "--batch-size 0", "--batch_size 1.5", "--bptt 0", "--bptt-scheme random", "--epochs 0",
+    "--k1 0", "--k1 -2", "--k1 1.5", "--k1 3", "--k1 3 --bptt-scheme randomized",
+    "--k1 3 --bptt-scheme full", "--keep-prob 0 --bptt-scheme randomized",
+    "--keep-prob 1 --bptt-scheme randomized", "--keep-prob nan --bptt-scheme randomized",
+    "--keep-prob 0.5", "--keep-prob 0.5 --bptt-scheme fixed", "--keep-prob 0.5 --bptt-scheme full",
     "--max-updates 0", "--nonmono -1", "--when 0", "--when one", "--seed -1",
     "--seed 4294967296", "--device tpu", "--device cuda:99", "--device meta", "--device ''",
     "--cuda", "--save nosuffix", "--resume auto", "--checkpoint-every 0",
@@ -98,6 +103,24 @@ def test_a_model_that_cannot_fit(run: Run, corpus_folder: Path, tmp_path: Path, 
     flags = [*TINY, "--data", corpus_folder, "--save", tmp_path / "run.pt", "--emsize", size]
     assert "memory is too small" in only_line(run(*flags), 1)
     assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize("scheme", ["variable", "fixed", "randomized", "full"])
+def test_a_window_that_cannot_fit(
+    run: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, scheme: str
+) -> None:
+    corpus = write_corpus(tmp_path / "corpus", lines=800)
+    flags = [*TINY, "--data", corpus, "--save", tmp_path / "run.pt", "--bptt-scheme", scheme]
+    monkeypatch.setattr("main.available_memory", lambda _: 3 * 2**20)
+    flags += ["--max-updates", 1]
+    line = only_line(run(*flags, "--bptt", 2000), 2)
+    flag = "--bptt-scheme" if scheme == "full" else "--bptt"
+    figures = r"an update would need about \d MiB and 3 MiB are available"
+    assert re.match(f"argument {flag}: {figures}", line)
+    assert not (tmp_path / "run").exists()
+    result = run(*flags, "--bptt", 20)
+    assert result.code == 0
+    assert ("| full BPTT | one update an epoch" in result.err) == (scheme == "full")
 
 
 @pytest.mark.parametrize("where", ["missing/run.pt", "file/run.pt", "folder.pt"])

@@ -1,22 +1,106 @@
 """Windows: every row once, lengths from their definition, and a state that goes on."""
 
 import json
+from collections import Counter
+from collections.abc import Callable
 
 import numpy as np
 import pytest
 
-from bptt import FixedWindows, Scheme, VariableWindows
+from bptt import FixedWindows, FullWindows, RandomizedWindows, Scheme, VariableWindows, Window
+
+SCHEMES: dict[str, Callable[[], Scheme]] = {
+    "fixed": lambda: FixedWindows(7),
+    "variable": lambda: VariableWindows(70, 3),
+    "variable, short": lambda: VariableWindows(1, 3),
+    "1, 1": lambda: FixedWindows(1, 1),
+    "1, 7": lambda: FixedWindows(7, 1),
+    "5, 7": lambda: FixedWindows(7, 5),
+    "20, 7": lambda: FixedWindows(7, 20),
+    "randomized": lambda: RandomizedWindows(7, 0.8, 3),
+    "full": lambda: FullWindows(7),
+}
 
 
-@pytest.mark.parametrize("scheme", [FixedWindows(7), VariableWindows(70, 3), VariableWindows(1, 3)])
+@pytest.mark.parametrize("name", SCHEMES)
 @pytest.mark.parametrize("num_steps", [1, 2, 7, 69, 70, 71, 1000])
-def test_every_row_is_in_one_window(scheme: Scheme, num_steps: int) -> None:
-    rows = [
+def test_every_row_counts_in_one_window(name: str, num_steps: int) -> None:
+    """And windows follow on each other, and hold no more rows than they say."""
+    scheme = SCHEMES[name]()
+    windows = list(scheme.windows(num_steps))
+    counted = [
         row
-        for window in scheme.windows(num_steps)
-        for row in range(window.start, window.start + window.length)
+        for window in windows
+        for row in range(window.start + window.warmup, window.start + window.length)
     ]
-    assert rows == list(range(num_steps))
+    assert counted == list(range(num_steps))
+    start, held = 0, scheme.footprint(num_steps)
+    for window in windows:
+        assert window.start == start
+        assert window.counted >= 1
+        pieces = window.pieces or (window.length,)
+        assert sum(pieces) == window.length
+        assert min(pieces) >= 1
+        advance = window.length if window.advance is None else window.advance
+        assert advance in {0} | {sum(pieces[: i + 1]) for i in range(len(pieces))}
+        start += advance
+        together = sum(pieces[-window.kept :]) if window.crossing else max(pieces)
+        assert max(together, *pieces) <= held.rows <= num_steps
+        assert min(window.counted, together) <= held.decoded <= held.rows
+    assert start == num_steps
+
+
+@pytest.mark.parametrize("name", SCHEMES)
+def test_a_state_from_between_two_windows_goes_on(name: str) -> None:
+    """From the state and the number of rows that were counted, as a run is resumed."""
+    whole = list(SCHEMES[name]().windows(150))
+    for stop in {0, 1, len(whole) // 2, len(whole) - 1}:
+        first = SCHEMES[name]()
+        windows = first.windows(150)
+        seen = [next(windows) for _ in range(stop)]
+        state = json.loads(json.dumps(first.state_dict()))
+        second = SCHEMES[name]()
+        list(second.windows(50))
+        second.load_state_dict(state)
+        assert seen + list(second.windows(150, sum(w.counted for w in seen))) == whole
+
+
+def test_overlapping_windows() -> None:
+    assert list(FixedWindows(5, 2).windows(9)) == [
+        Window(0, 2, 0, (), kept=2, advance=0),
+        Window(0, 4, 2, (1, 3), kept=2, advance=1),
+        Window(1, 5, 3, (2, 3), kept=2, advance=2),
+        Window(3, 5, 3, (2, 3), kept=2, advance=2),
+        Window(5, 4, 3),
+    ]
+
+
+def test_windows_in_pieces() -> None:
+    assert list(FixedWindows(3, 7).windows(10)) == [
+        Window(0, 7, 0, (3, 3, 1), crossing=0.0),
+        Window(7, 3),
+    ]
+    assert list(FullWindows(4).windows(10)) == [Window(0, 10, 0, (4, 4, 2))]
+
+
+@pytest.mark.parametrize("keep_prob", [0.2, 0.75])
+def test_randomized_windows_are_geometric(keep_prob: float) -> None:
+    """Pearson's chi-squared against n segments with probability p**(n - 1) * (1 - p)."""
+    scheme, num_steps = RandomizedWindows(3, keep_prob, seed=4), 3 * 60_000
+    windows = list(scheme.windows(num_steps))
+    assert {w.crossing for w in windows if w.pieces} == {1 / keep_prob}
+    assert all(set(w.pieces) <= {3} for w in windows)
+    lengths = Counter(w.length // 3 for w in windows)
+    assert abs(len(windows) / scheme.expected_windows(num_steps) - 1) < 0.02
+    chi_squared = 0.0
+    longest = 4 if keep_prob < 0.5 else 15
+    for n in range(1, longest + 1):
+        # the last class is of all that are as long or longer
+        chance = keep_prob ** (n - 1) * (1 if n == longest else 1 - keep_prob)
+        count = lengths[n] if n < longest else sum(v for k, v in lengths.items() if k >= n)
+        expected = len(windows) * chance
+        chi_squared += (count - expected) ** 2 / expected
+    assert chi_squared < 3 * longest  # for longest - 1 degrees of freedom; the seed is fixed
 
 
 def test_fixed_lengths() -> None:

@@ -224,6 +224,28 @@ def test_dry_run_says_what_it_would_do_and_does_nothing(
     assert not (tmp_path / "run").exists()
 
 
+def test_dry_run_knows_the_schemes(run: Run, corpus_folder: Path, tmp_path: Path) -> None:
+    def plan(*flags: object) -> tuple[int, int]:
+        base = [*TINY, "--data", corpus_folder, "--save", tmp_path / "run.pt", "--dry-run"]
+        out = run(*base, "--emsize", 60, "--nhid", 90, *flags).out.replace(",", "")
+        found = [re.search(rf"\| {w} .*?about (\d+)", out) for w in ("updates per epoch", "memory")]
+        return int(found[0][1]), int(found[1][1])  # type: ignore[index]
+
+    words = (corpus_folder / "train.txt").read_text().replace("\n", " <eos> ").split()
+    steps = len(words) // 4 - 1
+    assert steps > 100
+    updates, memory = plan("--bptt-scheme", "fixed", "--bptt", 20)
+    assert updates == round(steps / 20)
+    assert plan("--bptt-scheme", "fixed", "--bptt", 20, "--k1", 5)[0] == round(steps / 5)
+    assert plan("--bptt-scheme", "fixed", "--bptt", 20, "--k1", 40) == (round(steps / 40), memory)
+    randomized = plan("--bptt-scheme", "randomized", "--bptt", 20, "--keep-prob", 0.75)
+    assert randomized[0] == round(1 + (steps - 1) // 20 / 4)
+    full = plan("--bptt-scheme", "full", "--bptt", 20)
+    assert full[0] == 1
+    assert memory <= full[1] < randomized[1]
+    assert plan("--bptt-scheme", "full", "--bptt", 9999)[1] > 1.5 * memory
+
+
 def test_same_seed_same_run_and_another_seed_another(
     run: Run, corpus_folder: Path, tmp_path: Path
 ) -> None:

@@ -149,6 +149,50 @@ def test_adam_resumes_too(whole: Path, tmp_path: Path) -> None:
     assert_same_run(tmp_path / "one" / "run.pt", tmp_path / "two" / "run.pt")
 
 
+SCHEMES = {
+    "1, 1": "--bptt-scheme fixed --bptt 1",
+    "4, 10": "--bptt-scheme fixed --k1 4",
+    "25, 10": "--bptt-scheme fixed --k1 25",
+    "randomized": "--bptt-scheme randomized --keep-prob 0.6 --bptt 5 --lr 2",
+    "full": "--bptt-scheme full --lr 0.5",
+}
+
+
+@pytest.mark.parametrize("name", SCHEMES)
+def test_every_scheme_resumes(whole: Path, tmp_path: Path, name: str) -> None:
+    """Stopped twice within an epoch (full: at its ends), with the gradient filter on."""
+    flags = [*SCHEMES[name].split(), "--epochs", "3", "--grad-filter", "2"]
+    for part in ("one", "two"):
+        save = tmp_path / part / "run.pt"
+        save.parent.mkdir()
+        if part == "two":
+            steps = [e["step"] for e in metrics(tmp_path / "one" / "run") if e["event"] == "valid"]
+            for stop in (1 + steps[0] // 2, (steps[1] + steps[2]) // 2):
+                assert start(save, whole / "corpus", *flags, "--max-updates", stop) == 0
+                last = torch.load(save.with_suffix("") / "last.pt", weights_only=True)
+                assert (last["position"]["row"] > 0) == (name != "full")
+        assert start(save, whole / "corpus", *flags) == 0
+    assert_same_run(tmp_path / "one" / "run.pt", tmp_path / "two" / "run.pt")
+    [test] = [e for e in metrics(tmp_path / "one" / "run") if e["event"] == "test"]
+    tokens = torch.load(tmp_path / "one" / "run" / "last.pt", weights_only=True)["position"]
+    words = len((whole / "corpus" / "train.txt").read_text().replace("\n", " <eos> ").split())
+    assert tokens["tokens"] == 3 * (words // 4 - 1) * 4
+    assert test["ppl"] < 60
+
+
+def test_flags_of_a_scheme_on_resume(whole: Path, tmp_path: Path, run: Run) -> None:
+    save = tmp_path / "run.pt"
+    flags = ["--bptt-scheme", "fixed", "--max-updates", 3]
+    assert start(save, whole / "corpus", *flags) == 0
+    assert run("--resume", save, "--k1", 10, "--max-updates", 4).code == 0  # what it was anyway
+    result = run("--resume", save, "--k1", 5)
+    assert (result.code, result.err.count("\n")) == (2, 1)
+    assert "--k1 5 (was 10)" in result.err
+    result = run("--resume", save, "--keep-prob", 0.5)
+    assert (result.code, result.err.count("\n")) == (2, 1)
+    assert "--keep-prob 0.5 (was None)" in result.err
+
+
 @pytest.mark.parametrize("what", ["last.pt", "folder", "best model"])
 def test_resume_by_path_under_the_same_or_another_name(
     whole: Path, tmp_path: Path, run: Run, what: str
