@@ -422,6 +422,7 @@ def ablation_parser() -> Parser:
     what = "GPUs of each run on Ray, fractions allowed (1 if the cluster has any)"
     _flag(group, "--ray-gpus", None, what, non_negative, "X")
     _add_wandb(parser.add_argument_group("logging, of each run and of the table"))
+    return parser
 
 
 def diagnosis_parser() -> Parser:

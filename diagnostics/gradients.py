@@ -7,6 +7,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from activation_regularize import activation_regularization, temporal_activation_regularization
+from diagnostics.unrolled import layer_lstm
 from model import Hidden, RNNModel, repackage_hidden
 
 CLIP_EPS = 1e-6  # torch.nn.utils.clip_grad_norm_'s guard against a norm of 0
@@ -57,7 +58,8 @@ def window_gradient(
         arguments[0].retain_grad()
         inputs.append(arguments[0])
 
-    hooks = [rnn.register_forward_pre_hook(catch) for rnn in model.rnns]
+    lstms = [layer_lstm(model, layer) for layer in range(model.nlayers)]
+    hooks = [rnn.register_forward_pre_hook(catch) for rnn in lstms]
     model.zero_grad(set_to_none=True)
     try:
         result, hidden, raw_outputs, outputs = model(

@@ -43,12 +43,12 @@ def unroll(model: RNNModel, inputs: Tensor, hidden: Hidden) -> Unrolled:
         inputs: word ids, (T, B).
         hidden: states before the window, each (1, B, H).
     """
+    masks = model.draw_masks(inputs.size(1))
     with torch.no_grad():
-        embedded = embedded_dropout(model.encoder, inputs, model.dropoute if model.training else 0)
-        x = list(model.lockdrop(embedded, model.dropouti))
+        x = list(_drop(embedded_dropout(model.encoder, inputs, 0, masks.words), masks.locked[0]))
     all_h, all_c, all_gates = [], [], []
     for layer in range(model.nlayers):
-        w_ih, w_hh, bias = layer_weights(model, layer)
+        w_ih, w_hh, bias = _layer_weights(model, layer, masks.weights[layer])
         h, c = (state[0].detach().requires_grad_() for state in hidden[layer])
         hs, cs, gates = [], [], []
         for x_t in x:
@@ -60,23 +60,24 @@ def unroll(model: RNNModel, inputs: Tensor, hidden: Hidden) -> Unrolled:
             hs.append(h)
             cs.append(c)
             gates.append(torch.stack([i, f, g, o], dim=1).detach())
-        p = model.dropout if layer == model.nlayers - 1 else model.dropouth
-        mask = model.lockdrop(torch.ones_like(hs[0])[None], p)[0]
-        x = [h_t * mask for h_t in hs]
+        mask = masks.locked[layer + 1]
+        x = [_drop(h_t, None if mask is None else mask[0]) for h_t in hs]
         all_h.append(hs)
         all_c.append(cs)
         all_gates.append(torch.stack(gates))
     return Unrolled(x, all_h, all_c, all_gates)
 
 
-def layer_weights(model: RNNModel, layer: int) -> tuple[Tensor, Tensor, Tensor]:
-    """W_ih (4H, F), W_hh (4H, H) and the sum of both biases (4H,), detached.
+def _drop(x: Tensor, mask: Tensor | None) -> Tensor:
+    return x if mask is None else x * mask
 
-    In training mode W_hh is under a freshly drawn mask.
-    """
-    rnn, lstm = model.rnns[layer], _lstm(model, layer)
-    drawn = rnn.draw_weights() if isinstance(rnn, WeightDrop) else {}
-    w_hh = drawn.get("weight_hh_l0", recurrent_weight(model, layer))
+
+def _layer_weights(
+    model: RNNModel, layer: int, masks: dict[str, Tensor]
+) -> tuple[Tensor, Tensor, Tensor]:
+    """W_ih (4H, F), W_hh (4H, H) under its mask and the sum of both biases (4H,), detached."""
+    lstm = layer_lstm(model, layer)
+    w_hh = _drop(recurrent_weight(model, layer), masks.get("weight_hh_l0"))
     bias = lstm.bias_ih_l0 + lstm.bias_hh_l0
     return lstm.weight_ih_l0.detach(), w_hh.detach(), bias.detach()
 
@@ -84,7 +85,7 @@ def layer_weights(model: RNNModel, layer: int) -> tuple[Tensor, Tensor, Tensor]:
 def recurrent_weight(model: RNNModel, layer: int) -> Tensor:
     """W_hh as it is trained, without a mask, (4H, H)."""
     name = "weight_hh_l0_raw" if isinstance(model.rnns[layer], WeightDrop) else "weight_hh_l0"
-    weight: Tensor = getattr(_lstm(model, layer), name)
+    weight: Tensor = getattr(layer_lstm(model, layer), name)
     return weight.detach()
 
 
@@ -94,6 +95,7 @@ def recurrent_matrices(model: RNNModel, layer: int) -> Tensor:
     return weight.view(4, weight.size(1), weight.size(1))
 
 
-def _lstm(model: RNNModel, layer: int) -> Any:
+def layer_lstm(model: RNNModel, layer: int) -> Any:
+    """The nn.LSTM of a layer, out of its weight drop."""
     rnn = model.rnns[layer]
     return rnn.module if isinstance(rnn, WeightDrop) else rnn

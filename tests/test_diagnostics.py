@@ -11,6 +11,7 @@ from numpy.typing import NDArray
 from test_gradient_filter import by_hand
 from torch import Tensor
 
+from bptt import Window
 from diagnostics.examine import Settings, examine
 from diagnostics.filters import filter_masks, singled_out, suppressed
 from diagnostics.gates import gate_figures, state_figures
@@ -272,9 +273,9 @@ def updated(model: RNNModel, rows: Tensor, hidden: Any, clip: float) -> tuple[Te
     optimizer = NTASGD(model.parameters(), 1e-9)
     updater = Updater(model, optimizer, bptt=STEPS, clip=clip, alpha=2.0, beta=1.0)
     torch.manual_seed(6)
-    loss, norm, _ = updater(rows[:-1], rows[1:].flatten(), hidden, want_norm=True)
-    assert norm is not None
-    return loss, norm
+    step = updater(Window(0, len(rows) - 1), rows, hidden, want_norm=True)
+    assert step.norm is not None
+    return step.loss, step.norm
 
 
 @pytest.mark.parametrize("tied", [True, False])
