@@ -2,6 +2,7 @@
 
 import argparse
 import math
+import os
 import re
 import shlex
 import sys
@@ -14,7 +15,8 @@ import torch
 
 from data.errors import DataError
 from engine.device import select_device
-from engine.errors import RunError
+from engine.errors import PeerError, RunError
+from engine.ranks import local_rank
 
 # Flags that may differ between a run and its resumption; all others are part of what it is.
 MAY_CHANGE = frozenset(
@@ -48,6 +50,9 @@ def run_program(program: Callable[[Sequence[str]], None], argv: Sequence[str] | 
         program(sys.argv[1:] if argv is None else argv)
     except UsageError as error:
         return _fail(str(error), 2)
+    except PeerError as error:
+        print(f"error: rank {os.environ.get('RANK', 0)}: {error}", file=sys.stderr)
+        return 1
     except (DataError, RunError) as error:
         return _fail(str(error))
     except KeyboardInterrupt:
@@ -73,7 +78,8 @@ def _is_memory(error: Exception) -> bool:
 
 
 def _fail(message: str, code: int = 1) -> int:
-    print(f"error: {message}", file=sys.stderr)
+    if os.environ.get("RANK", "0") == "0":  # where several train together, rank 0 speaks for all
+        print(f"error: {message}", file=sys.stderr)
     return code
 
 
@@ -481,7 +487,7 @@ def device_of(args: argparse.Namespace) -> torch.device:
         UsageError: none.
     """
     try:
-        return select_device(args.device)
+        return select_device(args.device, local_rank())
     except ValueError as error:
         raise UsageError(f"argument --device: {error}") from None
 
