@@ -25,7 +25,7 @@ from engine.interrupt import Interrupt
 from engine.loss_scale import LossScale
 from engine.precision import DTYPES, choose_precision, fast_kernel
 from engine.provenance import git_commit, versions
-from engine.ranks import Ranks, launched_ranks
+from engine.ranks import Ranks, launched_ranks, leave
 from engine.report import DOUBLE_RULE, final_line
 from engine.run_folder import RunFolder, find_run
 from engine.tracking import Silence, Tracker, WandbOptions, warn
@@ -386,4 +386,4 @@ def print_plan(args: argparse.Namespace, model: RNNModel, corpus: Corpus) -> Non
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    leave(main())

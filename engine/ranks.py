@@ -1,9 +1,11 @@
 """Several processes that train one model together, each on its share of the batch's columns."""
 
 import os
+import sys
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from datetime import timedelta
+from typing import NoReturn
 
 import torch
 import torch.distributed as dist
@@ -26,7 +28,7 @@ class Ranks:
     Args:
         rank: this process's number.
         size: how many there are.
-        control: group for what is not on a GPU; None: by itself.
+        control: group for what is not on a GPU; None: the one for everything.
     """
 
     def __init__(
@@ -34,7 +36,7 @@ class Ranks:
     ) -> None:
         self.rank = rank
         self.size = size
-        self._control = control
+        self.control = control
 
     @property
     def leader(self) -> bool:
@@ -79,7 +81,7 @@ class Ranks:
             return list(values)
         together = torch.tensor(values, dtype=torch.int64)
         with _peers_reported():
-            dist.all_reduce(together, dist.ReduceOp.MAX, group=self._control)
+            dist.all_reduce(together, dist.ReduceOp.MAX, group=self.control)
         return [int(value) for value in together]
 
     def from_leader(self, value: float) -> float:
@@ -88,7 +90,7 @@ class Ranks:
             return value
         shared = torch.tensor(value, dtype=torch.float64)
         with _peers_reported():
-            dist.broadcast(shared, 0, group=self._control)
+            dist.broadcast(shared, 0, group=self.control)
         return float(shared)
 
     def wait(self) -> None:
@@ -120,10 +122,14 @@ def launched_ranks(device: torch.device) -> Iterator[Ranks]:
         torch.cuda.set_device(device)
     with _peers_reported():
         dist.init_process_group("nccl" if gpu else "gloo", timeout=PATIENCE)
-        control = dist.new_group(backend="gloo", timeout=PATIENCE) if gpu else dist.group.WORLD
+        control = dist.new_group(backend="gloo", timeout=PATIENCE) if gpu else None
+    ranks = Ranks(dist.get_rank(), size, control)
+    del control
     try:
-        yield Ranks(dist.get_rank(), size, control)
+        yield ranks
+        ranks.wait()  # who leaves early takes connections away that others still close
     finally:
+        ranks.control = None
         with suppress(RuntimeError):  # the others may be gone
             dist.destroy_process_group()
 
@@ -133,6 +139,20 @@ def local_rank() -> int | None:
     if int(os.environ.get("WORLD_SIZE", "1")) == 1:
         return None
     return int(os.environ["LOCAL_RANK"])
+
+
+def leave(code: int) -> NoReturn:
+    """End the program.
+
+    Of several processes each ends without taking the interpreter down: gloo's threads may still
+    hold tensors then, and now and then abort a process that has done all it had to
+    (github.com/pytorch/pytorch/pull/179291 tells why).
+    """
+    if local_rank() is None:
+        sys.exit(code)
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(code)
 
 
 @contextmanager
