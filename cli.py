@@ -20,7 +20,7 @@ MAY_CHANGE = frozenset(
     """
     data device save resume dry_run epochs max_updates log_interval checkpoint_every
     checkpoint_minutes test_batch_size bigram samples
-    wandb wandb_project wandb_name wandb_group wandb_tags
+    wandb wandb_project wandb_name wandb_group wandb_job_type wandb_tags
     """.split()  # noqa: SIM905
 )
 
@@ -94,12 +94,26 @@ def _number(
     return parse
 
 
+def _several(convert: Callable[[str], Any]) -> Callable[[str], list[Any]]:
+    """Values with commas between them, none of them twice."""
+
+    def parse(text: str) -> list[Any]:
+        values = [convert(part.strip()) for part in text.split(",")]
+        if len(set(values)) < len(values):
+            raise argparse.ArgumentTypeError(f"{text!r} names one twice")
+        return values
+
+    return parse
+
+
 positive_int = _number(int, "a whole number of at least 1", lambda n: n >= 1)
 natural = _number(int, "a whole number of at least 0", lambda n: n >= 0)
 seed_value = _number(int, "a whole number in [0, 2**32)", lambda n: 0 <= n < 2**32)
 epoch_number = _number(int, "an epoch, from 1, or -1 for never", lambda n: n >= 1 or n == -1)
 positive = _number(float, "a number above 0", lambda x: x > 0)
 non_negative = _number(float, "a number of at least 0", lambda x: x >= 0)
+whole_numbers = _several(natural)
+decay = _number(float, "a number above 1, or 0", lambda x: x > 1 or x == 0)
 between_0_and_1 = _number(float, "a probability in (0, 1)", lambda x: 0 < x < 1)
 probability = _number(float, "a probability in [0, 1)", lambda x: 0 <= x < 1)
 
@@ -111,6 +125,14 @@ def model_name(text: str) -> str:
     if text != "LSTM":
         raise argparse.ArgumentTypeError(f"{text!r} is not LSTM")
     return text
+
+
+def loss_scale(text: str) -> str | float:
+    """--loss-scale."""
+    if text == "dynamic":
+        return text
+    value: float = positive(text)
+    return value
 
 
 def save_path(text: str) -> str:
@@ -168,6 +190,7 @@ def training_parser() -> Parser:
     _add_model(parser)
     _add_regularisation(parser)
     _add_optimisation(parser)
+    _add_precision(parser.add_argument_group("precision and speed"))
     _add_run(parser)
     _add_evaluation(parser)
     _add_logging(parser)
@@ -244,9 +267,31 @@ def _add_optimisation(parser: Parser) -> None:
     what = "NT-ASGD: epochs without a better validation that are forgiven"
     _flag(group, "--nonmono", 5, what, natural)
     _switch(group, "--no-asgd", "never start averaging")
+    what = (
+        "with --no-asgd: divide the learning rate by X where averaging would have started, each "
+        "time; 0: never"
+    )
+    _flag(group, "--nonmono-decay", 0.0, what, decay, "X")
     what = "epochs at whose end the learning rate is divided by 10; -1: never"
     _flag(group, "--when", [-1], what, epoch_number, "EPOCH", nargs="+")
     _flag(group, "--seed", 1111, "of all random draws", seed_value)
+
+
+def _add_precision(group: Any) -> None:
+    what = (
+        "of the matrix products in training; auto: tf32 on a GPU that has it, else fp32. Weights, "
+        "optimizer, averages, penalties, loss and evaluation are float32 (in tf32 and on a GPU "
+        "with bf16 or fp16, products of evaluation are tf32)"
+    )
+    _choice(group, "--precision", ["auto", "fp32", "tf32", "bf16", "fp16"], what)
+    what = "auto: the fast one where there is one; plain: torch's own layers, the reference"
+    _choice(group, "--kernel", ["auto", "plain"], what)
+    what = "factor on the loss while gradients are taken (dynamic for fp16; else none)"
+    _flag(group, "--loss-scale", None, what, loss_scale, "dynamic|X")
+    what = "where the dynamic loss scale stays between"
+    _flag(group, "--loss-scale-bounds", [1.0, 2.0**24], what, positive, "X", nargs=2)
+    what = "updates without overflow after which it doubles"
+    _flag(group, "--loss-scale-window", 2000, what, positive_int)
 
 
 def _add_bptt(group: Any) -> None:
@@ -301,11 +346,51 @@ def _add_evaluation(parser: Parser) -> None:
 def _add_logging(parser: Parser) -> None:
     group = parser.add_argument_group("logging (WANDB_* variables fill in what is not given)")
     _flag(group, "--log-interval", 200, "updates between log lines", positive_int)
-    _choice(group, "--wandb", ["disabled", "offline", "online"], "Weights & Biases")
-    _flag(group, "--wandb-project", None, "W&B: project", metavar="NAME")
+    _add_wandb(group)
     _flag(group, "--wandb-name", None, "W&B: the run's name", metavar="NAME")
     _flag(group, "--wandb-group", None, "W&B: group", metavar="NAME")
+    _flag(group, "--wandb-job-type", None, "W&B: kind of run, within the group", metavar="NAME")
     _flag(group, "--wandb-tags", None, "W&B: tags", metavar="TAG", nargs="+")
+
+
+def _add_wandb(group: Any) -> None:
+    _choice(group, "--wandb", ["disabled", "offline", "online"], "Weights & Biases")
+    _flag(group, "--wandb-project", None, "W&B: project", metavar="NAME")
+
+
+def ablation_parser() -> Parser:
+    """The flags of ablate.py."""
+    parser = Parser(
+        prog="ablate.py",
+        description="Run the rows of an ablation table, each with several seeds, and print it. "
+        "The same command goes on after an interruption.",
+    )
+    what = "TOML file with the rows (see ablations/)"
+    parser.add_argument("table", metavar="TABLE", help=what)
+    group = parser.add_argument_group("what to run")
+    what = "instead of the table's own, for instance 1,2,3"
+    _flag(group, "--seeds", None, what, whole_numbers, "SEEDS")
+    what = "only the rows whose names contain one of these words; the first row always takes part"
+    _flag(group, "--rows", None, what, metavar="WORD", nargs="+")
+    what = "flags for every row, before its own, for instance --flags='--epochs 2'"
+    _flag(group, "--flags", "", what, metavar="FLAGS")
+    what = "folder of the results (results/ and the table's name, if not given)"
+    _flag(group, "--output", None, what, metavar="FOLDER")
+    _switch(group, "--dry-run", "print the plan and what it costs, then exit")
+    _switch(group, "--report-only", "only make the report anew, from what is there")
+    group = parser.add_argument_group("where to run it")
+    what = "runs at a time (one a GPU, if not given)"
+    _flag(group, "--jobs", None, what, positive_int)
+    what = "GPUs to share among the jobs, for instance 0,1"
+    _flag(group, "--gpus", None, what, whole_numbers, "NUMBERS")
+    what = "CPU threads of each run (the cores shared among the jobs, if not given; on Ray 1)"
+    _flag(group, "--threads", None, what, positive_int)
+    what = "run on a Ray cluster: at ADDRESS, at RAY_ADDRESS, or one of this machine alone"
+    _flag(group, "--ray", None, what, metavar="ADDRESS", nargs="?", const="")
+    what = "GPUs of each run on Ray, fractions allowed (1 if the cluster has any)"
+    _flag(group, "--ray-gpus", None, what, non_negative, "X")
+    _add_wandb(parser.add_argument_group("logging, of each run and of the table"))
+    return parser
 
 
 # Parsing
@@ -327,9 +412,31 @@ def parse_training(argv: Sequence[str]) -> tuple[argparse.Namespace, set[str]]:
     given = set(vars(_parse(silent, argv)))
     if args.resume == "auto" and args.save is None:
         raise UsageError("argument --resume: auto needs --save, to know which run is meant")
+    low, high = args.loss_scale_bounds
+    if low > high:
+        raise UsageError(f"argument --loss-scale-bounds: {low:g} is above {high:g}")
+    if args.nonmono_decay and not args.no_asgd:
+        raise UsageError("argument --nonmono-decay: goes with --no-asgd only")
     if args.save is None and args.resume is None:
         args.save = f"{time.time_ns() // 1000}.pt"
     return args, given
+
+
+def parse_ablation(argv: Sequence[str]) -> argparse.Namespace:
+    """Read ablate.py's command line.
+
+    Raises:
+        UsageError: a flag or value that cannot be.
+    """
+    args = _parse(ablation_parser(), argv)
+    both = [("dry_run", "report_only"), ("ray", "gpus"), ("ray", "jobs")]
+    for one, other in both:
+        if all(getattr(args, name) not in (None, False) for name in (one, other)):
+            flags = [f"--{name.replace('_', '-')}" for name in (one, other)]
+            raise UsageError(f"argument {flags[1]}: does not go with {flags[0]}")
+    if args.ray_gpus is not None and args.ray is None:
+        raise UsageError("argument --ray-gpus: needs --ray")
+    return args
 
 
 def _parse(parser: Parser, argv: Sequence[str]) -> argparse.Namespace:
@@ -350,21 +457,23 @@ def resume_flags(
     Raises:
         UsageError: a flag was given that makes it another run; lists all of them.
     """
-    differences = [
-        f"--{name.replace('_', '-')} {_plain(getattr(args, name))} (was {_plain(saved[name])})"
-        for name in sorted(given & saved.keys() - MAY_CHANGE)
-        if getattr(args, name) != saved[name]
-    ]
-    if differences:
-        raise UsageError(
-            "argument --resume: the run was started with other flags: " + ", ".join(differences)
-        )
+    if differences := other_flags({name: getattr(args, name) for name in given}, saved):
+        raise UsageError(f"argument --resume: the run was started with other flags: {differences}")
     merged = dict(vars(args))
     merged.update({name: value for name, value in saved.items() if name not in given})
     # A limit for one session, and what this session was asked to do, are not handed on.
     for name in ("resume", "dry_run", "max_updates"):
         merged[name] = getattr(args, name)
     return argparse.Namespace(**merged)
+
+
+def other_flags(wanted: dict[str, Any], saved: dict[str, Any]) -> str:
+    """Which flags make a run another one than the one that was saved; empty: none do."""
+    return ", ".join(
+        f"--{name.replace('_', '-')} {_plain(wanted[name])} (was {_plain(saved[name])})"
+        for name in sorted(wanted.keys() & saved.keys() - MAY_CHANGE)
+        if wanted[name] != saved[name]
+    )
 
 
 def settle_scheme(args: argparse.Namespace) -> None:

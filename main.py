@@ -15,10 +15,12 @@ from bptt import FixedWindows, FullWindows, RandomizedWindows, Scheme, VariableW
 from data.corpus import Corpus, load_corpus
 from data.download import ensure_corpus
 from engine.checkpoint import damage_reported, load_model, load_training_state
-from engine.device import available_memory, peak_memory, select_device
+from engine.device import available_memory, keep_freed_memory, peak_memory, select_device
 from engine.errors import CheckpointError, DivergenceError, RunError
 from engine.estimate import training_memory
 from engine.interrupt import Interrupt
+from engine.loss_scale import LossScale
+from engine.precision import DTYPES, choose_precision, fast_kernel
 from engine.provenance import git_commit, versions
 from engine.report import DOUBLE_RULE, final_line
 from engine.run_folder import RunFolder, find_run
@@ -43,6 +45,8 @@ def train_and_test(argv: Sequence[str]) -> None:
     args, state = find_state(args, given)
     cli.settle_scheme(args)
     device = device_of(args)
+    if device.type == "cpu":
+        keep_freed_memory()
     corpus = read_corpus(args)
     if state is not None and state["fingerprint"] != corpus.fingerprint:
         raise CheckpointError(f"{args.data}: its text is not that of the run to be resumed")
@@ -52,6 +56,7 @@ def train_and_test(argv: Sequence[str]) -> None:
         print_plan(args, model, corpus)
         return
     check_memory(args, model, corpus)
+    precision, computing = set_precision(args, model)
     with RunFolder(args.save) as folder, Interrupt() as interrupt:
         flags = {name: value for name, value in vars(args).items() if name != "dry_run"}
         trainer = Trainer(
@@ -63,6 +68,7 @@ def train_and_test(argv: Sequence[str]) -> None:
             folder,
             interrupt,
             identity=dict(flags=flags, fingerprint=corpus.fingerprint),
+            loss_scale=build_loss_scale(args, precision),
         )
         if state is not None:  # before any file is touched: the state may be damaged
             with damage_reported(Path(args.resume)):
@@ -70,8 +76,10 @@ def train_and_test(argv: Sequence[str]) -> None:
         source = None if state is None else Path(args.resume).parent
         if aside := folder.begin(source, trainer.at.best_epoch):
             warn(f"the run that was in {folder.folder} is now in {aside}")
+        print(computing, file=sys.stderr)
         commit = git_commit()
         session: dict[str, Any] = dict(argv=list(argv), from_update=trainer.at.update)
+        session.update(precision=precision, kernel="fast" if model.fast else "plain")
         session.update(versions=versions(), git_commit=commit)
         tracker = open_tracker(args, folder, dict(flags, git_commit=commit), state)
         exit_code = 1
@@ -98,8 +106,8 @@ def run(args: argparse.Namespace, trainer: Trainer, tracker: Tracker) -> None:
     )
     try:
         ended = trainer.train(tracker)
-    except DivergenceError:
-        conclude(trainer, tracker, dict(summary, diverged=True))
+    except DivergenceError as error:
+        conclude(trainer, tracker, dict(summary, diverged=True, cause=str(error)))
         raise
     trainer.interrupt.release()
     if trainer.interrupt.terminated:
@@ -226,8 +234,34 @@ def build_optimizer(args: argparse.Namespace, model: RNNModel) -> torch.optim.Op
         if args.lr >= 1:
             warn(f"--optimizer adam with --lr {args.lr:g}, which is a learning rate for sgd")
         return torch.optim.Adam(model.parameters(), lr=args.lr, weight_decay=args.wdecay)
-    nonmono = None if args.no_asgd else args.nonmono
-    return NTASGD(model.parameters(), args.lr, args.wdecay, nonmono)
+    nonmono = None if args.no_asgd and not args.nonmono_decay else args.nonmono
+    return NTASGD(model.parameters(), args.lr, args.wdecay, nonmono, args.nonmono_decay or None)
+
+
+def set_precision(args: argparse.Namespace, model: RNNModel) -> tuple[str, str]:
+    """Make the model train in --precision, by --kernel; returns it, and a line about both."""
+    device = model.encoder.weight.device
+    try:
+        precision = choose_precision(args.precision, device)
+    except ValueError as error:
+        raise cli.UsageError(f"argument --precision: {error}") from None
+    fast, reason = fast_kernel(precision, device)
+    if args.kernel == "plain":
+        fast, reason = False, "as asked"
+    model.compute_in(DTYPES[precision], fast)
+    kernel = "fast" if fast else "plain"
+    return precision, f"| precision {precision} | {kernel} kernel, {reason}"
+
+
+def build_loss_scale(args: argparse.Namespace, precision: str) -> LossScale | None:
+    """How the flags scale the loss."""
+    scale: Any = args.loss_scale or ("dynamic" if precision == "fp16" else None)
+    if scale is None:
+        return None
+    if scale != "dynamic":
+        return LossScale(scale, dynamic=False)
+    low, high = args.loss_scale_bounds
+    return LossScale(low=low, high=high, window=args.loss_scale_window)
 
 
 def build_scheme(args: argparse.Namespace) -> Scheme:
@@ -260,6 +294,7 @@ def open_tracker(
         project=args.wandb_project,
         name=args.wandb_name,
         group=args.wandb_group,
+        job_type=args.wandb_job_type,
         tags=None if args.wandb_tags is None else tuple(args.wandb_tags),
     )
     if state is None:

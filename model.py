@@ -3,11 +3,15 @@
 from dataclasses import dataclass
 from typing import Any
 
+import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from embed_regularize import embedded_dropout
 from gradient_filter import GradientFilter
+from linear_cross_entropy import linear_cross_entropy
 from locked_dropout import draw_mask
+from lstm_cpu import lstm_layer
 from weight_drop import WeightDrop, lend_weights
 
 Hidden = list[tuple[Tensor, Tensor]]
@@ -91,6 +95,7 @@ class RNNModel(nn.Module):
         self.wdrop = wdrop
         self.tie_weights = tie_weights
         self.grad_filter = grad_filter
+        self.compute_in(None)
 
         self.encoder = nn.Embedding(ntoken, ninp)
         sizes = self.layer_sizes
@@ -116,6 +121,19 @@ class RNNModel(nn.Module):
     def gradient_filters(self) -> list[GradientFilter]:
         """The gradient filters, one a layer; none where they are off."""
         return [gate for gate in self.filters if isinstance(gate, GradientFilter)]
+
+    def compute_in(self, dtype: torch.dtype | None, fast: bool = False) -> None:
+        """Say in what training computes its layers and its decoder; no checkpoint knows of it.
+
+        Args:
+            dtype: what their weights and inputs are cast to, bfloat16 or float16; None: they stay
+                as they are. Weights, their gradients, states, penalties and the loss stay
+                float32 in any case, and evaluation does not change.
+            fast: compute with lstm_cpu and linear_cross_entropy, not with nn.LSTM and
+                F.cross_entropy.
+        """
+        self.compute_dtype = dtype
+        self.fast = fast
 
     def config(self) -> dict[str, Any]:
         """The keywords that build this model again, plain numbers and strings."""
@@ -196,13 +214,42 @@ class RNNModel(nn.Module):
         weights: dict[str, Tensor] = {}
         if isinstance(lstm, WeightDrop):
             lstm, weights = lstm.module, lstm.masked(masks)
-        if self.filters:
+        dtype = self.compute_dtype if self.training else None
+        fast = self.fast and self.training
+        if self.filters or fast or dtype is not None:
             weights.update(lstm.named_parameters())
             weights = {name: w for name, w in weights.items() if not name.endswith("_raw")}
+        if dtype is not None:
+            x = x.to(dtype)
+            if not fast:  # lstm_layer casts them itself
+                weights = {name: w.to(dtype) for name, w in weights.items()}
+        if self.filters:
             x, *filtered = self.filters[layer](x, *weights.values())
             weights = dict(zip(weights, filtered, strict=True))
+        h, c = hidden
+        if fast:
+            names = ("weight_ih_l0", "weight_hh_l0", "bias_ih_l0", "bias_hh_l0")
+            output, h, c = lstm_layer(x, h[0], c[0], *(weights[name] for name in names))
+            return output, (h[None], c[None])
         with lend_weights(lstm, weights):
-            return lstm(x, hidden)
+            output, (h_n, c_n) = lstm(x, (h.to(x.dtype), c.to(x.dtype)))
+        return output, (h_n.to(h.dtype), c_n.to(c.dtype))
+
+    def loss(self, result: Tensor, targets: Tensor) -> Tensor:
+        """Mean cross-entropy of forward's result, nats per token, float32.
+
+        Args:
+            result: (T·B, E), not decoded.
+            targets: ids of the words that follow, (T·B,).
+        """
+        weight, bias = self.decoder.weight, self.decoder.bias
+        dtype = self.compute_dtype if self.training else None
+        if self.fast and self.training:
+            return linear_cross_entropy(result.to(dtype), weight, bias, targets)
+        if dtype is None:
+            return F.cross_entropy(self.decoder(result), targets)
+        logits = F.linear(result.to(dtype), weight.to(dtype), bias.to(dtype))
+        return F.cross_entropy(logits.float(), targets)
 
 
 def _drop(x: Tensor, mask: Tensor | None) -> Tensor:

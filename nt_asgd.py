@@ -17,6 +17,10 @@ class NTASGD(torch.optim.Optimizer):
     is kept beside the weights, and `averaged_weights` lends it for validation, test and
     checkpoints. The iterate itself is never overwritten.
 
+    With decay the trigger divides the learning rates instead, and starts again with an empty
+    history: plain SGD "in the same non-monotonic fashion", which the paper's ablation (section 6)
+    holds NT-ASGD against, dividing by 2. What happens to the history there it does not say.
+
     Different from torch.optim.ASGD, which the paper's code used: a learning rate holds for the
     step it is set for, and the first iterate is part of the average.
 
@@ -26,6 +30,7 @@ class NTASGD(torch.optim.Optimizer):
         weight_decay: L2 penalty's factor, >= 0.
         nonmono: n, the epochs without improvement that are forgiven, >= 0; None: averaging never
             starts.
+        decay: what learning rates are divided by at each trigger, > 1; None: averaging starts.
 
     Raises:
         ValueError: a value outside these ranges.
@@ -37,6 +42,7 @@ class NTASGD(torch.optim.Optimizer):
         lr: float,
         weight_decay: float = 0.0,
         nonmono: int | None = 5,
+        decay: float | None = None,
     ) -> None:
         if not lr > 0:
             raise ValueError(f"lr is {lr}; it must be above 0")
@@ -44,8 +50,11 @@ class NTASGD(torch.optim.Optimizer):
             raise ValueError(f"weight_decay is {weight_decay}; it must not be negative")
         if nonmono is not None and nonmono < 0:
             raise ValueError(f"nonmono is {nonmono}; it must not be negative")
+        if decay is not None and not decay > 1:
+            raise ValueError(f"decay is {decay}; it must be above 1")
         super().__init__(params, dict(lr=lr, weight_decay=weight_decay))
         self.nonmono = nonmono
+        self.decay = decay
         self.history: list[float] = []
         self.averaging = False
         self.num_averaged = 0
@@ -89,8 +98,14 @@ class NTASGD(torch.optim.Optimizer):
         self.history.append(valid_loss)
         if self.averaging or self.nonmono is None or not earlier:
             return False
-        self.averaging = valid_loss > min(earlier)
-        return self.averaging
+        triggered = valid_loss > min(earlier)
+        if triggered and self.decay is not None:
+            for group in self.param_groups:
+                group["lr"] /= self.decay
+            self.history.clear()
+            return False
+        self.averaging = triggered
+        return triggered
 
     @contextmanager
     def averaged_weights(self) -> Iterator[None]:

@@ -12,7 +12,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable
-from contextlib import ExitStack
+from contextlib import ExitStack, closing
 from pathlib import Path
 from typing import Any
 
@@ -22,9 +22,12 @@ import torch
 from benchmarks.baseline import BaselineModel, BaselineStep
 from bptt import VariableWindows, Window
 from data.corpus import Corpus, Vocabulary
-from engine.device import peak_memory, select_device
+from engine.device import keep_freed_memory, peak_memory, select_device
 from engine.interrupt import Interrupt
+from engine.loss_scale import LossScale
+from engine.precision import DTYPES, choose_precision, fast_kernel
 from engine.run_folder import RunFolder
+from engine.tracking import Tracker, WandbOptions
 from engine.trainer import Trainer
 from engine.training_state import TrainingOptions
 from model import RNNModel
@@ -59,8 +62,14 @@ def zipf_corpus(ntoken: int, tokens: int) -> Corpus:
     return Corpus(vocabulary, train, train[:1000], train[:1000], "zipf")
 
 
-def ours(recipe: dict[str, Any], corpus: Corpus, device: torch.device, stack: ExitStack) -> Update:
-    """The trainer's own update."""
+def ours(
+    precision: str,
+    recipe: dict[str, Any],
+    corpus: Corpus,
+    device: torch.device,
+    stack: ExitStack,
+) -> Update:
+    """The trainer's own update in a precision, by the kernel that main.py would take."""
     model = RNNModel(
         "LSTM", recipe["ntoken"], recipe["ninp"], recipe["nhid"], recipe["nlayers"],
         **recipe["dropouts"], tie_weights=True,
@@ -74,15 +83,27 @@ def ours(recipe: dict[str, Any], corpus: Corpus, device: torch.device, stack: Ex
     trainer = Trainer(
         model, NTASGD(model.parameters(), LR, WDECAY), VariableWindows(recipe["bptt"], 1), corpus,
         options, folder, Interrupt(), identity={},
+        loss_scale=LossScale() if precision == "fp16" else None,
     )  # fmt: skip
+    trainer.tracker = stack.enter_context(closing(Tracker(folder.folder, {}, WandbOptions())))
     model.train()
-    return lambda window: _timed(device, lambda: trainer.update(window))
+    model.compute_in(DTYPES[precision], fast_kernel(precision, device)[0])
+
+    def update(window: Window) -> float:
+        choose_precision(precision, device)  # what float32 products may do is the process's
+        return _timed(device, lambda: trainer.update(window))
+
+    return update
 
 
 def baseline(
-    recipe: dict[str, Any], corpus: Corpus, device: torch.device, stack: ExitStack
+    precision: str,
+    recipe: dict[str, Any],
+    corpus: Corpus,
+    device: torch.device,
+    stack: ExitStack,
 ) -> Update:
-    """The straightforward implementation's update."""
+    """The straightforward implementation's update: float32, or bf16 by autocast."""
     names = ("ntoken", "ninp", "nhid", "nlayers", "dropouts")
     model = BaselineModel(**{name: recipe[name] for name in names}).to(device)
     step = BaselineStep(model, LR, CLIP, WDECAY)
@@ -91,15 +112,32 @@ def baseline(
     rows = rows.long().view(batch_size, -1).t().contiguous().to(device)
     hidden = model.init_hidden(batch_size)
 
-    def update(window: Window) -> None:
+    def step_on(window: Window) -> None:
         nonlocal hidden
         part = rows[window.start : window.start + window.length + 1]
-        _, hidden = step(part[:-1], part[1:], hidden, window.length / recipe["bptt"])
+        with torch.autocast(device.type, torch.bfloat16, enabled=precision == "bf16"):
+            _, hidden = step(part[:-1], part[1:], hidden, window.length / recipe["bptt"])
+        hidden = [(h.float(), c.float()) for h, c in hidden]
 
-    return lambda window: _timed(device, lambda: update(window))
+    def update(window: Window) -> float:
+        choose_precision("fp32" if precision == "bf16" else precision, device)
+        return _timed(device, lambda: step_on(window))
+
+    return update
 
 
-PATHS: dict[str, Callable[..., Update]] = {"ours": ours, "baseline": baseline}
+def paths_on(device: torch.device) -> list[str]:
+    """The paths that a device can take; the last one is what they are held against."""
+    precisions = ["fp32", "bf16"]
+    if device.type == "cuda":
+        precisions = ["fp32", "tf32", "bf16", "fp16"]
+    return [*precisions, "baseline-bf16", "baseline-fp32"]
+
+
+def start(path: str, *arguments: Any) -> Update:
+    """Set up a path by its name."""
+    kind, _, precision = path.rpartition("-")
+    return (baseline if kind else ours)(precision, *arguments)
 
 
 def _timed(device: torch.device, work: Callable[[], object]) -> float:
@@ -118,17 +156,19 @@ def measure(
     """Time the paths update by update in turn, over the same windows.
 
     Returns:
-        Per path: tokens_per_second and ms (medians over the updates), ms_p90; and the bytes of
-        memory at the peak, of all paths together.
+        Per path: tokens_per_second and ms (medians over the updates), ms_p90, ratio (the last
+        path's time over its own, median of the pairs); and the bytes of memory at the peak, of
+        all paths together.
     """
     with ExitStack() as stack:
         corpus = zipf_corpus(recipe["ntoken"], recipe["tokens"])
-        steps = {name: PATHS[name](recipe, corpus, device, stack) for name in paths}
+        steps = {name: start(name, recipe, corpus, device, stack) for name in paths}
         num_steps = len(corpus.train) // recipe["batch_size"] - 1
         windows = list(VariableWindows(recipe["bptt"], 2).windows(num_steps))[: updates + 2]
         seconds: dict[str, list[float]] = {name: [] for name in paths}
         for turn, window in enumerate(windows):
-            for name in paths if turn % 2 else reversed(paths):
+            shift = turn % len(paths)  # so that none always follows the same one
+            for name in paths[shift:] + paths[:shift]:
                 seconds[name].append(steps[name](window))
         tokens = [window.length * recipe["batch_size"] for window in windows[2:]]
         results: dict[str, Any] = {}
@@ -142,9 +182,9 @@ def measure(
                 seconds_per_epoch=num_steps * recipe["batch_size"] / statistics.median(rates),
             )
         results["peak_memory"] = peak_memory(device)
-        if len(paths) == 2:
-            ratios = [b / a for a, b in zip(*(seconds[name][2:] for name in paths), strict=True)]
-            results["ratio"] = statistics.median(ratios)
+        for name in paths:
+            pairs = zip(seconds[name][2:], seconds[paths[-1]][2:], strict=True)
+            results[name]["ratio"] = statistics.median(theirs / own for own, theirs in pairs)
     return results
 
 
@@ -175,21 +215,23 @@ def table(args: argparse.Namespace, results: dict[str, Any], device: torch.devic
     lines = [
         f"`python -m benchmarks.training {' '.join(sys.argv[1:])}`",
         "",
-        f"{hardware}, {torch.get_num_threads()} threads, torch {torch.__version__}, float32; "
-        f"medians over {args.updates} updates, the two paths in turn on the same windows; memory: "
-        "peak of each path in a process of its own, median of three.",
+        f"{hardware}, {torch.get_num_threads()} threads, torch {torch.__version__}; "
+        f"{'malloc keeps freed memory; ' if args.keep_memory else ''}"
+        f"medians over {args.updates} updates, the paths in turn on the same windows; ratio: the "
+        "float32 baseline's time over a path's own, median of the pairs; memory: peak of each path "
+        "in a process of its own, median of three.",
         "",
-        f"| {args.recipe} | tokens/s | ms/update | p90 | s/epoch | memory, MiB |",
-        "|---|---:|---:|---:|---:|---:|",
+        f"| {args.recipe} | tokens/s | ratio | ms/update | p90 | s/epoch | memory, MiB |",
+        "|---|---:|---:|---:|---:|---:|---:|",
     ]
-    for name in PATHS:
+    for name in paths_on(device):
         r = results[name]
         lines.append(
-            f"| {name} | {r['tokens_per_second']:,.0f} | {r['ms']:,.1f} | {r['ms_p90']:,.1f} "
-            f"| {r['seconds_per_epoch']:,.1f} | {r['memory'] / 2**20:,.0f} |"
+            f"| {name} | {r['tokens_per_second']:,.0f} | {r['ratio']:.2f} | {r['ms']:,.1f} "
+            f"| {r['ms_p90']:,.1f} | {r['seconds_per_epoch']:,.1f} "
+            f"| {r['memory'] / 2**20:,.0f} |"
         )
-    lines += ["", f"Baseline's time over ours, median of the pairs: {results['ratio']:.3f}.", ""]
-    return "\n".join(lines)
+    return "\n".join([*lines, ""])
 
 
 def main() -> int:
@@ -199,16 +241,20 @@ def main() -> int:
     parser.add_argument("--updates", type=int, default=20)
     parser.add_argument("--device", default="auto")
     parser.add_argument("--output", type=Path, help="write the Markdown here, and JSON beside it")
-    parser.add_argument("--only", choices=list(PATHS), help=argparse.SUPPRESS)
+    what = "have malloc keep what is freed, as main.py does on a CPU"
+    parser.add_argument("--keep-memory", action="store_true", help=what)
+    parser.add_argument("--only", help=argparse.SUPPRESS)
     args = parser.parse_args()
     device = select_device(args.device)
+    if args.keep_memory:
+        keep_freed_memory()
     torch.manual_seed(1)
     recipe = RECIPES[args.recipe]
     if args.only:
         print(json.dumps(measure(recipe, [args.only], args.updates, device)))
         return 0
-    results = measure(recipe, list(PATHS), args.updates, device)
-    for name in PATHS:
+    results = measure(recipe, paths_on(device), args.updates, device)
+    for name in paths_on(device):
         results[name]["memory"] = memory_alone(args.recipe, name, args.device)
     text = table(args, results, device)
     print(text)

@@ -4,7 +4,6 @@ from dataclasses import dataclass
 from itertools import accumulate
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from activation_regularize import activation_regularization, temporal_activation_regularization
@@ -67,10 +66,17 @@ class Run:
     loss: Tensor | None
     objective: Tensor | None
 
-    def backward(self, arriving: list[Tensor]) -> None:
-        """Add to the parameters' grad; arriving: gradients of after, empty where cut off."""
-        tensors = [] if self.objective is None else [self.objective]
-        gradients: list[Tensor | None] = [None] * len(tensors)
+    def backward(self, arriving: list[Tensor], scale: float) -> None:
+        """Add to the parameters' grad.
+
+        Args:
+            arriving: gradients of after, scale times the real ones; empty where cut off.
+            scale: factor on the objective, and so on all gradients.
+        """
+        tensors, gradients = [], list[Tensor]()
+        if self.objective is not None:
+            tensors.append(self.objective)
+            gradients.append(torch.full_like(self.objective, scale))
         if arriving:
             tensors += _flat(self.after)
             gradients += arriving
@@ -97,13 +103,16 @@ class WindowGradient:
         self.alpha = alpha
         self.beta = beta
 
-    def __call__(self, window: Window, rows: Tensor, hidden: Hidden) -> tuple[Tensor, Hidden]:
+    def __call__(
+        self, window: Window, rows: Tensor, hidden: Hidden, scale: float = 1.0
+    ) -> tuple[Tensor, Hidden]:
         """Take the gradient of one window.
 
         Args:
             window: how it is run.
             rows: its word ids and those of one row more, (T + 1, B).
             hidden: states before it; their history is cut off.
+            scale: factor on the gradients; see loss_scale.
 
         Returns:
             The mean cross-entropy without the penalties, nats per token, and the states that the
@@ -113,7 +122,7 @@ class WindowGradient:
         pieces = pieces_of(window)
         states, losses = [hidden], []
         for chain in [pieces] if window.crossing else [[piece] for piece in pieces]:
-            afters, chain_losses = self._chain(window, chain, rows, states[-1], masks)
+            afters, chain_losses = self._chain(window, chain, rows, states[-1], masks, scale)
             states += afters
             losses += chain_losses
         ends = [0, *(piece.stop for piece in pieces)]
@@ -121,7 +130,13 @@ class WindowGradient:
         return sum(losses[1:], start=losses[0]), states[ends.index(advance)]
 
     def _chain(
-        self, window: Window, pieces: list[Piece], rows: Tensor, hidden: Hidden, masks: Masks
+        self,
+        window: Window,
+        pieces: list[Piece],
+        rows: Tensor,
+        hidden: Hidden,
+        masks: Masks,
+        scale: float,
     ) -> tuple[list[Hidden], list[Tensor]]:
         """Forward, then backward, through pieces none of which is cut off from the one before.
 
@@ -144,7 +159,7 @@ class WindowGradient:
         arriving: list[Tensor] = []
         for piece, before in zip(reversed(pieces), reversed(befores), strict=True):
             run = runs.pop() if runs else self._run(piece, rows, before, masks)
-            run.backward(arriving)
+            run.backward(arriving, scale)
             if run.loss is not None:
                 losses.append(run.loss)
             arriving = [state.grad for state in _flat(before) if state.grad is not None]
@@ -163,7 +178,7 @@ class WindowGradient:
         if skip := piece.counted - piece.start:
             raw_output, dropped_output = raw_output[skip:], dropped_output[skip:]
             result, targets = dropped_output.flatten(0, 1), targets[skip:]
-        loss = F.cross_entropy(self.model.decoder(result), targets.flatten())
+        loss = self.model.loss(result, targets.flatten())
         if piece.share != 1:
             loss = loss * piece.share
         objective = loss

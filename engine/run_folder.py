@@ -39,7 +39,7 @@ class RunFolder:
             raise RunError(f"{self.model_path}: is a folder, and --save names a file")
         if self.folder.is_dir() and self._is_foreign():
             raise RunError(f"{self.folder}: has files that are no run's; give --save another name")
-        self._lock = self._acquire()
+        self._lock = lock_folder(self.folder)
         for path in [*self.folder.glob(".*.tmp"), *self._model_leftovers()]:
             path.unlink(missing_ok=True)
 
@@ -62,20 +62,6 @@ class RunFolder:
         """The best model at an epoch's end, kept while a run that stopped in mid-epoch has put a
         better one in its place: a resumed run does not know of that one."""
         return self.folder / "best-at-epoch-end.pt"
-
-    def _acquire(self) -> Any:
-        import filelock
-
-        try:
-            self.folder.mkdir(exist_ok=True)
-            lock = filelock.FileLock(self.folder / LOCK, timeout=0)
-            lock.acquire()
-        except filelock.Timeout:
-            raise RunError(f"{self.folder}: another process is running there") from None
-        except OSError as error:
-            reason = error.strerror or error
-            raise RunError(f"{self.folder}: cannot write: {reason}") from error
-        return lock
 
     def __enter__(self) -> "RunFolder":
         return self
@@ -203,3 +189,36 @@ def find_run(path: str | Path) -> Path:
         if candidate.is_file():
             return candidate
     raise RunError(f"{path}: no such run (looked for {candidates[0]})")
+
+
+def lock_folder(folder: Path) -> Any:
+    """Make a folder if need be, and keep other processes out until the lock's `release`.
+
+    Raises:
+        RunError: another process has it, or it cannot be written to.
+    """
+    import filelock
+
+    try:
+        folder.mkdir(exist_ok=True)
+        lock = filelock.FileLock(folder / LOCK, timeout=0)
+        lock.acquire()
+    except filelock.Timeout:
+        raise RunError(f"{folder}: another process is running there") from None
+    except OSError as error:
+        raise RunError(f"{folder}: cannot write: {error.strerror or error}") from error
+    return lock
+
+
+def is_in_use(save: str | Path) -> bool:
+    """A process is at work in the run's folder that belongs to this --save."""
+    import filelock
+
+    lock = Path(save).with_suffix("") / LOCK
+    if not lock.exists():
+        return False
+    try:
+        with filelock.FileLock(lock, timeout=0):
+            return False
+    except filelock.Timeout:
+        return True

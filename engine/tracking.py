@@ -46,6 +46,7 @@ class WandbOptions:
     project: str | None = None
     name: str | None = None
     group: str | None = None
+    job_type: str | None = None
     tags: tuple[str, ...] | None = None
 
 
@@ -210,6 +211,7 @@ def _init(
             project=options.project or library.settings.project or "awd-lstm",
             name=options.name,
             group=options.group,
+            job_type=options.job_type,
             tags=options.tags,
             id=run_id,
             reinit="create_new",  # never another run of this process, nor wandb.run
@@ -237,6 +239,31 @@ def _within(seconds: float, function: Callable[[], Any]) -> Any:
 
     threading.Thread(target=target, name="wandb", daemon=True).start()
     return outcome.result(seconds)
+
+
+def log_table(
+    folder: Path, options: WandbOptions, rows: list[dict[str, Any]], picture: Path | None
+) -> None:
+    """Log a finished table as a W&B run of its own; a failure costs one warning.
+
+    Args:
+        folder: where W&B keeps its files.
+        rows: the table's lines, all with the same keys.
+        picture: a PNG to go with it.
+    """
+    if options.mode == "disabled":
+        return
+    tracked = _WandbRun(None)
+
+    def send() -> None:
+        wandb = importlib.import_module("wandb")
+        tracked.start(folder, {}, options)
+        table = wandb.Table(columns=list(rows[0]), data=[list(row.values()) for row in rows])
+        images = {} if picture is None else {"curves": wandb.Image(str(picture))}
+        tracked._run.log({"table": table, **images})
+
+    tracked.attempt(send)
+    tracked.close(0)
 
 
 class Progress:

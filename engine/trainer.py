@@ -15,6 +15,7 @@ from engine.device import random_state, restore_random_state
 from engine.errors import DivergenceError
 from engine.finite_watch import FiniteWatch
 from engine.interrupt import Interrupt
+from engine.loss_scale import LossScale
 from engine.report import RULE, epoch_line, interval_line
 from engine.run_folder import RunFolder
 from engine.tracking import Progress, Tracker
@@ -38,6 +39,7 @@ class Trainer:
         folder: where the best model and the checkpoints go.
         interrupt: asks for an early end.
         identity: plain values that a checkpoint carries along for the caller.
+        loss_scale: for gradients in float16; None: the loss is not scaled.
 
     Raises:
         ValueError: the training text is too short for the batch.
@@ -53,6 +55,7 @@ class Trainer:
         folder: RunFolder,
         interrupt: Interrupt,
         identity: dict[str, Any],
+        loss_scale: LossScale | None = None,
     ) -> None:
         self.model = model
         self.optimizer = optimizer
@@ -63,6 +66,7 @@ class Trainer:
         self.interrupt = interrupt
         self.tracker: Tracker  # given to train
         self.identity = identity
+        self.loss_scale = loss_scale
         self.updater = Updater(
             model,
             optimizer,
@@ -70,6 +74,7 @@ class Trainer:
             clip=options.clip,
             alpha=options.alpha,
             beta=options.beta,
+            loss_scale=loss_scale,
         )
         self.device = model.encoder.weight.device
         self.rows = batchify(corpus.train, options.batch_size).to(self.device)  # (N // B, B)
@@ -138,12 +143,20 @@ class Trainer:
         self.at.row += window.counted
 
         wanted = self.is_logged(self.at.batch)
-        loss, grad_norm, self.hidden = self.updater(window, rows, self.hidden, wanted)
-        self._watch.push(self.at.update, loss, grad_norm)
-        if grad_norm is not None:
-            self._grad_norm = grad_norm
-
-        self._interval_loss += loss.double() * tokens
+        scale = self.loss_scale and self.loss_scale.value
+        step = self.updater(window, rows, self.hidden, wanted)
+        self.hidden = step.hidden
+        if step.skipped:
+            self.at.interval_skipped += 1
+            self.at.interval_skipped_tokens += tokens
+        else:
+            self._watch.push(self.at.update, step.loss, step.norm)
+            if step.norm is not None:
+                self._grad_norm = step.norm
+            self._interval_loss += step.loss.double() * tokens
+        if self.loss_scale and (step.skipped or self.loss_scale.value != scale):
+            found = dict(scale=self.loss_scale.value, overflow=step.skipped)
+            self.tracker.log("loss_scale", step=self.at.update, **found)
         self.at.tokens += tokens
         self.at.interval_tokens += tokens
         self.at.interval_updates += 1
@@ -159,7 +172,8 @@ class Trainer:
         """Report the updates since the last report."""
         self._watch.check()
         at, lr = self.at, self.optimizer.param_groups[0]["lr"]
-        loss = float(self._interval_loss) / at.interval_tokens
+        counted = at.interval_tokens - at.interval_skipped_tokens
+        loss = float(self._interval_loss) / counted if counted else math.nan
         self._stopwatch.lap(training=True)
         line = interval_line(
             epoch=at.epoch,
@@ -169,12 +183,14 @@ class Trainer:
             milliseconds=1000 * at.interval_seconds / at.interval_updates,
             loss=loss,
         )
+        acting: dict[str, float] = {}
+        if self.loss_scale:
+            acting.update(loss_scale=self.loss_scale.value, overflows=at.interval_skipped)
+            line += f" | loss scale {self.loss_scale.value:g}, {at.interval_skipped} skipped"
         progress.report(line, loss=f"{loss:.2f}", ppl=f"{perplexity(loss):.2f}")
-        acting = {
-            f"grad_filter_{what}_l{layer}": value
-            for layer, gate in enumerate(self.model.gradient_filters)
-            for what, value in gate.summary().items()
-        }
+        for layer, gate in enumerate(self.model.gradient_filters):
+            for what, value in gate.summary().items():
+                acting[f"grad_filter_{what}_l{layer}"] = value
         self.tracker.log(
             "train",
             step=at.update,
@@ -301,6 +317,7 @@ class Trainer:
             scheme=self.scheme.state_dict(),
             hidden=repackage_hidden(self.hidden),
             position=asdict(self.at),
+            loss_scale=self.loss_scale.state_dict() if self.loss_scale else {},
             filters=[gate.statistics for gate in self.model.gradient_filters],
             random=random_state(self.device),
             tracking=self.tracker.state_dict(),
@@ -314,6 +331,8 @@ class Trainer:
         self.hidden = [(h.to(self.device), c.to(self.device)) for h, c in state["hidden"]]
         for gate, statistics in zip(self.model.gradient_filters, state["filters"], strict=True):
             gate.statistics = statistics
+        if self.loss_scale:
+            self.loss_scale.load_state_dict(state["loss_scale"])
         self.at = Position(**state["position"])
         self._interval_loss.fill_(self.at.interval_loss)
         restore_random_state(state["random"], self.device)

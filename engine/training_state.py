@@ -40,6 +40,8 @@ class Position:
     interval_loss: float = 0.0
     interval_tokens: int = 0
     interval_updates: int = 0
+    interval_skipped: int = 0
+    interval_skipped_tokens: int = 0
     interval_seconds: float = 0.0
     epoch_seconds: float = 0.0
     training_seconds: float = 0.0
@@ -56,6 +58,7 @@ class Position:
     def begin_interval(self) -> None:
         """Start a new logging interval."""
         self.interval_tokens = self.interval_updates = 0
+        self.interval_skipped = self.interval_skipped_tokens = 0
         self.interval_loss = self.interval_seconds = 0.0
 
 

@@ -1,11 +1,30 @@
 """One update of the weights from one window of text."""
 
+from dataclasses import dataclass
+
 import torch
 from torch import Tensor
 
 from bptt import Window
 from engine.gradient import WindowGradient
+from engine.loss_scale import LossScale
 from model import Hidden, RNNModel
+
+
+@dataclass(frozen=True)
+class Step:
+    """What came of an update.
+
+    loss: mean cross-entropy of the counted rows without the penalties, nats per token.
+    norm: the gradient's global norm before clipping; None if neither clipped nor wanted.
+    hidden: the states that the next window starts from.
+    skipped: its gradients overflowed, and the weights are as they were.
+    """
+
+    loss: Tensor
+    norm: Tensor | None
+    hidden: Hidden
+    skipped: bool = False
 
 
 class Updater:
@@ -19,6 +38,7 @@ class Updater:
         clip: largest global norm of the gradient, in which a tied matrix counts once; 0: any.
         alpha: weight of AR, 0: off.
         beta: weight of TAR, 0: off.
+        loss_scale: factor on the loss while gradients are taken; None: 1, and nothing is skipped.
     """
 
     def __init__(
@@ -30,16 +50,18 @@ class Updater:
         clip: float,
         alpha: float,
         beta: float,
+        loss_scale: LossScale | None = None,
     ) -> None:
         self.model = model
         self.optimizer = optimizer
         self.bptt = bptt
         self.clip = clip
+        self.loss_scale = loss_scale
         self.gradient = WindowGradient(model, alpha=alpha, beta=beta)
 
     def __call__(
         self, window: Window, rows: Tensor, hidden: Hidden, want_norm: bool = False
-    ) -> tuple[Tensor, Tensor | None, Hidden]:
+    ) -> Step:
         """Update the weights once.
 
         Args:
@@ -49,15 +71,29 @@ class Updater:
             want_norm: the gradient's norm is wanted even if nothing is clipped.
 
         Returns:
-            The mean cross-entropy of the counted rows without the penalties, nats per token; the
-            gradient's global norm before clipping (None if neither clipped nor wanted); the
-            states that the next window starts from. Nothing is read back from the device.
+            See Step. Nothing is read back from the device, unless the loss is scaled: whether
+            this update overflowed decides on the next one's scale.
         """
         self.optimizer.zero_grad(set_to_none=True)
-        loss, hidden = self.gradient(window, rows, hidden)
-        norm = self._clip_gradients(want_norm)
-        self._step(window.counted / self.bptt)
-        return loss, norm, hidden
+        if self.loss_scale is None:
+            loss, hidden = self.gradient(window, rows, hidden)
+            norm = self._clip_gradients(want_norm)
+            self._step(window.counted / self.bptt)
+            return Step(loss, norm, hidden)
+        scale = self.loss_scale.value
+        loss, hidden = self.gradient(window, rows, hidden, scale)
+        gradients = [p.grad for p in self.model.parameters() if p.grad is not None]
+        torch._foreach_mul_(gradients, 1 / scale)
+        norm = self._clip_gradients(True)
+        assert norm is not None
+        # A loss that is not finite is no matter of scale: it was taken before scaling.
+        overflowed = bool(torch.isfinite(loss) & ~torch.isfinite(norm))
+        if skipped := overflowed and not self.loss_scale.hopeless:
+            self.optimizer.zero_grad(set_to_none=True)
+        else:
+            self._step(window.counted / self.bptt)
+        self.loss_scale.note(overflowed)
+        return Step(loss, norm, hidden, skipped)
 
     def _clip_gradients(self, want_norm: bool) -> Tensor | None:
         parameters = list(self.model.parameters())

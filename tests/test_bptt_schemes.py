@@ -323,6 +323,32 @@ def test_full_is_one_giant_window(make_trainer: MakeTrainer) -> None:
     assert all(torch.equal(a, b) for a, b in zip(results[1], results[2], strict=True))
 
 
+@pytest.mark.parametrize(
+    "window",
+    [
+        Window(0, 9),
+        Window(0, 9, 5, (2, 7), kept=2, advance=2),
+        Window(0, 9, 0, (4, 4, 1), crossing=0.0),
+        Window(0, 20, 0, (3, 3, 3, 3, 3, 3, 2), crossing=1.5, kept=4),
+        Window(0, 20, 0, (6, 6, 6, 2)),
+    ],
+)
+def test_a_factor_on_the_loss_is_one_on_the_gradient(
+    make_trainer: MakeTrainer, window: Window
+) -> None:
+    """Through all pieces, and exactly so for a power of two."""
+    trainer = make_trainer(FixedWindows(9), 9, grad_filter=2.0)
+    results = []
+    for scale in (1.0, 1024.0):
+        trainer.optimizer.zero_grad()
+        torch.manual_seed(6)
+        rows = trainer.rows[: window.length + 1]
+        loss, _ = trainer.updater.gradient(window, rows, trainer.hidden, scale)
+        gradients = [p.grad for p in trainer.model.parameters() if p.grad is not None]
+        results.append([loss, *(g / scale for g in gradients)])
+    assert all(torch.equal(a, b) for a, b in zip(*results, strict=True))
+
+
 def to(masks: Masks, device: torch.device) -> Masks:
     words = None if masks.words is None else masks.words.to(device)
     locked = [None if mask is None else mask.to(device) for mask in masks.locked]

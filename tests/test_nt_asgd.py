@@ -136,3 +136,22 @@ def test_parameters_without_gradient_are_averaged_too_and_not_moved() -> None:
 def test_values_out_of_range(wrong: dict) -> None:
     with pytest.raises(ValueError, match="must"):
         NTASGD([nn.Parameter(torch.zeros(1))], **wrong)
+
+
+def test_decay_divides_the_learning_rate_at_each_trigger_and_forgets() -> None:
+    params, _ = problem()
+    optimizer = NTASGD(params, lr=8.0, nonmono=1, decay=2)
+    rates = []
+    for loss in [5, 4, 4.5, 4.2, 9, 9.5, 8, 9, 9]:
+        assert not optimizer.observe(loss)
+        rates.append(optimizer.param_groups[0]["lr"])
+    # 4.2 > min(5, 4), and the history starts anew; in it the last 9 > min(9, 9.5, 8) is the first.
+    assert rates == [8, 8, 8, 4, 4, 4, 4, 4, 2]
+    assert not optimizer.averaging
+    assert optimizer.num_averaged == 0
+
+
+@pytest.mark.parametrize("decay", [1, 0.5, -2])
+def test_decay_has_to_lower(decay: float) -> None:
+    with pytest.raises(ValueError, match="decay is"):
+        NTASGD(problem()[0], lr=1, decay=decay)

@@ -33,6 +33,14 @@ def test_training_commands_parse(command: list[str], monkeypatch: pytest.MonkeyP
         cli.parse_training(command[2:])
 
 
+@pytest.mark.parametrize(
+    "command", [c for c in COMMANDS if c[:2] == ["python", "ablate.py"]], ids=described
+)
+def test_ablation_commands_parse(command: list[str]) -> None:
+    args = cli.parse_ablation(command[2:])
+    assert (ROOT / args.table).is_file()
+
+
 def test_all_commands_are_of_known_programs() -> None:
     assert len(COMMANDS) > 5
     for command in COMMANDS:
@@ -48,7 +56,9 @@ def test_links_lead_somewhere() -> None:
 
 
 def test_flags_that_are_mentioned_exist() -> None:
-    known = {name for action in cli.training_parser()._actions for name in action.option_strings}
+    parsers = [cli.training_parser(), cli.ablation_parser()]
+    actions = [action for parser in parsers for action in parser._actions]
+    known = {name for action in actions for name in action.option_strings}
     others = {"--recipe", "--updates", "--output", "--seconds", "--json", "--nproc-per-node"}
     for flag in set(re.findall(r"(?<![\w-])--[a-z][\w-]*", README)):
         # a prefix will do: --epoch is how the original's README spells --epochs

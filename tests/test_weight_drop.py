@@ -5,10 +5,9 @@ from typing import Any
 
 import pytest
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
-from weight_drop import WeightDrop
+from weight_drop import WeightDrop, draw_weight_mask
 
 
 def loop_lstm(x: Tensor, w_ih: Tensor, w_hh: Tensor, b_ih: Tensor, b_hh: Tensor) -> Tensor:
@@ -34,9 +33,9 @@ def test_one_mask_per_window_and_gradient_through_kept_weights_only(device: torc
     output.square().sum().backward()
 
     torch.manual_seed(1)
-    mask = F.dropout(torch.ones_like(lstm.weight_hh_l0), 0.4)
+    mask = draw_weight_mask(lstm.weight_hh_l0, lstm.weight_hh_l0.shape, 0.4)
     assert 0 < (mask == 0).sum() < mask.numel()
-    assert set(mask.unique().tolist()) == {0.0, 1 / 0.6}
+    assert set(mask.unique().tolist()) == {0.0, 65536 / round(0.6 * 65536)}
     lstm.requires_grad_(True)
     weights = [lstm.weight_ih_l0, lstm.weight_hh_l0 * mask, lstm.bias_ih_l0, lstm.bias_hh_l0]
     expected = loop_lstm(x, *weights)
@@ -122,3 +121,39 @@ def test_double_and_back_keeps_working() -> None:
     with pytest.raises((ValueError, RuntimeError)):
         dropped(torch.randn(2, 1, 5).double())  # whatever the module raises passes through
     assert dropped(torch.randn(2, 1, 3).double())[0].shape == (2, 1, 4)
+
+
+@pytest.mark.parametrize("dropout", [0.5, 0.3, 0.05, 0.9, 1 / 3])
+def test_rate_and_scale_of_the_masks(dropout: float) -> None:
+    n = 1_200_003
+    mask = draw_weight_mask(torch.zeros((), dtype=torch.float64), torch.Size([n]), dropout)
+    kept = round((1 - dropout) * 65536) / 65536
+    assert set(mask.unique().tolist()) == {0.0, 1 / kept}
+    error = 4.5 * (dropout * (1 - dropout) / n) ** 0.5
+    assert abs(float((mask == 0).double().mean()) - dropout) < error + 2**-16
+    # Each of the four factors that come from one draw has the rate, and no two go together.
+    dropped = (mask[: n - 3] == 0).double().view(-1, 4)
+    assert (dropped.mean(0) - dropout).abs().max() < 2 * error + 2**-16
+    correlation = dropped.T.corrcoef()
+    assert (correlation - torch.eye(4)).abs().max() < 4.5 * 2 / n**0.5
+    later = (mask[1:] == 0).double(), (mask[:-1] == 0).double()
+    assert abs(float(torch.corrcoef(torch.stack(later))[0, 1])) < 4.5 / n**0.5
+
+
+def test_masks_at_the_edges() -> None:
+    like = torch.zeros(())
+    assert torch.equal(draw_weight_mask(like, torch.Size([3, 5]), 0.0), torch.ones(3, 5))
+    assert torch.equal(draw_weight_mask(like, torch.Size([3, 5]), 1e-9), torch.ones(3, 5))
+    assert (draw_weight_mask(like, torch.Size([1000]), 1 - 1e-9) != 0).sum() < 5
+    assert draw_weight_mask(like, torch.Size([0, 5]), 0.5).shape == (0, 5)
+
+
+def test_same_seed_same_mask_in_the_dtype_and_shape_asked_for() -> None:
+    masks = []
+    for dtype in (torch.float32, torch.bfloat16):
+        torch.manual_seed(3)
+        masks.append(draw_weight_mask(torch.zeros((), dtype=dtype), torch.Size([2, 3, 7]), 0.5))
+        assert masks[-1].dtype == dtype
+        assert masks[-1].shape == torch.Size([2, 3, 7])
+    assert torch.equal(masks[0], masks[1].float())
+    assert not torch.equal(masks[0], draw_weight_mask(masks[0], torch.Size([2, 3, 7]), 0.5))

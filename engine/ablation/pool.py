@@ -1,0 +1,140 @@
+"""Running main.py for the runs of a table: one process a run, several at a time."""
+
+import os
+import shlex
+import signal
+import subprocess
+import sys
+import threading
+from collections.abc import Callable, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor, wait
+from contextlib import suppress
+from pathlib import Path
+from queue import SimpleQueue
+
+from data.files import atomic_write
+from engine.ablation.runs import FINISHED, Run, read_state
+from engine.interrupt import Interrupt
+from engine.run_folder import is_in_use
+
+PROGRAM = Path(__file__).resolve().parents[2] / "main.py"
+POLL_SECONDS = 0.2
+
+# What a pool calls once a second, with the runs that are under way.
+Tick = Callable[[set[str]], None]
+
+
+def slots(jobs: int, threads: int, gpus: Sequence[int] | None) -> list[dict[str, str]]:
+    """What each of so many runs at a time finds in its environment.
+
+    Args:
+        jobs: runs at a time.
+        threads: CPU threads of each.
+        gpus: dealt out to the jobs in turn, several jobs a GPU if need be; None: as it is.
+    """
+    shared = dict(OMP_NUM_THREADS=str(threads), MKL_NUM_THREADS=str(threads))
+    if gpus is None:
+        return [dict(shared) for _ in range(jobs)]
+    return [dict(shared, CUDA_VISIBLE_DEVICES=str(gpus[j % len(gpus)])) for j in range(jobs)]
+
+
+def run_locally(
+    runs: list[Run], places: list[dict[str, str]], interrupt: Interrupt, tick: Tick
+) -> None:
+    """Run them on this machine, one at a time in each place.
+
+    Returns when all have ended, or when an interrupt was asked for and those under way have
+    written a checkpoint.
+    """
+    free: SimpleQueue[dict[str, str]] = SimpleQueue()
+    for place in places:
+        free.put(place)
+    stop, running = threading.Event(), set[str]()
+
+    def work(run: Run) -> None:
+        if stop.is_set():
+            return
+        place = free.get()
+        running.add(run.name)
+        try:
+            execute(run, place, stop)
+        finally:
+            running.discard(run.name)
+            free.put(place)
+
+    with ThreadPoolExecutor(len(places)) as pool:
+        pending = {pool.submit(work, run) for run in runs}
+        try:
+            while pending:
+                done, pending = wait(pending, timeout=1.0)
+                for future in done:
+                    future.result()
+                tick(set(running))
+                if interrupt.requested:
+                    stop.set()
+        finally:  # also on a second Ctrl-C
+            stop.set()
+
+
+def execute(run: Run, environment: Mapping[str, str], stop: threading.Event) -> None:
+    """Bring a run to its end, from where it is; how it went is in its files.
+
+    A run that another process is still at (its table was killed, it was not) is waited for.
+
+    Args:
+        environment: variables besides this process's own.
+        stop: when set, the run is asked to write a checkpoint and end.
+    """
+    while is_in_use(run.save):
+        if stop.wait(POLL_SECONDS):
+            return
+    if read_state(run).kind in FINISHED:
+        return
+    run.save.parent.mkdir(parents=True, exist_ok=True)
+    run.failure_path.unlink(missing_ok=True)
+    command = [sys.executable, str(PROGRAM), *run.argv]
+    with run.log_path.open("ab") as log:
+        log.write(f"$ {shlex.join(['python', PROGRAM.name, *run.argv])}\n".encode())
+        log.flush()
+        begin = log.tell()
+        process = subprocess.Popen(
+            command,
+            stdin=subprocess.DEVNULL,
+            stdout=log,
+            stderr=log,
+            env={**os.environ, **environment},
+        )
+        code = _wait(process, stop)
+    if not stop.is_set() and read_state(run).kind not in FINISHED:
+        with atomic_write(run.failure_path, "w") as file:
+            file.write(_cause(code, run.log_path, begin) + "\n")
+
+
+def _wait(process: "subprocess.Popen[bytes]", stop: threading.Event) -> int:
+    """The exit code; whatever ends the waiting ends the process first."""
+    try:
+        while process.poll() is None:
+            if stop.wait(POLL_SECONDS):
+                process.terminate()  # it writes a checkpoint
+                process.wait()
+    finally:
+        if process.poll() is None:
+            process.terminate()
+            with suppress(subprocess.TimeoutExpired):
+                process.wait(timeout=60)
+            process.kill()
+    return process.wait()
+
+
+def _cause(code: int, log: Path, begin: int) -> str:
+    """Why a run ended with this exit code: its error line, or what else is known."""
+    with log.open("rb") as file:
+        file.seek(begin)
+        lines = file.read().decode(errors="replace").replace("\r", "\n").splitlines()
+    errors = [line.removeprefix("error: ") for line in lines if line.startswith("error: ")]
+    if errors:
+        return errors[-1]
+    if code < 0:
+        return f"ended by {signal.Signals(-code).name}"
+    last = next((line.strip() for line in reversed(lines) if line.strip()), "no output")
+    return f"exit code {code}: {last}"

@@ -1,0 +1,217 @@
+"""A table's figures as Markdown, CSV, LaTeX and JSON."""
+
+import csv
+import io
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from data.files import atomic_write
+
+MISSING = "n/a"
+
+
+def write_report(figures: dict[str, Any], folder: Path, curves: bool) -> list[Path]:
+    """Write table.md, .csv, .tex and .json.
+
+    Args:
+        figures: from results.collect.
+        folder: made if need be.
+        curves: curves.png is there, to be shown.
+
+    Returns:
+        The files.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    contents = {
+        "table.md": markdown(figures, curves),
+        "table.csv": comma_separated(figures),
+        "table.tex": latex(figures),
+        "table.json": json.dumps(figures, indent=1, ensure_ascii=False) + "\n",
+    }
+    for name, content in contents.items():
+        with atomic_write(folder / name, "w") as file:
+            file.write(content)
+    return [folder / name for name in contents]
+
+
+# Cells
+
+
+def _number(value: float | None, digits: int = 2, sign: str = "") -> str:
+    return MISSING if value is None else f"{value:{sign}.{digits}f}"
+
+
+def _mean_and_sd(spread: dict[str, Any]) -> str:
+    if spread["mean"] is None:
+        return "-"
+    sd = "" if spread["sd"] is None else f" ± {spread['sd']:.2f}"
+    return f"{spread['mean']:.2f}{sd}"
+
+
+def _difference(difference: dict[str, Any] | None) -> str:
+    if difference is None:
+        return "base"
+    if difference["mean"] is None:
+        return "-"
+    low, high = (_number(difference[end], 2, "+") for end in ("low", "high"))
+    reach = f"[{low}, {high}]" if difference["low"] is not None else f"[{MISSING}]"
+    return f"{difference['mean']:+.2f} {reach}"
+
+
+def _p(difference: dict[str, Any] | None) -> str:
+    if difference is None:
+        return ""
+    if difference["mean"] is None:
+        return "-"
+    p = difference["p_holm"]
+    return MISSING if p is None else "< 0.001" if p < 0.001 else f"{p:.3f}"
+
+
+def _seconds(row: dict[str, Any]) -> str:
+    return f"{row['seconds_per_epoch']:.1f}"
+
+
+def _seeds(row: dict[str, Any]) -> str:
+    done = sum(run["state"] == "done" for run in row["runs"])
+    return str(done) if not row["left_out"] else f"{done} of {len(row['runs'])} †"
+
+
+def _pair(values: dict[str, float], sign: str = "") -> str:
+    return " / ".join(_number(values.get(split), 2, sign) for split in ("valid", "test"))
+
+
+MAIN: dict[str, Callable[[dict[str, Any]], str]] = {
+    "": lambda row: row["name"],
+    "seeds": _seeds,
+    "valid ppl": lambda row: _mean_and_sd(row["valid"]),
+    "test ppl": lambda row: _mean_and_sd(row["test"]),
+    "valid - base [95%]": lambda row: _difference(row["difference"] and row["difference"]["valid"]),
+    "test - base [95%]": lambda row: _difference(row["difference"] and row["difference"]["test"]),
+    "p (test)": lambda row: _p(row["difference"] and row["difference"]["test"]),
+}
+PUBLISHED: dict[str, Callable[[dict[str, Any]], str]] = {
+    "valid / test ppl": lambda row: row["name"],
+    "published": lambda row: _pair(row["published"]),
+    "here": lambda row: _pair({split: row[split]["mean"] for split in ("valid", "test")}),
+    "here - published": lambda row: _pair(row["beyond_published"], "+"),
+}
+COST: dict[str, Callable[[dict[str, Any]], str]] = {
+    "": lambda row: row["name"],
+    "flags": lambda row: f"`{row['flags']}`" if row["flags"] else "",
+    "parameters": lambda row: "-" if row["parameters"] is None else f"{row['parameters']:,.0f}",
+    "s/epoch": lambda row: "-" if row["seconds_per_epoch"] is None else _seconds(row),
+    "runs, by seed": lambda row: " ".join(f"[{r['seed']}]({r['folder']})" for r in row["runs"]),
+}
+FILTER: dict[str, Callable[[dict[str, Any]], str]] = {
+    "": lambda row: row["name"],
+    "sequences masked below 0.9": lambda row: f"{100 * row['filter']['masked']:.2f}%",
+    "smallest mask": lambda row: f"{row['filter']['smallest']:.3g}",
+    "mean parameter mask": lambda row: f"{row['filter']['params']:.3f}",
+}
+
+
+# Markdown
+
+
+def markdown(figures: dict[str, Any], curves: bool) -> str:
+    """The whole report as Markdown, columns aligned so that a terminal shows it well, too."""
+    rows = figures["rows"]
+    parts = [f"# {figures['title']}", figures["note"], _aligned(MAIN, rows)]
+    parts += [f"† {row['name']}: {'; '.join(row['left_out'])}" for row in rows if row["left_out"]]
+    parts.append(_how_to_read(figures))
+    if curves:
+        parts.append("![Validation perplexity per epoch](curves.png)")
+    if published := [row for row in rows if row["published"]]:
+        parts += ["## Against the literature", _aligned(PUBLISHED, published)]
+        parts.append(f"Published: {figures['source']}" if figures["source"] else "")
+    if filtered := [row for row in rows if row["filter"]]:
+        parts += ["## What the gradient filter did", _aligned(FILTER, filtered)]
+    parts += ["## Runs", _aligned(COST, rows)]
+    parts.append(f"Flags of every row: `{figures['flags']}`" if figures["flags"] else "")
+    made = [f"torch {version}" for version in figures["versions"]]
+    made += [f"commit {c[:12]}{'-dirty' * c.endswith('-dirty')}" for c in figures["commits"]]
+    parts.append(", ".join(made))
+    return "\n\n".join(part for part in parts if part) + "\n"
+
+
+def _how_to_read(figures: dict[str, Any]) -> str:
+    return (
+        f"Mean ± standard deviation over the seeds ({', '.join(map(str, figures['seeds']))}). "
+        f"Differences to “{figures['base']}” are paired by seed, with Student's 95% interval, "
+        "which wants the differences to be roughly normal; p is the paired t test's, adjusted "
+        "over the rows by Holm's method. n/a: too few seeds to say (an interval takes two, a "
+        "test three)."
+    )
+
+
+def _aligned(
+    columns: dict[str, Callable[[dict[str, Any]], str]], rows: list[dict[str, Any]]
+) -> str:
+    header = list(columns)
+    body = [[cell(row).replace("|", "\\|") for cell in columns.values()] for row in rows]
+    widths = [max(map(len, column)) for column in zip(header, *body, strict=True)]
+    rule = ["-" * max(3, width) for width in widths]
+    lines = [header, rule, *body]
+    padded = [[c.ljust(max(3, w)) for c, w in zip(line, widths, strict=True)] for line in lines]
+    return "\n".join(f"| {' | '.join(line)} |" for line in padded)
+
+
+# CSV and LaTeX
+
+
+def flat(row: dict[str, Any]) -> dict[str, Any]:
+    """A row's figures without nesting, for CSV and W&B."""
+    values: dict[str, Any] = dict(row=row["name"], flags=row["flags"])
+    for split in ("valid", "test"):
+        values[f"{split}_n"] = row[split]["n"]
+        values[f"{split}_mean"], values[f"{split}_sd"] = row[split]["mean"], row[split]["sd"]
+        difference = row["difference"][split] if row["difference"] else {}
+        for key in ("n", "mean", "sd", "low", "high", "p", "p_holm", "sign_flip_p"):
+            values[f"{split}_difference_{key}"] = difference.get(key)
+        values[f"{split}_published"] = row["published"].get(split)
+        values[f"{split}_beyond_published"] = row["beyond_published"].get(split)
+    values.update(parameters=row["parameters"], seconds_per_epoch=row["seconds_per_epoch"])
+    return dict(values, left_out="; ".join(row["left_out"]))
+
+
+def comma_separated(figures: dict[str, Any]) -> str:
+    """One line a row, numbers in full; an empty field where there is none."""
+    rows = [flat(row) for row in figures["rows"]]
+    file = io.StringIO()
+    writer = csv.DictWriter(file, list(rows[0]), lineterminator="\n")
+    writer.writeheader()
+    writer.writerows(rows)
+    return file.getvalue()
+
+
+def latex(figures: dict[str, Any]) -> str:
+    """A tabular for the booktabs package, with a caption; \\input it into a table."""
+    names = list(MAIN)[1:]
+    lines = [
+        f"% {figures['title']}; needs \\usepackage{{booktabs}}",
+        "\\begin{tabular}{l" + "r" * len(names) + "}",
+        "\\toprule",
+        " & ".join(["", *map(_escaped, names)]) + " \\\\",
+        "\\midrule",
+    ]
+    lines += [
+        " & ".join(_escaped(c(row)) for c in MAIN.values()) + " \\\\" for row in figures["rows"]
+    ]
+    lines += ["\\bottomrule", "\\end{tabular}"]
+    left_out = [
+        f"% {row['name']}: {'; '.join(row['left_out'])}"
+        for row in figures["rows"]
+        if row["left_out"]
+    ]
+    return "\n".join([*lines, *left_out]) + "\n"
+
+
+def _escaped(text: str) -> str:
+    special = {c: f"\\{c}" for c in "&%$#_{}"}
+    special.update(
+        {"\\": "\\textbackslash{}", "~": "\\textasciitilde{}", "^": "\\textasciicircum{}"}
+    )
+    special.update({"±": "$\\pm$", "†": "$\\dagger$", "<": "$<$", "−": "$-$", "×": "$\\times$"})
+    return "".join(special.get(c, c) for c in text)

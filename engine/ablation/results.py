@@ -1,0 +1,146 @@
+"""From the folders of a table's runs to everything that its report says."""
+
+import os
+import shlex
+from pathlib import Path
+from typing import Any
+
+from engine.ablation.runs import Run, State, read_state
+from engine.ablation.statistics import holm, paired, spread
+from engine.ablation.table import Row, Table
+
+SPLITS = ("valid", "test")
+
+
+def collect(table: Table, runs: list[Run], folder: Path) -> dict[str, Any]:
+    """All of a table's figures, as table.json has them.
+
+    Perplexities. Means are over the seeds that are done; a run that diverged, failed or is not
+    done yet counts nowhere, and is listed with its cause in its row's "left_out". Differences to
+    the base row, the first, are paired by seed: see statistics.paired; p_holm is adjusted over
+    the rows. Time is in seconds, over everything a run does but start.
+
+    Args:
+        runs: of each row and seed.
+        folder: of the report; links are relative to it.
+    """
+    states = {run.name: read_state(run) for run in runs}
+    rows = []
+    for row in table.rows:
+        mine = [_run_figures(run, states[run.name], folder) for run in runs if run.row == row]
+        rows.append(_row_figures(row, mine))
+    base, *others = rows
+    for other in others:
+        other["difference"] = {split: _difference(other, base, split) for split in SPLITS}
+    for split in SPLITS:
+        adjusted = holm([other["difference"][split]["p"] for other in others])
+        for other, p in zip(others, adjusted, strict=True):
+            other["difference"][split]["p_holm"] = p
+    ran = [run for figures in rows for run in figures["runs"]]
+    return dict(
+        table=table.name,
+        title=table.title,
+        note=table.note,
+        source=table.source,
+        flags=shlex.join(table.flags),
+        base=base["name"],
+        seeds=sorted({run.seed for run in runs}),
+        rows=rows,
+        commits=sorted({run["commit"] for run in ran if run["commit"]}),
+        versions=sorted({run["torch"] for run in ran if run["torch"]}),
+    )
+
+
+def _run_figures(run: Run, state: State, folder: Path) -> dict[str, Any]:
+    done, summary = state.kind == "done", state.summary
+    averaging = state.of("averaging")
+    epochs = summary.get("epochs")
+    return dict(
+        seed=run.seed,
+        state=state.kind,
+        cause=state.cause or None,
+        valid_ppl=summary.get("best_valid_ppl") if done else None,
+        test_ppl=summary.get("test_ppl") if done else None,
+        best_epoch=summary.get("best_epoch"),
+        averaging_epoch=averaging[0]["epoch"] if averaging else None,
+        epochs=state.epochs,
+        updates=summary.get("updates"),
+        parameters=summary.get("parameters"),
+        seconds_per_epoch=summary["seconds"] / epochs if done and epochs else None,
+        curve=[line["ppl"] for line in state.of("valid")],
+        filter=_filter_figures(state),
+        folder=Path(os.path.relpath(run.folder, folder)).as_posix(),
+        commit=state.config.get("git_commit"),
+        torch=state.config.get("versions", {}).get("torch"),
+    )
+
+
+def _filter_figures(state: State) -> dict[str, float] | None:
+    """What the gradient filters did over the whole run and all layers; None without filters."""
+    names = ("masked", "smallest", "params")
+    found: dict[str, list[float]] = {name: [] for name in names}
+    for line in state.of("train"):
+        for name in names:
+            key = f"grad_filter_{name}_l"
+            found[name] += [v for k, v in line.items() if k.startswith(key) and v is not None]
+    if not found["masked"]:
+        return None
+    mean = {name: sum(values) / len(values) for name, values in found.items()}
+    return dict(masked=mean["masked"], smallest=min(found["smallest"]), params=mean["params"])
+
+
+def _row_figures(row: Row, runs: list[dict[str, Any]]) -> dict[str, Any]:
+    done = [run for run in runs if run["state"] == "done"]
+    figures: dict[str, Any] = {s: spread([run[f"{s}_ppl"] for run in done]) for s in SPLITS}
+    beyond = {
+        split: figures[split]["mean"] - ppl
+        for split, ppl in row.published.items()
+        if figures[split]["mean"] is not None
+    }
+    return dict(
+        name=row.name,
+        flags=shlex.join(row.flags),
+        **figures,
+        difference=None,
+        published=row.published,
+        beyond_published=beyond,
+        left_out=_left_out([run for run in runs if run["state"] != "done"]),
+        parameters=_mean(runs, "parameters"),
+        seconds_per_epoch=_mean(done, "seconds_per_epoch"),
+        filter=_merged_filters(done),
+        runs=runs,
+    )
+
+
+def _left_out(runs: list[dict[str, Any]]) -> list[str]:
+    """Why runs do not count, for instance "seed 3 diverged: loss is nan at update 12"."""
+    seeds: dict[str, list[int]] = {}
+    for run in runs:
+        waiting = f"not done yet, {run['epochs']} epochs so far"
+        what = {"new": "not started yet", "started": waiting}.get(run["state"], run["state"])
+        if run["cause"]:
+            what = f"{what}: {run['cause']}"
+        seeds.setdefault(what, []).append(run["seed"])
+    return [
+        f"seed{'s' if len(s) > 1 else ''} {', '.join(map(str, s))} {what}"
+        for what, s in seeds.items()
+    ]
+
+
+def _mean(runs: list[dict[str, Any]], key: str) -> Any:
+    values = [run[key] for run in runs if run[key] is not None]
+    return sum(values) / len(values) if values else None
+
+
+def _merged_filters(runs: list[dict[str, Any]]) -> dict[str, float] | None:
+    found = [run["filter"] for run in runs if run["filter"]]
+    if not found:
+        return None
+    mean = {name: sum(f[name] for f in found) / len(found) for name in ("masked", "params")}
+    return dict(mean, smallest=min(f["smallest"] for f in found))
+
+
+def _difference(row: dict[str, Any], base: dict[str, Any], split: str) -> dict[str, Any]:
+    ours, theirs = ({r["seed"]: r[f"{split}_ppl"] for r in x["runs"]} for x in (row, base))
+    both = [seed for seed in ours if None not in (ours[seed], theirs.get(seed))]
+    return dict(paired([ours[seed] - theirs[seed] for seed in both]), seeds=both)

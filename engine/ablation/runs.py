@@ -1,0 +1,131 @@
+"""The runs of a table, and what their folders say about them."""
+
+import json
+from collections import Counter
+from contextlib import suppress
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from engine.ablation.table import Row
+
+FINISHED = ("done", "diverged")
+
+
+@dataclass(frozen=True)
+class Run:
+    """One row with one seed.
+
+    argv: main.py's command line.
+    flags: what that resolves to.
+    save: path of the best model; the run's folder and its log stand beside it.
+    """
+
+    row: Row
+    seed: int
+    argv: list[str]
+    flags: dict[str, Any]
+    save: Path
+
+    @property
+    def name(self) -> str:
+        """How the run is called in messages."""
+        return f"{self.row.name}, seed {self.seed}"
+
+    @property
+    def folder(self) -> Path:
+        """The run's folder."""
+        return self.save.with_suffix("")
+
+    @property
+    def log_path(self) -> Path:
+        """What the run printed, over all its starts."""
+        return self.save.with_suffix(".log")
+
+    @property
+    def failure_path(self) -> Path:
+        """How its last start failed, if it did; beside the folder, which may not be there."""
+        return self.save.with_suffix(".failed")
+
+
+@dataclass(frozen=True)
+class State:
+    """How far a run is.
+
+    kind: "new", "started", "done", "diverged" or "failed".
+    cause: why it diverged or failed, one line.
+    summary: its summary.json, where there is one.
+    config: its config.json, the same.
+    events: the lines of its metrics.jsonl.
+    """
+
+    kind: str
+    cause: str
+    summary: dict[str, Any]
+    config: dict[str, Any]
+    events: list[dict[str, Any]]
+
+    def of(self, event: str) -> list[dict[str, Any]]:
+        """The events of one kind."""
+        return [line for line in self.events if line["event"] == event]
+
+    @property
+    def epochs(self) -> int:
+        """Epochs that were validated."""
+        return len({line["epoch"] for line in self.of("valid")})
+
+
+def read_state(run: Run) -> State:
+    """Look at a run's folder. A run whose planned epochs were raised is not done."""
+    summary = _read_json(run.folder / "summary.json")
+    config = _read_json(run.folder / "config.json")
+    events = read_events(run.folder / "metrics.jsonl")
+    cause = ""
+    with suppress(OSError):
+        cause = run.failure_path.read_text(encoding="utf-8").strip()
+    if summary.get("diverged"):
+        kind, cause = "diverged", str(summary.get("cause") or "")
+    elif _reached(summary, run.flags):
+        kind, cause = "done", ""
+    elif cause:
+        kind = "failed"
+    else:
+        kind = "started" if run.folder.is_dir() and (config or events) else "new"
+    return State(kind, cause, summary, config, events)
+
+
+def _reached(summary: dict[str, Any], flags: dict[str, Any]) -> bool:
+    """The run has done all that its flags ask for, and was tested."""
+    if summary.get("test_ppl") is None:
+        return False
+    updates = flags.get("max_updates")
+    enough = updates is not None and summary.get("updates", 0) >= updates
+    return bool(enough or summary.get("epochs", 0) >= flags["epochs"])
+
+
+def _read_json(path: Path) -> dict[str, Any]:
+    """A JSON object; empty where there is none (both files are written atomically)."""
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return {}
+    return content if isinstance(content, dict) else {}
+
+
+def read_events(path: Path) -> list[dict[str, Any]]:
+    """The whole lines of a metrics.jsonl, which may be written at this moment."""
+    events = []
+    with suppress(OSError):
+        for line in path.read_text(encoding="utf-8", errors="replace").splitlines():
+            with suppress(ValueError):
+                event = json.loads(line)
+                if isinstance(event, dict) and "event" in event:
+                    events.append(event)
+    return events
+
+
+def counted(states: list[State]) -> str:
+    """For instance "3 done, 1 diverged, 2 new"."""
+    kinds = Counter(state.kind for state in states)
+    order = [*FINISHED, "failed", "started", "new"]
+    return ", ".join(f"{kinds[kind]} {kind}" for kind in order if kinds[kind])

@@ -1,0 +1,66 @@
+"""The number formats that training computes in."""
+
+import torch
+from torch import nn
+
+from lstm_cpu import can_pack
+
+DTYPES = {"fp32": None, "tf32": None, "bf16": torch.bfloat16, "fp16": torch.float16}
+
+
+def choose_precision(name: str, device: torch.device) -> str:
+    """Make the device compute in a precision, or say that it cannot.
+
+    Weights, optimizer, averages, norms, penalties and losses are float32 in each; this is about
+    the matrix products. fp32: IEEE single precision throughout. tf32: a GPU's tensor cores take
+    the factors' first 10 bits of fraction. bf16, fp16: layers and decoder get weights and inputs
+    that are cast to 16 bits.
+
+    Args:
+        name: fp32, tf32, bf16, fp16, or auto: tf32 on a GPU that has it, else fp32.
+        device: where training will compute. What products of float32 it allows is set for the
+            whole process.
+
+    Returns:
+        The precision chosen.
+
+    Raises:
+        ValueError: the device cannot do it.
+    """
+    gpu = device.type == "cuda"
+    has_tf32 = gpu and torch.cuda.get_device_capability(device)[0] >= 8
+    if name == "auto":
+        name = "tf32" if has_tf32 else "fp32"
+    if name == "tf32" and not has_tf32:
+        what = "this GPU is older" if gpu else "this is a CPU"
+        raise ValueError(f"tf32 needs a GPU of compute capability 8.0 or more; {what}")
+    if gpu:
+        torch.set_float32_matmul_precision("highest" if name == "fp32" else "high")
+        torch.backends.cudnn.allow_tf32 = name != "fp32"
+    if (dtype := DTYPES[name]) is not None:
+        _try_out(name, dtype, device)
+    return name
+
+
+def fast_kernel(precision: str, device: torch.device) -> tuple[bool, str]:
+    """Whether a fast kernel (see RNNModel.compute_in) applies, and why or why not."""
+    if device.type != "cpu":
+        return False, "which calls cuDNN; the fast one is for bf16 on a CPU"
+    if precision != "bf16":
+        return False, f"the fast one is for bf16, not {precision}"
+    packed = "" if can_pack(torch.bfloat16) else "; this CPU or PyTorch cannot pack its weights"
+    return True, f"for bf16 on a CPU{packed}"
+
+
+def _try_out(name: str, dtype: torch.dtype, device: torch.device) -> None:
+    """Run a small LSTM and a product forward and backward."""
+    state = torch.get_rng_state()
+    try:
+        x = torch.zeros(2, 3, 8, dtype=dtype, device=device, requires_grad=True)
+        output, _ = nn.LSTM(8, 8, device=device, dtype=dtype)(x)
+        (output @ output.transpose(1, 2)).float().sum().backward()
+    except RuntimeError as error:
+        reason = " ".join(str(error).split())[:120]
+        raise ValueError(f"{device} cannot train an LSTM in {name}: {reason}") from None
+    finally:
+        torch.set_rng_state(state)

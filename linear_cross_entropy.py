@@ -1,0 +1,120 @@
+"""Decoder and cross-entropy in one, with the gradient worked out on the way."""
+
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+# Bytes of gradient of the scores that exist at a time, and rows whose scores do.
+BLOCK_BYTES = 64 * 2**20
+SOFTMAX_ROWS = 64
+
+DTYPES = (torch.bfloat16, torch.float32, torch.float64)
+
+
+def linear_cross_entropy(hidden: Tensor, weight: Tensor, bias: Tensor, targets: Tensor) -> Tensor:
+    """Mean cross-entropy of softmax(W h + b), with products in the dtype of hidden.
+
+    F.cross_entropy(F.linear(hidden, weight, bias), targets) for a large vocabulary: rows go
+    through it in blocks, scores exist for a few rows at a time only, and the gradient
+
+        dL/dscores = (softmax(scores) - onehot(target)) / N
+
+    is made from them at once, so that nothing is stored for backward but the gradients proper.
+
+    In bfloat16 the scores W h are rounded to 8 bits (their sums are accumulated in float32);
+    bias, softmax, logarithm and the sum of the losses are float32. Then dL/dscores is rounded for
+    the two products that take it. Weight and bias may (and should) be float32: they are cast here
+    and their gradients come back in float32. In float32 and float64 nothing is rounded down.
+
+    Args:
+        hidden: what is decoded, (N, E), bfloat16, float32 or float64; N = T·B, say.
+        weight: decoder's matrix, (V, E), of any floating dtype.
+        bias: decoder's bias, (V,), of any floating dtype.
+        targets: ids of the words to predict, (N,).
+
+    Returns:
+        Scalar float32 (float64 for float64 input), nats per token. Gradients have the dtype of
+        what they belong to. They cannot be differentiated again.
+
+    Raises:
+        ValueError: shapes that do not fit together, nothing to decode, or another dtype.
+    """
+    if hidden.dtype not in DTYPES:
+        raise ValueError(f"hidden is {hidden.dtype}; it must be bfloat16, float32 or float64")
+    if hidden.dim() != 2 or not hidden.numel():
+        raise ValueError(f"hidden is {tuple(hidden.shape)}; it must be (N, E), neither of them 0")
+    words = bias.numel()
+    expected = dict(weight=(words, hidden.size(1)), bias=(words,), targets=(len(hidden),))
+    for (name, shape), given in zip(expected.items(), (weight, bias, targets), strict=True):
+        if tuple(given.shape) != shape or not given.numel():
+            raise ValueError(f"{name} is {tuple(given.shape)}; it must be {shape}")
+    loss: Tensor = _LinearCrossEntropy.apply(hidden, weight, bias, targets, torch.is_grad_enabled())
+    return loss
+
+
+class _LinearCrossEntropy(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any, hidden: Tensor, weight: Tensor, bias: Tensor, targets: Tensor, training: bool
+    ) -> Tensor:
+        ctx.dtypes = [v.dtype for v in (hidden, weight, bias)]
+        dtype = hidden.dtype
+        wide = torch.float64 if dtype == torch.float64 else torch.float32
+        weight, bias = weight.to(dtype), bias.to(wide)
+        wanted = [training and w for w in ctx.needs_input_grad[:3]]
+        loss = hidden.new_zeros((), dtype=wide)
+        d_hidden = torch.empty_like(hidden) if wanted[0] else None
+        d_weight = None
+        d_bias = torch.zeros_like(bias) if wanted[2] else None
+        rows = max(1, BLOCK_BYTES // (len(bias) * hidden.itemsize))
+        for start in range(0, len(hidden), rows):
+            block = slice(start, start + rows)
+            part = hidden[block]
+            d_scores = part.new_empty(len(part), len(bias)) if any(wanted) else None
+            loss += _softmax(part, weight, bias, targets[block], d_scores, d_bias)
+            if d_hidden is not None and d_scores is not None:
+                torch.mm(d_scores, weight, out=d_hidden[block])
+            if wanted[1] and d_scores is not None:
+                product = (d_scores.t() @ part).to(wide)
+                d_weight = product if d_weight is None else d_weight.add_(product)
+        ctx.save_for_backward(d_hidden, d_weight, d_bias)
+        ctx.count = len(hidden)
+        return loss / len(hidden)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad_loss: Tensor) -> tuple[Tensor | None, ...]:
+        scale = grad_loss / ctx.count
+        pairs = zip(ctx.saved_tensors, ctx.dtypes, strict=True)
+        grads = [None if g is None else (g * scale).to(dtype) for g, dtype in pairs]
+        return (*grads, None, None)
+
+
+def _softmax(
+    hidden: Tensor,
+    weight: Tensor,
+    bias: Tensor,
+    targets: Tensor,
+    d_scores: Tensor | None,
+    d_bias: Tensor | None,
+) -> Tensor:
+    """Sum of the losses of some rows; fills d_scores and adds to d_bias, both for that sum."""
+    loss = bias.new_zeros(())
+    for start in range(0, len(hidden), SOFTMAX_ROWS):
+        rows = slice(start, start + SOFTMAX_ROWS)
+        wanted = targets[rows, None]
+        scores = F.linear(hidden[rows], weight).to(bias.dtype).add_(bias)
+        share = scores.softmax(dim=1)
+        # Of the largest score, whose share is at least 1 / V: its logarithm is safe. (To compute
+        # log-softmax and exp costs twice as much.)
+        log_sum = scores.amax(1, keepdim=True) - share.amax(1, keepdim=True).log()
+        loss += (log_sum - scores.gather(1, wanted)).sum()
+        if d_scores is not None:
+            share.scatter_add_(1, wanted, share.new_full((), -1.0).expand_as(wanted))
+            d_scores[rows].copy_(share)
+            if d_bias is not None:
+                d_bias += share.sum(0)
+    return loss

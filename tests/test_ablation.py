@@ -1,0 +1,454 @@
+"""ablate.py: tables in, runs of main.py, tables out."""
+
+import csv
+import gc
+import importlib
+import itertools
+import json
+import math
+import os
+import random
+import re
+import signal
+import statistics
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from conftest import ROOT, TINY, Result, write_corpus
+
+import ablate
+import cli
+from engine.ablation.pool import slots
+from engine.ablation.report import latex, markdown
+from engine.ablation.statistics import holm, paired, spread
+from engine.ablation.table import load_table
+from engine.errors import RunError
+from engine.run_folder import lock_folder
+
+TABLES = sorted((ROOT / "ablations").glob("*.toml"))
+
+
+@pytest.fixture
+def make_table(tmp_path: Path) -> Callable[..., Path]:
+    """make_table(rows, seeds=…): a table over a small corpus, a row per name and flags."""
+    corpus = write_corpus(tmp_path / "corpus", lines=150)
+
+    def make(rows: dict[str, str], seeds: tuple[int, ...] = (1, 2), flags: str = "") -> Path:
+        lines = ['title = "A table"', f"seeds = {list(seeds)}"]
+        shared = [*TINY, "--data", str(corpus), "--epochs", "2", *flags.split()]
+        lines.append(f"flags = {json.dumps(shared)}")
+        for name, own in rows.items():
+            lines += ["[[rows]]", f"name = {json.dumps(name)}", f"flags = {json.dumps(own)}"]
+        path = tmp_path / "table.toml"
+        path.write_text("\n".join(lines))
+        return path
+
+    return make
+
+
+@pytest.fixture
+def run_table(capsys: pytest.CaptureFixture[str]) -> Callable[..., Result]:
+    def call(*argv: object) -> Result:
+        capsys.readouterr()
+        code = ablate.main([str(arg) for arg in argv])
+        return Result(code, *capsys.readouterr())
+
+    return call
+
+
+def without_times(folder: Path) -> dict[str, str]:
+    """A report's text files with every measured time taken out."""
+    texts = {name: (folder / f"table.{name}").read_text() for name in ("md", "csv", "tex", "json")}
+    texts["json"] = re.sub(r'("seconds_per_epoch": )[\d.e-]+', r"\1", texts["json"])
+    texts["csv"] = re.sub(r"[\d.]+(,[^,\n]*\n)", r"\1", texts["csv"])
+    # The second last column of the last table of table.md; its width depends on the figures.
+    texts["md"] = re.sub(r"\| *[\d.]+ *(\| [^|]*\|\n)", r"\1", texts["md"])
+    return texts
+
+
+# From flags to a table
+
+
+def test_a_table_with_rows_that_work_diverge_and_fail(
+    make_table: Callable[..., Path], run_table: Callable[..., Result], tmp_path: Path
+) -> None:
+    rows = {"base": "", "diverges": "--lr 1e10 --clip 0", "fails": "--batch-size 100000"}
+    table, out = make_table(rows), tmp_path / "out"
+    first = run_table(table, "--jobs", 2, "--output", out)
+    assert first.code == 1
+    assert first.err.splitlines()[-1].startswith("error: 2 of 6 runs failed (fails, seed 1;")
+    assert first.out == (out / "table.md").read_text()
+    figures = json.loads((out / "table.json").read_text())
+    base, diverged, failed = figures["rows"]
+
+    # The figures, from the runs' own files.
+    folders = [out / "runs" / f"base-seed{seed}" for seed in (1, 2)]
+    summaries = [json.loads((folder / "summary.json").read_text()) for folder in folders]
+    one, two = (summary["test_ppl"] for summary in summaries)
+    assert base["test"]["mean"] == pytest.approx((one + two) / 2)
+    assert base["test"]["sd"] == pytest.approx(abs(one - two) / 2**0.5)
+    valid = [summary["best_valid_ppl"] for summary in summaries]
+    assert base["valid"]["mean"] == pytest.approx(sum(valid) / 2)
+    assert base["left_out"] == []
+    for run in base["runs"]:
+        assert (out / run["folder"] / "metrics.jsonl").is_file()
+        assert len(run["curve"]) == 2
+    assert diverged["difference"]["test"]["mean"] is None
+    assert [base["test"]["n"], diverged["test"]["n"], failed["test"]["n"]] == [2, 0, 0]
+    assert "diverged: loss is" in " ".join(diverged["left_out"])
+    assert "too few for --batch-size 100000" in failed["left_out"][0]
+    line = next(line for line in first.out.splitlines() if line.startswith("| diverges"))
+    assert "0 of 2 †" in line
+    assert "† diverges: seed" in first.out
+    assert (out / "curves.png").read_bytes().startswith(b"\x89PNG")
+
+    # The files that other programs read.
+    with (out / "table.csv").open() as file:
+        lines = list(csv.DictReader(file))
+    assert [line["row"] for line in lines] == list(rows)
+    assert float(lines[0]["test_mean"]) == pytest.approx((one + two) / 2)
+    assert lines[1]["test_mean"] == ""
+
+    # Once more: what is done stays, what failed is tried again, the rest is the same.
+    times = {p: p.stat().st_mtime_ns for p in out.glob("runs/*/summary.json")}
+    before = without_times(out)
+    again = run_table(table, "--jobs", 2, "--output", out)
+    assert again.code == 1
+    assert {p: p.stat().st_mtime_ns for p in out.glob("runs/*/summary.json")} == times
+    starts = {p.stem: p.read_text().count("$ python main.py") for p in out.glob("runs/*.log")}
+    assert starts == {f"{s}-seed{k}": 1 + (s == "fails") for s in
+                      ("base", "diverges", "fails") for k in (1, 2)}  # fmt: skip
+    assert without_times(out) == before
+    for path in out.glob("table.*"):
+        path.unlink()
+    assert run_table(table, "--report-only", "--output", out).code == 0
+    assert without_times(out) == before
+
+    # Other flags are not mixed in; more epochs continue what is there.
+    mixed = run_table(table, "--flags=--alpha 0", "--output", out)
+    assert mixed.code == 2
+    assert "base-seed1: was run with other flags: --alpha 0.0 (was 2.0)" in mixed.err
+    more = ("--flags=--epochs 3", "--seeds", 1, "--output", out)
+    table = make_table({"base": ""}, (1, 2))
+    plan = run_table(table, *more, "--dry-run")
+    assert plan.code == 0
+    assert "1 runs with seeds 1: 1 epochs" in plan.out
+    assert run_table(table, *more).code == 0
+    figures = json.loads((out / "table.json").read_text())
+    assert [[run["epochs"] for run in row["runs"]] for row in figures["rows"]] == [[3]]
+
+
+@pytest.mark.parametrize("kills", [2, pytest.param(10, marks=pytest.mark.slow)])
+def test_killed_at_random_moments_it_gives_the_same_table(
+    make_table: Callable[..., Path], tmp_path: Path, kills: int
+) -> None:
+    rows = {"base": "", "filter": "--grad-filter"}
+    if kills > 2:
+        rows["diverges"] = "--lr 1e10 --clip 0"
+    table = make_table(rows, (1, 2) if kills > 2 else (1,), "--checkpoint-every 7 --nonmono 0")
+    command = [sys.executable, str(ROOT / "ablate.py"), str(table), "--jobs", "2", "--output"]
+    draw = random.Random(kills)
+    for _ in range(kills):
+        process = subprocess.Popen(
+            [*command, str(tmp_path / "killed")], stdout=subprocess.DEVNULL,
+            stderr=subprocess.DEVNULL, start_new_session=True,
+        )  # fmt: skip
+        time.sleep(draw.uniform(1.5, 6.0))
+        os.killpg(process.pid, signal.SIGKILL)
+        process.wait()
+    for name in ("killed", "whole"):
+        done = subprocess.run([*command, str(tmp_path / name)], capture_output=True, text=True)
+        assert done.returncode == 0, done.stderr
+    assert without_times(tmp_path / "killed") == without_times(tmp_path / "whole")
+    assert json.loads((tmp_path / "whole" / "table.json").read_text())["rows"][1]["filter"]
+
+
+def test_interrupted_it_checkpoints_and_goes_on(
+    make_table: Callable[..., Path], tmp_path: Path
+) -> None:
+    out = tmp_path / "out"
+    table = make_table({"base": ""}, (1,), "--epochs 100000")
+    command = [sys.executable, str(ROOT / "ablate.py"), str(table), "--output", str(out)]
+    process = subprocess.Popen(command, stderr=subprocess.PIPE, text=True, start_new_session=True)
+    deadline = time.monotonic() + 60
+    metrics = out / "runs" / "base-seed1" / "metrics.jsonl"
+    while not (metrics.exists() and '"valid"' in metrics.read_text()):
+        assert time.monotonic() < deadline
+        time.sleep(0.1)
+    os.killpg(process.pid, signal.SIGINT)  # as Ctrl-C does: to the runs, too
+    _, err = process.communicate(timeout=60)
+    assert process.returncode == 1
+    assert err.splitlines()[-1] == "error: interrupted (1 started); the same command goes on"
+    log = (out / "runs" / "base-seed1.log").read_text()
+    assert "Traceback" not in log
+    assert not (out / "runs" / "base-seed1.failed").exists()
+    assert (out / "runs" / "base-seed1" / "last.pt").exists()
+
+
+def test_a_run_that_outlived_its_table_is_waited_for(
+    make_table: Callable[..., Path], run_table: Callable[..., Result], tmp_path: Path
+) -> None:
+    table, out = make_table({"base": ""}, (1,)), tmp_path / "out"
+    (out / "runs").mkdir(parents=True)
+    code = (
+        "import sys, time; from pathlib import Path; from engine.run_folder import lock_folder; "
+        "lock = lock_folder(Path(sys.argv[1])); print(flush=True); time.sleep(2); print('ended')"
+    )
+    command = [sys.executable, "-c", code, str(out / "runs" / "base-seed1")]
+    with subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, text=True) as other:
+        assert other.stdout is not None
+        other.stdout.readline()
+        result = run_table(table, "--output", out)
+        assert other.poll() is not None  # it was done before the run began
+    assert result.code == 0, result.err
+
+
+def test_two_tables_in_one_folder_are_refused(
+    make_table: Callable[..., Path], run_table: Callable[..., Result], tmp_path: Path
+) -> None:
+    lock = lock_folder(tmp_path / "out")
+    result = run_table(make_table({"base": ""}), "--output", tmp_path / "out")
+    lock.release()
+    assert (result.code, result.out) == (1, "")
+    assert result.err == f"error: {tmp_path / 'out'}: another process is running there\n"
+
+
+# Tables and flags
+
+
+@pytest.mark.parametrize("path", TABLES, ids=lambda path: path.stem)
+def test_shipped_tables_are_what_main_takes(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(ROOT)
+    table = load_table(path)
+    args = cli.parse_ablation([str(path)])
+    runs = ablate.plan(table, args, Path("results") / table.name)
+    assert len(runs) == len(table.rows) * len(table.seeds) >= 15
+    flags = [json.dumps(dict(run.flags, seed=0, save="")) for run in runs]
+    assert len(set(flags)) == len(table.rows)  # no two rows are the same
+    assert len({run.save for run in runs}) == len(runs)
+
+
+def test_the_paper_s_rows_carry_its_numbers() -> None:
+    penn, wiki = (load_table(ROOT / f"ablations/paper-{n}.toml") for n in ("penn", "wikitext-2"))
+    published = [
+        [(r.published["valid"], r.published["test"]) for r in t.rows] for t in (penn, wiki)
+    ]
+    assert published == [
+        [(60.7, 58.8), (66.3, 63.7), (61.3, 58.9), (65.1, 62.7), (63.7, 61.0), (62.7, 60.3),
+         (68.0, 65.6), (71.1, 68.9)],
+        [(69.1, 66.0), (73.3, 69.7), (69.3, 66.2), (71.1, 68.1), (71.9, 68.7), (73.2, 70.1),
+         (73.7, 70.7), (78.4, 74.9)],
+    ]  # fmt: skip
+
+
+GOOD = 'title = "x"\nseeds = [1]\nrows = [{name = "a"}]\n'
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        ("title = ", "not TOML"),
+        ("seeds = [1]", "title is missing"),
+        (GOOD.replace("[1]", "[]"), "must not be empty"),
+        (GOOD.replace("[1]", "[1, 1]"), "seed '1' is there twice"),
+        (GOOD.replace("[1]", "[1.5]"), "whole numbers"),
+        (GOOD + "colour = 1", "unknown key 'colour'"),
+        (GOOD + "flags = 3", "flags are a string"),
+        (GOOD + "recipe = 3", "recipe is not a string"),
+        (GOOD.replace('{name = "a"}', '{name = "a"}, {name = "A!"}'), "row 'a' is there twice"),
+        (GOOD.replace('{name = "a"}', "{}"), "row 1: name is missing"),
+        (GOOD.replace('"a"}', '"a", flag = ""}'), "row 1: unknown key 'flag'"),
+        (GOOD.replace('"a"}', '"a", published = 3}'), "row 'a': published is"),
+    ],
+)
+def test_a_bad_table_is_one_line(tmp_path: Path, content: str, message: str) -> None:
+    path = tmp_path / "bad.toml"
+    path.write_text(content)
+    with pytest.raises(RunError) as caught:
+        load_table(path)
+    assert str(caught.value).startswith(f"{path}: ")
+    assert message in str(caught.value)
+    assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        ("--no-such", "row 'b': unrecognized arguments: --no-such"),
+        ("--wdrop 2", "row 'b': argument --wdrop: '2' is not a probability"),
+        ("--seed 3", "row 'b': argument --seed: the table sets it"),
+        ("--save x.pt", "row 'b': argument --save: the table sets it"),
+        ("--data elsewhere", "rows of different --data"),
+    ],
+)
+def test_bad_flags_of_a_row_start_nothing(
+    make_table: Callable[..., Path], run_table: Callable[..., Result], tmp_path: Path,
+    flags: str, message: str,
+) -> None:  # fmt: skip
+    result = run_table(make_table({"a": "", "b": flags}), "--output", tmp_path / "out")
+    assert result.code == 2
+    assert message in result.err
+    assert result.err.count("\n") == 1
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize(
+    ("argv", "message"),
+    [
+        (["--jobs", "0"], "argument --jobs"),
+        (["--seeds", "1,1"], "argument --seeds: '1,1' names one twice"),
+        (["--seeds", "a"], "argument --seeds"),
+        (["--gpus", "7"], "argument --gpus: there is no GPU 7"),
+        (["--rows", "nothing"], "argument --rows"),
+        (["--flags=--resume auto --dry-run"], "argument --dry-run: nothing would be run"),
+        (["--flags='"], "argument --flags"),
+        (["--ray", "--gpus", "0"], "argument --gpus: does not go with --ray"),
+        (["--ray-gpus", "1"], "argument --ray-gpus: needs --ray"),
+        (["--dry-run", "--report-only"], "argument --report-only: does not go with --dry-run"),
+    ],
+)
+def test_bad_flags_of_ablate(
+    make_table: Callable[..., Path], run_table: Callable[..., Result], tmp_path: Path,
+    argv: list[str], message: str,
+) -> None:  # fmt: skip
+    result = run_table(make_table({"a": ""}), "--output", tmp_path / "out", *argv)
+    assert (result.code, result.out) == (2, "")
+    assert result.err.startswith(f"error: {message}") or message in result.err
+    assert result.err.count("\n") == 1
+
+
+def test_jobs_share_the_gpus() -> None:
+    places = slots(5, 2, [0, 3])
+    assert [place["CUDA_VISIBLE_DEVICES"] for place in places] == ["0", "3", "0", "3", "0"]
+    assert {place["OMP_NUM_THREADS"] for place in places} == {"2"}
+    assert "CUDA_VISIBLE_DEVICES" not in slots(1, 1, None)[0]
+
+
+# Statistics
+
+
+def student_cdf(t: float, df: int) -> float:
+    """By the trapezoid rule over the density."""
+    x = np.linspace(-400, t, 4_000_001)
+    log = math.lgamma((df + 1) / 2) - math.lgamma(df / 2) - 0.5 * math.log(df * math.pi)
+    return float(np.trapezoid(np.exp(log) * (1 + x**2 / df) ** (-(df + 1) / 2), x))
+
+
+def test_paired_comparison_is_student_s() -> None:
+    draw = random.Random(1)
+    for n in (3, 4, 7):
+        values = [draw.gauss(0.5, 1) for _ in range(n)]
+        found = paired(values)
+        mean, sd = sum(values) / n, statistics.stdev(values)
+        assert (found["mean"], found["sd"]) == (pytest.approx(mean), pytest.approx(sd))
+        reach = (found["high"] - mean) / (sd / n**0.5)
+        assert student_cdf(reach, n - 1) == pytest.approx(0.975, abs=2e-5)
+        assert mean - found["low"] == pytest.approx(found["high"] - mean)
+        t = abs(mean) / (sd / n**0.5)
+        assert found["p"] == pytest.approx(2 * (1 - student_cdf(t, n - 1)), abs=1e-4)
+
+
+def test_few_seeds_say_nothing() -> None:
+    assert spread([]) == dict(n=0, mean=None, sd=None)
+    assert spread([3.0]) == dict(n=1, mean=3.0, sd=None)
+    assert [paired([1.0])[key] for key in ("low", "high", "p", "sign_flip_p")] == [None] * 4
+    two = paired([1.0, 2.0])
+    assert (two["low"], two["p"]) == (pytest.approx(1.5 - 12.7062 * 0.5, abs=1e-3), None)
+    assert paired([1.0] * 5)["sign_flip_p"] is None
+    assert paired([0.0, 0.0, 0.0])["p"] is None  # no spread, no test
+
+
+def test_sign_flip_counts_all_signs() -> None:
+    values = [0.3, -0.1, 0.8, 1.1, 0.2, 0.6, -0.4]
+    total = abs(sum(values))
+    count = 0
+    for signs in itertools.product((-1, 1), repeat=7):
+        count += abs(sum(s * v for s, v in zip(signs, values, strict=True))) >= total - 1e-12
+    assert paired(values)["sign_flip_p"] == count / 128
+    assert paired([1.0, 2.0, 3.0, 4.0, 5.0, 6.0])["sign_flip_p"] == 2 / 64
+
+
+def test_holm() -> None:
+    assert holm([0.01, None, 0.04, 0.03]) == [pytest.approx(0.03), None, 0.06, 0.06]
+    assert holm([0.5, 0.9]) == [1.0, 1.0]
+    assert holm([None]) == [None]
+
+
+# What is written
+
+
+def figures_of(name: str) -> dict[str, Any]:
+    """A report's figures with one row of this name."""
+    none = dict(n=0, mean=None, sd=None)
+    row = dict(
+        name=name, flags="", valid=none, test=dict(n=1, mean=70.0, sd=None), difference=None,
+        published={}, beyond_published={}, left_out=["seed 2 failed: 50% of $HOME_DIR"],
+        parameters=None, seconds_per_epoch=None, filter=None, runs=[],
+    )  # fmt: skip
+    return dict(
+        title="A & B", note="", source="", flags="", base=name, seeds=[1], rows=[row], commits=[],
+        versions=[],
+    )  # fmt: skip
+
+
+def test_names_are_escaped() -> None:
+    figures = figures_of("a|b_c & 50%")
+    table = markdown(figures, curves=False)
+    assert "| a\\|b_c & 50% |" in table
+    rows = [line for line in table.splitlines() if line.startswith("|")]
+    assert len({len(line) for line in rows[:3]}) == 1  # columns are aligned
+    assert "a|b\\_c \\& 50\\% & 0 of 0 $\\dagger$ & - & 70.00" in latex(figures)
+
+
+# On a cluster
+
+
+@pytest.mark.slow
+@pytest.mark.filterwarnings("default")  # ray's own are no concern of ours
+def test_on_ray_a_killed_node_loses_nothing(
+    make_table: Callable[..., Path], run_table: Callable[..., Result], tmp_path: Path
+) -> None:
+    """Two nodes on this machine, one of them killed in the middle of its run."""
+    pytest.importorskip("ray", reason="requirements-cluster.txt")
+    cluster_utils = importlib.import_module("ray.cluster_utils")
+    rows = {"base": "", "- weight drop": "--wdrop 0", "filter": "--grad-filter"}
+    table = make_table(rows, (1, 2), "--epochs 12 --checkpoint-every 7 --nonmono 0")
+    assert run_table(table, "--threads", 1, "--output", tmp_path / "local").code == 0
+
+    cluster = cluster_utils.Cluster(initialize_head=True, head_node_args=dict(num_cpus=1))
+    try:
+        victim = cluster.add_node(num_cpus=1)
+        command = [sys.executable, str(ROOT / "ablate.py"), str(table), "--ray", cluster.address]
+        output = tmp_path / "ray"
+        process = subprocess.Popen([*command, "--output", str(output)], stdout=subprocess.PIPE)
+        deadline = time.monotonic() + 200
+        while sum('"valid"' in p.read_text() for p in output.glob("runs/*/metrics.jsonl")) < 2:
+            assert time.monotonic() < deadline
+            assert process.poll() is None
+            time.sleep(0.1)
+        cluster.remove_node(victim, allow_graceful=False)
+        assert process.wait(timeout=300) == 0
+    finally:
+        cluster.shutdown()
+    assert without_times(tmp_path / "ray") == without_times(tmp_path / "local")
+    for log in output.glob("runs/*.log"):  # started twice at most, and tested once
+        text = log.read_text()
+        assert text.count("$ python main.py") <= 2
+        assert text.count("End of training") == 1
+    gc.collect()  # what ray leaves open is complained about here, not in the next test
+
+
+def test_without_ray_it_says_so(
+    make_table: Callable[..., Path], run_table: Callable[..., Result], tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:  # fmt: skip
+    monkeypatch.setitem(sys.modules, "ray", None)
+    result = run_table(make_table({"a": ""}), "--ray", "--output", tmp_path / "out")
+    assert result.code == 1
+    assert result.err == "error: --ray: ray is not installed (requirements-cluster.txt)\n"

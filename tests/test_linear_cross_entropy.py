@@ -1,0 +1,117 @@
+"""Decoder and loss in one against the two written out, in float64."""
+
+from collections.abc import Sequence
+
+import pytest
+import torch
+from torch import Tensor
+
+import linear_cross_entropy as module
+from linear_cross_entropy import linear_cross_entropy
+
+BF16 = 2.0**-9  # half the distance of two neighbours
+
+
+def arguments(rows: int, width: int, words: int, size: float = 1.0) -> tuple[list[Tensor], Tensor]:
+    values = [torch.randn(rows, width), size * torch.randn(words, width), torch.randn(words)]
+    return [v.double().requires_grad_() for v in values], torch.randint(words, (rows,))
+
+
+def fused(values: Sequence[Tensor], targets: Tensor) -> Tensor:
+    hidden, weight, bias = values
+    return linear_cross_entropy(hidden, weight, bias, targets)
+
+
+def by_rows(values: Sequence[Tensor], targets: Tensor) -> Tensor:
+    hidden, weight, bias = values
+    losses = []
+    for h, target in zip(hidden, targets, strict=True):
+        scores = weight @ h + bias
+        losses.append(torch.log((scores - scores[target]).exp().sum()))
+    return torch.stack(losses).mean()
+
+
+def results(loss: Tensor, values: list[Tensor], factor: float) -> list[Tensor]:
+    return [loss.detach(), *torch.autograd.grad(factor * loss, values)]
+
+
+@pytest.mark.parametrize(("block", "softmax_rows"), [(2**26, 64), (3 * 13 * 8, 2), (1, 1)])
+def test_loss_and_gradients_in_blocks_of_any_size(
+    monkeypatch: pytest.MonkeyPatch, block: int, softmax_rows: int
+) -> None:
+    monkeypatch.setattr(module, "BLOCK_BYTES", block)
+    monkeypatch.setattr(module, "SOFTMAX_ROWS", softmax_rows)
+    values, targets = arguments(11, 5, 13)
+    ours = results(fused(values, targets), values, 3.5)
+    theirs = results(by_rows(values, targets), values, 3.5)
+    torch.testing.assert_close(ours, theirs, rtol=1e-12, atol=1e-14)
+    assert torch.autograd.gradcheck(lambda *v: fused(v, targets), values)
+
+
+def test_bfloat16_is_within_its_error_and_its_loss_is_float32s() -> None:
+    values, targets = arguments(300, 64, 1000, 0.1)
+    exact = results(by_rows(values, targets), values, 1.0)
+    leaves = [v.detach().float().requires_grad_() for v in values]
+    leaves[0] = leaves[0].detach().bfloat16().requires_grad_()
+    loss = fused(leaves, targets)
+    found = results(loss, leaves, 1.0)
+    assert [f.dtype for f in found] == [torch.float32, torch.bfloat16, *[torch.float32] * 2]
+    # The roundings of 300 losses go either way.
+    assert float((found[0] - exact[0]).abs() / exact[0]) < BF16 / 10
+    for a, b in zip(found[1:], exact[1:], strict=True):
+        assert float((a.double() - b).norm() / b.norm()) < 2 * BF16
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_scores_that_overflow_or_underflow_a_softmax(dtype: torch.dtype) -> None:
+    weight = torch.tensor([[1000.0], [-1000.0], [0.0]], requires_grad=True)
+    hidden = torch.tensor([[1.0], [1.0]], dtype=dtype, requires_grad=True)
+    targets = torch.tensor([1, 0])
+    loss = linear_cross_entropy(hidden, weight, torch.zeros(3), targets)
+    assert loss.item() == 1000.0  # (2000 + 0) / 2
+    loss.backward()
+    assert weight.grad is not None
+    assert weight.grad.flatten().tolist() == [0.5, -0.5, 0.0]
+    assert hidden.grad is not None
+    assert hidden.grad.flatten().tolist() == [1000.0, 0.0]
+
+
+def test_evaluation_makes_no_gradient_and_what_is_not_finite_stays_so() -> None:
+    values, targets = arguments(4, 3, 7)
+    trained = fused(values, targets)
+    with torch.no_grad():
+        loss = fused(values, targets)
+        assert not loss.requires_grad
+        assert torch.equal(loss, trained)
+        values[0][1, 0] = float("nan")
+        assert fused(values, targets).isnan()
+    frozen = [v.detach() for v in values[:2]]
+    loss = fused([*frozen, values[2]], targets)
+    loss.backward()
+    assert values[2].grad is not None
+    assert values[0].grad is None
+
+
+def test_not_differentiated_twice() -> None:
+    values, targets = arguments(4, 3, 7)
+    loss = fused(values, targets)
+    (grad,) = torch.autograd.grad(loss.square(), values[0], create_graph=True)
+    with pytest.raises(RuntimeError, match="once_differentiable"):
+        grad.sum().backward()
+
+
+@pytest.mark.parametrize(
+    ("position", "shape"), [(0, (4,)), (0, (0, 3)), (1, (7, 4)), (2, (6,)), (3, (4, 1))]
+)
+def test_shapes_that_do_not_fit_are_named(position: int, shape: tuple[int, ...]) -> None:
+    values, targets = arguments(4, 3, 7)
+    given = [*values, targets]
+    given[position] = torch.zeros(shape, dtype=given[position].dtype)
+    with pytest.raises(ValueError, match="it must be"):
+        fused(given[:3], given[3])
+
+
+def test_other_dtypes_are_refused() -> None:
+    values, targets = arguments(4, 3, 7)
+    with pytest.raises(ValueError, match="float16; it must be bfloat16"):
+        fused([v.half() for v in values], targets)
