@@ -2,6 +2,7 @@
 
 import argparse
 import math
+import os
 import re
 import shlex
 import sys
@@ -13,12 +14,14 @@ from typing import Any, NoReturn
 import torch
 
 from data.errors import DataError
-from engine.errors import RunError
+from engine.device import select_device
+from engine.errors import PeerError, RunError
+from engine.ranks import local_rank
 
 # Flags that may differ between a run and its resumption; all others are part of what it is.
 MAY_CHANGE = frozenset(
     """
-    data device save resume dry_run epochs max_updates log_interval checkpoint_every
+    data device save resume dry_run epochs max_updates log_interval diagnostics checkpoint_every
     checkpoint_minutes test_batch_size bigram samples
     wandb wandb_project wandb_name wandb_group wandb_job_type wandb_tags
     """.split()  # noqa: SIM905
@@ -47,6 +50,9 @@ def run_program(program: Callable[[Sequence[str]], None], argv: Sequence[str] | 
         program(sys.argv[1:] if argv is None else argv)
     except UsageError as error:
         return _fail(str(error), 2)
+    except PeerError as error:
+        print(f"error: rank {os.environ.get('RANK', 0)}: {error}", file=sys.stderr)
+        return 1
     except (DataError, RunError) as error:
         return _fail(str(error))
     except KeyboardInterrupt:
@@ -72,7 +78,8 @@ def _is_memory(error: Exception) -> bool:
 
 
 def _fail(message: str, code: int = 1) -> int:
-    print(f"error: {message}", file=sys.stderr)
+    if os.environ.get("RANK", "0") == "0":  # where several train together, rank 0 speaks for all
+        print(f"error: {message}", file=sys.stderr)
     return code
 
 
@@ -198,7 +205,7 @@ def training_parser() -> Parser:
 
 
 def _flag(
-    group: Any, name: str, default: Any, help: str, type: Any = str, metavar: str = "N", **more: Any
+    group: Any, name: str, default: Any, help: str, type: Any = str, metavar: Any = "N", **more: Any
 ) -> None:
     """Declare a flag that takes a value, under both spellings."""
     names = dict.fromkeys(
@@ -245,8 +252,7 @@ def _add_regularisation(parser: Parser) -> None:
     _flag(group, "--dropouti", 0.65, "locked dropout on embedded words", probability, "P")
     _flag(group, "--dropoute", 0.1, "embedding dropout: whole words", probability, "P")
     _flag(group, "--wdrop", 0.5, "weight drop on hidden-to-hidden weights", probability, "P")
-    _flag(group, "--alpha", 2.0, "AR, weight of mean(h**2)", non_negative, "X")
-    _flag(group, "--beta", 1.0, "TAR, weight of mean((h[t+1] - h[t])**2)", non_negative, "X")
+    _add_penalties(group)
     _flag(group, "--wdecay", 1.2e-6, "weight decay", non_negative, "X")
 
 
@@ -255,11 +261,11 @@ def _add_optimisation(parser: Parser) -> None:
     _choice(group, "--optimizer", ["sgd", "adam"], "sgd means NT-ASGD")
     what = "learning rate of an update in which --bptt steps count; of T steps: times T / --bptt"
     _flag(group, "--lr", 30.0, what, positive, "X")
-    what = "largest global norm of the gradient; 0: no clipping"
-    _flag(group, "--clip", 0.25, what, non_negative, "X")
+    _add_clip(group)
     what = "gradient filter in front of every layer; THRESHOLD 10, if none is given; 0: off"
     _flag(group, "--grad-filter", 0.0, what, non_negative, "THRESHOLD", nargs="?", const=10.0)
-    _flag(group, "--batch_size", 80, "columns of text per update", positive_int)
+    what = "time steps that the gradient reaches through, k2; full: that are computed at once"
+    _add_window(group, 80, what)
     _add_bptt(group)
     _flag(group, "--epochs", 8000, "epochs at most", positive_int)
     what = "stop training after N updates in all, then validate and test"
@@ -274,7 +280,37 @@ def _add_optimisation(parser: Parser) -> None:
     _flag(group, "--nonmono-decay", 0.0, what, decay, "X")
     what = "epochs at whose end the learning rate is divided by 10; -1: never"
     _flag(group, "--when", [-1], what, epoch_number, "EPOCH", nargs="+")
+    _add_seed(group)
+
+
+# Flags of several programs
+
+
+def _add_penalties(group: Any) -> None:
+    _flag(group, "--alpha", 2.0, "AR, weight of mean(h**2)", non_negative, "X")
+    _flag(group, "--beta", 1.0, "TAR, weight of mean((h[t+1] - h[t])**2)", non_negative, "X")
+
+
+def _add_clip(group: Any) -> None:
+    what = "largest global norm of the gradient; 0: no clipping"
+    _flag(group, "--clip", 0.25, what, non_negative, "X")
+
+
+def _add_window(group: Any, batch_size: int, bptt: str = "time steps of a window") -> None:
+    _flag(group, "--batch_size", batch_size, "columns of text per update", positive_int)
+    _flag(group, "--bptt", 70, bptt, positive_int)
+
+
+def _add_seed(group: Any) -> None:
     _flag(group, "--seed", 1111, "of all random draws", seed_value)
+
+
+def _add_device(group: Any) -> None:
+    what = "where to compute; auto: the first GPU, if there is one"
+    _flag(group, "--device", "auto", what, metavar="auto|cpu|cuda[:N]")
+
+
+# Flags of main.py alone
 
 
 def _add_precision(group: Any) -> None:
@@ -295,8 +331,6 @@ def _add_precision(group: Any) -> None:
 
 
 def _add_bptt(group: Any) -> None:
-    what = "time steps that the gradient reaches through, k2; full: that are computed at once"
-    _flag(group, "--bptt", 70, what, positive_int)
     what = (
         "variable: windows of random length around --bptt; fixed: truncated BPTT(--k1, --bptt); "
         "randomized: history cut at random every --bptt steps, the gradient right on average; "
@@ -311,8 +345,7 @@ def _add_bptt(group: Any) -> None:
 
 def _add_run(parser: Parser) -> None:
     group = parser.add_argument_group("run")
-    what = "where to compute; auto: the first GPU, if there is one"
-    _flag(group, "--device", "auto", what, metavar="auto|cpu|cuda[:N]")
+    _add_device(group)
     group.add_argument("--cuda", action=_CudaFlag, nargs=0, help=argparse.SUPPRESS)
     what = (
         "the best model; the rest of the run goes into a folder of this name without its suffix; "
@@ -346,6 +379,11 @@ def _add_evaluation(parser: Parser) -> None:
 def _add_logging(parser: Parser) -> None:
     group = parser.add_argument_group("logging (WANDB_* variables fill in what is not given)")
     _flag(group, "--log-interval", 200, "updates between log lines", positive_int)
+    what = (
+        "every EVERY updates log where the gradient is and how large the recurrent matrices are; "
+        "not, if not given"
+    )
+    _flag(group, "--diagnostics", None, what, positive_int, "EVERY")
     _add_wandb(group)
     _flag(group, "--wandb-name", None, "W&B: the run's name", metavar="NAME")
     _flag(group, "--wandb-group", None, "W&B: group", metavar="NAME")
@@ -393,7 +431,65 @@ def ablation_parser() -> Parser:
     return parser
 
 
+def diagnosis_parser() -> Parser:
+    """The flags of diagnose.py."""
+    parser = Parser(
+        prog="diagnose.py",
+        description="Look at how gradients flow back through time in a trained or fresh model.",
+    )
+    parser.add_argument("model", metavar="MODEL", nargs="?", help="a model that main.py saved")
+    _flag(parser, "--compare", None, "two models, side by side", metavar=("A", "B"), nargs=2)
+    what = (
+        "draw the weights of MODEL anew by --seed, as they were before training; with --compare: "
+        "those of B"
+    )
+    _switch(parser, "--fresh", what)
+    what = "folder for the results; beside the model, NAME-diagnosis, if not given"
+    _flag(parser, "--output", None, what, metavar="FOLDER")
+    _add_device(parser)
+    _add_corpus(parser)
+    _choice(parser, "--split", ["train", "valid", "test"], "text to read")
+    group = parser.add_argument_group("what to look at")
+    _flag(group, "--lags", 100, "time steps to follow a gradient back", positive_int)
+    what = "steps whose losses are sent back, of every column of text"
+    _flag(group, "--positions", 8, what, positive_int)
+    _flag(group, "--windows", 8, "windows of --bptt steps whose gradient is taken", positive_int)
+    _flag(group, "--masks", 3, "draws of weight drop's mask to take spectra of", natural)
+    what = "thresholds of the gradient filter to try"
+    _flag(group, "--thresholds", [1.0, 2.0, 5.0, 10.0], what, positive, "X", nargs="+")
+    group = parser.add_argument_group("how it is trained")
+    _add_window(group, 20)
+    _add_clip(group)
+    _add_penalties(group)
+    _add_seed(group)
+    return parser
+
+
 # Parsing
+
+
+def parse_diagnosis(argv: Sequence[str]) -> argparse.Namespace:
+    """Read diagnose.py's command line.
+
+    Raises:
+        UsageError: a flag or value that cannot be.
+    """
+    args = _parse(diagnosis_parser(), argv)
+    if (args.model is None) == (args.compare is None):
+        raise UsageError("give a MODEL that main.py saved, or two of them by --compare A B")
+    return args
+
+
+def device_of(args: argparse.Namespace) -> torch.device:
+    """The device that --device means.
+
+    Raises:
+        UsageError: none.
+    """
+    try:
+        return select_device(args.device, local_rank())
+    except ValueError as error:
+        raise UsageError(f"argument --device: {error}") from None
 
 
 def parse_training(argv: Sequence[str]) -> tuple[argparse.Namespace, set[str]]:

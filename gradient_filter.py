@@ -1,9 +1,13 @@
 """The gradient filter: soft-masks exploding sequences inside the backward pass."""
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+
+# Keeps a quotient finite where the median is 0.
+EPS = 1e-20
 
 
 class GradientFilter(nn.Module):
@@ -28,6 +32,10 @@ class GradientFilter(nn.Module):
         batch_dim: x's dimension of sequences; 1 for (T, B, F).
         threshold: cutoff over the median norm, > 0.
 
+    Attributes:
+        gather: where the batch is shared by several processes, what makes the norms of all its
+            sequences, (B,), out of this process's: median and mean are over all of them.
+
     Raises:
         ValueError: the threshold is not above 0.
     """
@@ -38,6 +46,7 @@ class GradientFilter(nn.Module):
             raise ValueError(f"threshold is {threshold}; it must be above 0")
         self.batch_dim = batch_dim
         self.threshold = threshold
+        self.gather: Callable[[Tensor], Tensor] | None = None
         self.reset_statistics()
 
     def forward(self, x: Tensor, *params: Tensor) -> tuple[Tensor, ...]:
@@ -85,32 +94,52 @@ class _Filter(torch.autograd.Function):
     def backward(ctx: Any, *grads: Tensor) -> Any:
         x_grad, *param_grads = grads
         owner: GradientFilter = ctx.owner
-        inv_mask = inverse_mask(x_grad, owner.batch_dim, owner.threshold)
-        mean = inv_mask.mean()
-        owner.note(1 / inv_mask.flatten(), 1 / mean)
+        norm, unit = sequence_norms(x_grad, owner.batch_dim)
+        everyone = norm.flatten()
+        if owner.gather is not None:
+            everyone = owner.gather(everyone * unit)
+            common = everyone.amax()
+            common = torch.where(common > 0, common, torch.ones_like(common))
+            norm, everyone = norm * (unit / common), everyone / common
+        cutoff = owner.threshold * everyone.median()
+        inv_mask, all_masks = _inverse(norm, cutoff), _inverse(everyone, cutoff)
+        mean = all_masks.mean()
+        owner.note(1 / all_masks, 1 / mean)
         filtered = (x_grad / inv_mask).to(x_grad.dtype)
         return (None, filtered, *((g / mean).to(g.dtype) for g in param_grads))
 
 
-def inverse_mask(x_grad: Tensor, batch_dim: int, threshold: float, eps: float = 1e-20) -> Tensor:
+def inverse_mask(x_grad: Tensor, batch_dim: int, threshold: float) -> Tensor:
     """What a gradient is divided by, per sequence.
 
     Args:
         x_grad: gradient of the filter's x, any shape.
         batch_dim: its dimension of sequences.
         threshold: cutoff over the median norm.
-        eps: keeps the quotient finite when the median is 0.
 
     Returns:
         float32 (float64 for float64 gradients), 1 in every dimension but batch_dim.
+    """
+    norm, _ = sequence_norms(x_grad, batch_dim)
+    return _inverse(norm, threshold * norm.median())
+
+
+def sequence_norms(x_grad: Tensor, batch_dim: int) -> tuple[Tensor, Tensor]:
+    """Root mean square of each sequence's gradient, in units of the largest value.
+
+    Returns:
+        The norms, 1 in every dimension but batch_dim, and the unit, a scalar: 1 where all is zero.
     """
     g = x_grad.float() if x_grad.itemsize < 4 else x_grad
     others = [d for d in range(g.dim()) if d != batch_dim % g.dim()]
     # Scaled by the largest value, so that squaring overflows or underflows nothing.
     largest = g.abs().amax()
     scale = torch.where(largest > 0, largest, torch.ones_like(largest))
-    norm = (g / scale).square().mean(dim=others, keepdim=True).sqrt()
-    cutoff = threshold * norm.median()
-    inv_mask = (cutoff + norm) / (cutoff + eps)
+    return (g / scale).square().mean(dim=others, keepdim=True).sqrt(), scale
+
+
+def _inverse(norm: Tensor, cutoff: Tensor) -> Tensor:
+    """(cutoff + norm) / (cutoff + eps), 1 where both are zero."""
+    inv_mask = (cutoff + norm) / (cutoff + EPS)
     # 0 / eps is no mask for gradients that are all zero.
     return torch.where(cutoff + norm == 0, torch.ones_like(inv_mask), inv_mask)

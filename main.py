@@ -2,8 +2,10 @@
 
 import argparse
 import math
+import os
 import sys
 from collections.abc import Sequence
+from contextlib import ExitStack, redirect_stderr, redirect_stdout
 from dataclasses import fields
 from pathlib import Path
 from typing import Any
@@ -14,17 +16,19 @@ import cli
 from bptt import FixedWindows, FullWindows, RandomizedWindows, Scheme, VariableWindows
 from data.corpus import Corpus, load_corpus
 from data.download import ensure_corpus
+from diagnostics.probe import probe
 from engine.checkpoint import damage_reported, load_model, load_training_state
-from engine.device import available_memory, keep_freed_memory, peak_memory, select_device
+from engine.device import available_memory, keep_freed_memory, peak_memory
 from engine.errors import CheckpointError, DivergenceError, RunError
 from engine.estimate import training_memory
 from engine.interrupt import Interrupt
 from engine.loss_scale import LossScale
 from engine.precision import DTYPES, choose_precision, fast_kernel
 from engine.provenance import git_commit, versions
+from engine.ranks import Ranks, launched_ranks
 from engine.report import DOUBLE_RULE, final_line
 from engine.run_folder import RunFolder, find_run
-from engine.tracking import Tracker, WandbOptions, warn
+from engine.tracking import Silence, Tracker, WandbOptions, warn
 from engine.trainer import Trainer
 from engine.training_state import TrainingOptions
 from evaluation.bigram import bigram_loss
@@ -44,10 +48,30 @@ def train_and_test(argv: Sequence[str]) -> None:
     args, given = cli.parse_training(argv)
     args, state = find_state(args, given)
     cli.settle_scheme(args)
-    device = device_of(args)
+    device = cli.device_of(args)
     if device.type == "cpu":
         keep_freed_memory()
-    corpus = read_corpus(args)
+    with launched_ranks(device) as ranks, ExitStack() as stack:
+        try:
+            ranks.share(args.batch_size)
+        except ValueError as error:
+            raise cli.UsageError(f"argument --batch-size: {error}") from None
+        if not ranks.leader:  # which speaks for all
+            nowhere = stack.enter_context(Path(os.devnull).open("w"))
+            stack.enter_context(redirect_stdout(nowhere))
+            stack.enter_context(redirect_stderr(nowhere))
+        start(args, argv, state, device, ranks)
+
+
+def start(
+    args: argparse.Namespace,
+    argv: Sequence[str],
+    state: dict[str, Any] | None,
+    device: torch.device,
+    ranks: Ranks,
+) -> None:
+    """Build everything that a run consists of, and run it."""
+    corpus = read_corpus(args, ranks)
     if state is not None and state["fingerprint"] != corpus.fingerprint:
         raise CheckpointError(f"{args.data}: its text is not that of the run to be resumed")
     torch.manual_seed(args.seed)
@@ -57,7 +81,7 @@ def train_and_test(argv: Sequence[str]) -> None:
         return
     check_memory(args, model, corpus)
     precision, computing = set_precision(args, model)
-    with RunFolder(args.save) as folder, Interrupt() as interrupt:
+    with RunFolder(args.save, writes=ranks.leader) as folder, Interrupt() as interrupt:
         flags = {name: value for name, value in vars(args).items() if name != "dry_run"}
         trainer = Trainer(
             model,
@@ -69,10 +93,15 @@ def train_and_test(argv: Sequence[str]) -> None:
             interrupt,
             identity=dict(flags=flags, fingerprint=corpus.fingerprint),
             loss_scale=build_loss_scale(args, precision),
+            probe=probe if args.diagnostics else None,
+            ranks=ranks,
         )
         if state is not None:  # before any file is touched: the state may be damaged
             with damage_reported(Path(args.resume)):
                 trainer.load_state_dict(state)
+        if not ranks.leader:
+            run(args, trainer, Silence())
+            return
         source = None if state is None else Path(args.resume).parent
         if aside := folder.begin(source, trainer.at.best_epoch):
             warn(f"the run that was in {folder.folder} is now in {aside}")
@@ -80,6 +109,7 @@ def train_and_test(argv: Sequence[str]) -> None:
         commit = git_commit()
         session: dict[str, Any] = dict(argv=list(argv), from_update=trainer.at.update)
         session.update(precision=precision, kernel="fast" if model.fast else "plain")
+        session.update(processes=ranks.size)
         session.update(versions=versions(), git_commit=commit)
         tracker = open_tracker(args, folder, dict(flags, git_commit=commit), state)
         exit_code = 1
@@ -100,14 +130,16 @@ def run(args: argparse.Namespace, trainer: Trainer, tracker: Tracker) -> None:
     if tracker.wandb_url is not None:
         print(f"W&B: {tracker.wandb_url}", file=sys.stderr)
     print(
-        f"| {folder.model_path} | {parameters:,} parameters | {words:,} words | {device} "
+        f"| {folder.model_path} | {parameters:,} parameters | {words:,} words | {device}"
+        f"{f' x {trainer.ranks.size} processes' * (trainer.ranks.size > 1)} "
         f"| from update {trainer.at.update}",
         file=sys.stderr,
     )
     try:
         ended = trainer.train(tracker)
     except DivergenceError as error:
-        conclude(trainer, tracker, dict(summary, diverged=True, cause=str(error)))
+        if trainer.ranks.leader:
+            conclude(trainer, tracker, dict(summary, diverged=True, cause=str(error)))
         raise
     trainer.interrupt.release()
     if trainer.interrupt.terminated:
@@ -121,6 +153,8 @@ def run(args: argparse.Namespace, trainer: Trainer, tracker: Tracker) -> None:
         print(
             f"Exiting from training early: {which}; --resume {folder.last_path} goes on from here"
         )
+    if not trainer.ranks.leader:
+        return
 
     model, vocabulary = load_model(folder.model_path, device)
     ids = trainer.corpus.test
@@ -183,18 +217,14 @@ def find_state(
 # From flags to objects
 
 
-def device_of(args: argparse.Namespace) -> torch.device:
-    """The device that --device means."""
-    try:
-        return select_device(args.device)
-    except ValueError as error:
-        raise cli.UsageError(f"argument --device: {error}") from None
-
-
-def read_corpus(args: argparse.Namespace) -> Corpus:
+def read_corpus(args: argparse.Namespace, ranks: Ranks) -> Corpus:
     """The corpus, fetched where need be, and long enough for the batch sizes."""
+    if not ranks.leader:
+        ranks.wait()  # until it is there
     ensure_corpus(args.data)
     corpus = load_corpus(args.data)
+    if ranks.leader:
+        ranks.wait()
     needs = [
         ("train", len(corpus.train) // 2, "--batch-size", args.batch_size),
         ("valid", len(corpus.valid) - 1, "--eval-batch-size", args.eval_batch_size),

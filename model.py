@@ -30,6 +30,11 @@ class Masks:
     locked: list[Tensor | None]
     weights: list[dict[str, Tensor]]
 
+    def columns(self, share: slice) -> "Masks":
+        """The masks of some of the batch's columns."""
+        locked = [None if mask is None else mask[:, share] for mask in self.locked]
+        return Masks(self.words, locked, self.weights)
+
 
 class RNNModel(nn.Module):
     """Embedding, a stack of weight-dropped LSTMs with locked dropout between them, and a decoder.

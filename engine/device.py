@@ -11,14 +11,21 @@ from typing import Any
 import torch
 
 
-def select_device(name: str) -> torch.device:
+def select_device(name: str, local_rank: int | None = None) -> torch.device:
     """Resolve auto, cpu, cuda or cuda:N.
+
+    Args:
+        name: see above.
+        local_rank: this process's number on its machine, where several train together: the GPU
+            it takes.
 
     Raises:
         ValueError: not one of these, or a GPU that is not there.
     """
     if name == "auto":
         name = "cuda" if torch.cuda.is_available() else "cpu"
+    if name == "cuda" and local_rank is not None:
+        name = f"cuda:{local_rank}"
     try:
         device = torch.device(name)
     except RuntimeError:

@@ -11,3 +11,7 @@ class CheckpointError(RunError):
 
 class DivergenceError(RunError):
     """The loss or the gradient is no longer finite."""
+
+
+class PeerError(RunError):
+    """Another of the processes that train together is gone."""

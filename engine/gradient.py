@@ -8,6 +8,7 @@ from torch import Tensor
 
 from activation_regularize import activation_regularization, temporal_activation_regularization
 from bptt import Window
+from engine.ranks import Ranks
 from model import Hidden, Masks, RNNModel, repackage_hidden
 
 
@@ -96,10 +97,15 @@ class WindowGradient:
         model: in training mode when called.
         alpha: weight of AR, 0: off.
         beta: weight of TAR, 0: off.
+        ranks: the processes that share the batch; masks are drawn for all of it, the gradient is
+            of this process's columns. None: there is one.
     """
 
-    def __init__(self, model: RNNModel, *, alpha: float, beta: float) -> None:
+    def __init__(
+        self, model: RNNModel, *, alpha: float, beta: float, ranks: Ranks | None = None
+    ) -> None:
         self.model = model
+        self.ranks = ranks or Ranks()
         self.alpha = alpha
         self.beta = beta
 
@@ -118,7 +124,10 @@ class WindowGradient:
             The mean cross-entropy without the penalties, nats per token, and the states that the
             next window starts from. Nothing is read back from the device.
         """
-        masks = self.model.draw_masks(rows.size(1))
+        columns = rows.size(1) * self.ranks.size
+        masks = self.model.draw_masks(columns)
+        if self.ranks.size > 1:
+            masks = masks.columns(self.ranks.share(columns))
         pieces = pieces_of(window)
         states, losses = [hidden], []
         for chain in [pieces] if window.crossing else [[piece] for piece in pieces]:

@@ -23,14 +23,18 @@ class RunFolder:
 
     Args:
         save: path of the best model; the folder it is in has to exist.
+        writes: False for a process that only needs to know where the files are.
 
     Raises:
         RunError: the place cannot be written to, or another process is using it.
     """
 
-    def __init__(self, save: str | Path) -> None:
+    def __init__(self, save: str | Path, writes: bool = True) -> None:
         self.model_path = Path(save)
         self.folder = self.model_path.with_suffix("")
+        self._lock: Any = None
+        if not writes:
+            return
         if self.folder == self.model_path:
             raise RunError(f"{save}: the name of a model needs a suffix such as .pt")
         if not self.model_path.parent.is_dir():
@@ -72,7 +76,8 @@ class RunFolder:
         error: BaseException | None,
         traceback: TracebackType | None,
     ) -> None:
-        self._lock.release()
+        if self._lock is not None:
+            self._lock.release()
 
     def is_empty(self) -> bool:
         """No run has been here yet."""

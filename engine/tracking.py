@@ -112,6 +112,28 @@ class Tracker:
         self._wandb.close(exit_code)
 
 
+class Silence(Tracker):
+    """The tracker of a process whose numbers another one logs."""
+
+    def __init__(self) -> None:
+        pass
+
+    wandb_url = None
+
+    def log(self, event: str, *, step: int, **fields: Any) -> None:
+        """Not here."""
+
+    def summarize(self, **fields: Any) -> None:
+        """Not here."""
+
+    def state_dict(self) -> dict[str, Any]:
+        """Nothing."""
+        return {}
+
+    def close(self, exit_code: int = 0) -> None:
+        """Nothing to close."""
+
+
 class _WandbRun:
     """A W&B run whose methods go through `attempt`; once one of them fails, it is left alone.
 

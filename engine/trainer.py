@@ -2,11 +2,13 @@
 
 import math
 import time
+from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import asdict
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from bptt import Scheme, Window
 from data.corpus import Corpus, batchify
@@ -16,6 +18,7 @@ from engine.errors import DivergenceError
 from engine.finite_watch import FiniteWatch
 from engine.interrupt import Interrupt
 from engine.loss_scale import LossScale
+from engine.ranks import Ranks
 from engine.report import RULE, epoch_line, interval_line
 from engine.run_folder import RunFolder
 from engine.tracking import Progress, Tracker
@@ -40,6 +43,10 @@ class Trainer:
         interrupt: asks for an early end.
         identity: plain values that a checkpoint carries along for the caller.
         loss_scale: for gradients in float16; None: the loss is not scaled.
+        probe: looks at the model every options.diagnostics updates, given the gradient's norm
+            before clipping; what it returns is logged.
+        ranks: the processes that share the batch's columns, all of which have to train; only the
+            leader writes to the folder. None: there is one.
 
     Raises:
         ValueError: the training text is too short for the batch.
@@ -56,6 +63,8 @@ class Trainer:
         interrupt: Interrupt,
         identity: dict[str, Any],
         loss_scale: LossScale | None = None,
+        probe: Callable[[RNNModel, Tensor], dict[str, float]] | None = None,
+        ranks: Ranks | None = None,
     ) -> None:
         self.model = model
         self.optimizer = optimizer
@@ -67,6 +76,8 @@ class Trainer:
         self.tracker: Tracker  # given to train
         self.identity = identity
         self.loss_scale = loss_scale
+        self.probe = probe
+        self.ranks = ranks = ranks or Ranks()
         self.updater = Updater(
             model,
             optimizer,
@@ -75,11 +86,16 @@ class Trainer:
             alpha=options.alpha,
             beta=options.beta,
             loss_scale=loss_scale,
+            ranks=ranks,
         )
+        if ranks.size > 1:
+            for gate in model.gradient_filters:
+                gate.gather = lambda norms: ranks.gather(norms, 0)
         self.device = model.encoder.weight.device
-        self.rows = batchify(corpus.train, options.batch_size).to(self.device)  # (N // B, B)
+        rows = batchify(corpus.train, options.batch_size)  # (N // B, B)
+        self.rows = rows[:, ranks.share(options.batch_size)].to(self.device)
         self.num_steps = len(self.rows) - 1
-        self.hidden = model.init_hidden(options.batch_size)
+        self.hidden = model.init_hidden(self.rows.size(1))
         self.at = Position()
         self._interval_loss = torch.zeros((), dtype=torch.float64, device=self.device)
         self._grad_norm = torch.zeros((), device=self.device)
@@ -137,12 +153,13 @@ class Trainer:
     def update(self, window: Window) -> None:
         """One update of the weights from one window of text."""
         rows = self.rows[window.start : window.start + window.length + 1]  # (T + 1, B)
-        tokens = window.counted * rows.size(1)
+        tokens = window.counted * self.options.batch_size
         self.at.batch += 1
         self.at.update += 1
         self.at.row += window.counted
 
-        wanted = self.is_logged(self.at.batch)
+        probed = self.is_probed(self.at.update)
+        wanted = probed or self.is_logged(self.at.batch)
         scale = self.loss_scale and self.loss_scale.value
         step = self.updater(window, rows, self.hidden, wanted)
         self.hidden = step.hidden
@@ -161,8 +178,23 @@ class Trainer:
         self.at.interval_tokens += tokens
         self.at.interval_updates += 1
         self._stopwatch.lap(training=True)
+        if probed and not step.skipped:
+            self.log_probe()
 
     # Around the loop
+
+    def is_probed(self, update: int) -> bool:
+        """This update is one that the probe looks at."""
+        every = self.options.diagnostics
+        return self.probe is not None and every is not None and update % every == 0
+
+    def log_probe(self) -> None:
+        """Log what the probe finds; the time it takes is not training's."""
+        assert self.probe is not None
+        self._watch.check()
+        figures = self.probe(self.model, self._grad_norm)
+        self.tracker.log("diagnostics", step=self.at.update, epoch=self.at.epoch, **figures)
+        self._stopwatch.lap()
 
     def is_logged(self, batch: int) -> bool:
         """This update, the epoch's batch-th, ends a logging interval."""
@@ -222,7 +254,7 @@ class Trainer:
             self.save_model(path.with_name(f"{path.name}.e{epoch}"), loss)
             for group in self.optimizer.param_groups:
                 group["lr"] /= 10
-        self.hidden = self.model.init_hidden(self.options.batch_size)
+        self.hidden = self.model.init_hidden(self.rows.size(1))
         self.at.begin_epoch()
         self.checkpoint()
 
@@ -230,7 +262,7 @@ class Trainer:
         """Measure the weights as they would be saved, print and log it; nats per token."""
         self._watch.check()
         with self.evaluated_weights():
-            loss = evaluate(self.model, self.corpus.valid, self.options.eval_batch_size)
+            loss = self.ranks.from_leader(self._evaluate() if self.ranks.leader else 0.0)
         self._stopwatch.lap()
         if not math.isfinite(loss):
             what = f"validation loss is {loss}"
@@ -250,6 +282,9 @@ class Trainer:
         )
         return loss
 
+    def _evaluate(self) -> float:
+        return evaluate(self.model, self.corpus.valid, self.options.eval_batch_size)
+
     def evaluated_weights(self) -> AbstractContextManager[None]:
         """A context in which the model has the weights that count: the average if there is one."""
         if isinstance(self.optimizer, NTASGD):
@@ -264,12 +299,17 @@ class Trainer:
 
     def save_model(self, path: Any, loss: float | None) -> None:
         """Write the weights that count to path."""
+        if not self.ranks.leader:
+            return
         details = dict(epoch=self.at.epoch, update=self.at.update, valid_loss=loss)
         with self.evaluated_weights():
             save_model(path, self.model, self.corpus.vocabulary, **details)
 
     def stop_reason(self) -> str | None:
-        """Why training should end here, if it should."""
+        """Why training should end here, if it should; what one process is asked for ends all."""
+        asked = self.interrupt.requested, self.interrupt.terminated
+        requested, terminated = self.ranks.largest(*asked)
+        self.interrupt.requested, self.interrupt.terminated = bool(requested), bool(terminated)
         if self.interrupt.requested:
             return "interrupted"
         if self.options.max_updates is not None and self.at.update >= self.options.max_updates:
@@ -285,7 +325,8 @@ class Trainer:
         if reason == "updates" and self.at.row > 0:
             loss = self.validate()
             if loss < self.at.best_loss:
-                self.folder.keep_epoch_best()
+                if self.ranks.leader:
+                    self.folder.keep_epoch_best()
                 self.save_best(loss)
         if self.at.best_epoch is None and not self.interrupt.terminated:
             self.save_model(self.folder.model_path, None)
@@ -296,14 +337,17 @@ class Trainer:
         """Checkpoint every so many updates and every so many minutes."""
         every, minutes = self.options.checkpoint_every, self.options.checkpoint_minutes
         waited = time.monotonic() - self._last_checkpoint
-        if (every and self.at.update % every == 0) or waited >= 60 * minutes:
+        due = (every and self.at.update % every == 0) or waited >= 60 * minutes
+        if self.ranks.largest(bool(due))[0]:
             self.checkpoint()
 
     def checkpoint(self) -> None:
         """Write all that an exact resume needs."""
         self._watch.check()
         self._stopwatch.lap()
-        save_training_state(self.folder.last_path, self.state_dict())
+        state = self.state_dict()
+        if self.ranks.leader:
+            save_training_state(self.folder.last_path, state)
         self._last_checkpoint = time.monotonic()
         self._stopwatch.lap()
 
@@ -315,7 +359,7 @@ class Trainer:
             model=self.model.state_dict(),
             optimizer=self.optimizer.state_dict(),
             scheme=self.scheme.state_dict(),
-            hidden=repackage_hidden(self.hidden),
+            hidden=self.ranks.gather_hidden(repackage_hidden(self.hidden)),
             position=asdict(self.at),
             loss_scale=self.loss_scale.state_dict() if self.loss_scale else {},
             filters=[gate.statistics for gate in self.model.gradient_filters],
@@ -328,7 +372,8 @@ class Trainer:
         self.model.load_state_dict(state["model"])
         self.optimizer.load_state_dict(state["optimizer"])
         self.scheme.load_state_dict(state["scheme"])
-        self.hidden = [(h.to(self.device), c.to(self.device)) for h, c in state["hidden"]]
+        hidden = self.ranks.share_hidden(state["hidden"])
+        self.hidden = [(h.to(self.device), c.to(self.device)) for h, c in hidden]
         for gate, statistics in zip(self.model.gradient_filters, state["filters"], strict=True):
             gate.statistics = statistics
         if self.loss_scale:

@@ -19,6 +19,7 @@ class TrainingOptions:
     when: tuple[int, ...] = ()
     eval_batch_size: int = 10
     log_interval: int = 200
+    diagnostics: int | None = None
     checkpoint_every: int | None = None
     checkpoint_minutes: float = 10.0
 

@@ -8,6 +8,7 @@ from torch import Tensor
 from bptt import Window
 from engine.gradient import WindowGradient
 from engine.loss_scale import LossScale
+from engine.ranks import Ranks
 from model import Hidden, RNNModel
 
 
@@ -39,6 +40,8 @@ class Updater:
         alpha: weight of AR, 0: off.
         beta: weight of TAR, 0: off.
         loss_scale: factor on the loss while gradients are taken; None: 1, and nothing is skipped.
+        ranks: the processes that share the batch, whose losses and gradients are averaged; None:
+            there is one.
     """
 
     def __init__(
@@ -51,13 +54,15 @@ class Updater:
         alpha: float,
         beta: float,
         loss_scale: LossScale | None = None,
+        ranks: Ranks | None = None,
     ) -> None:
         self.model = model
         self.optimizer = optimizer
         self.bptt = bptt
         self.clip = clip
         self.loss_scale = loss_scale
-        self.gradient = WindowGradient(model, alpha=alpha, beta=beta)
+        self.ranks = ranks or Ranks()
+        self.gradient = WindowGradient(model, alpha=alpha, beta=beta, ranks=ranks)
 
     def __call__(
         self, window: Window, rows: Tensor, hidden: Hidden, want_norm: bool = False
@@ -75,14 +80,14 @@ class Updater:
             this update overflowed decides on the next one's scale.
         """
         self.optimizer.zero_grad(set_to_none=True)
+        scale = 1.0 if self.loss_scale is None else self.loss_scale.value
+        loss, hidden = self.gradient(window, rows, hidden, scale)
+        gradients = [p.grad for p in self.model.parameters() if p.grad is not None]
+        self.ranks.average([loss, *gradients])
         if self.loss_scale is None:
-            loss, hidden = self.gradient(window, rows, hidden)
             norm = self._clip_gradients(want_norm)
             self._step(window.counted / self.bptt)
             return Step(loss, norm, hidden)
-        scale = self.loss_scale.value
-        loss, hidden = self.gradient(window, rows, hidden, scale)
-        gradients = [p.grad for p in self.model.parameters() if p.grad is not None]
         torch._foreach_mul_(gradients, 1 / scale)
         norm = self._clip_gradients(True)
         assert norm is not None

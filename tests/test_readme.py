@@ -41,6 +41,13 @@ def test_ablation_commands_parse(command: list[str]) -> None:
     assert (ROOT / args.table).is_file()
 
 
+@pytest.mark.parametrize(
+    "command", [c for c in COMMANDS if c[:2] == ["python", "diagnose.py"]], ids=described
+)
+def test_diagnosis_commands_parse(command: list[str]) -> None:
+    cli.parse_diagnosis(command[2:])
+
+
 def test_all_commands_are_of_known_programs() -> None:
     assert len(COMMANDS) > 5
     for command in COMMANDS:
@@ -56,9 +63,8 @@ def test_links_lead_somewhere() -> None:
 
 
 def test_flags_that_are_mentioned_exist() -> None:
-    parsers = [cli.training_parser(), cli.ablation_parser()]
-    actions = [action for parser in parsers for action in parser._actions]
-    known = {name for action in actions for name in action.option_strings}
+    parsers = [cli.training_parser(), cli.ablation_parser(), cli.diagnosis_parser()]
+    known = {name for p in parsers for action in p._actions for name in action.option_strings}
     others = {"--recipe", "--updates", "--output", "--seconds", "--json", "--nproc-per-node"}
     for flag in set(re.findall(r"(?<![\w-])--[a-z][\w-]*", README)):
         # a prefix will do: --epoch is how the original's README spells --epochs

@@ -1,0 +1,204 @@
+"""One model on one text: all figures of a diagnosis."""
+
+import copy
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from diagnostics import filters, gates, gradients, lag_norms, spectra
+from diagnostics.unrolled import GATES, Unrolled, recurrent_matrices, unroll
+from model import Hidden, RNNModel
+
+WARM_UP = 50  # steps read first, so that the states are those of running text
+SPACING = 5  # steps between the positions that gradients start from
+
+
+@dataclass(frozen=True, kw_only=True)
+class Settings:
+    """What to look at; the flags of diagnose.py of these names say what each means."""
+
+    lags: int = 100
+    positions: int = 8
+    windows: int = 8
+    masks: int = 3
+    bptt: int = 70
+    clip: float = 0.25
+    alpha: float = 2.0
+    beta: float = 1.0
+    thresholds: tuple[float, ...] = (1.0, 2.0, 5.0, 10.0)
+    seed: int = 1111
+
+    @property
+    def rows(self) -> int:
+        """Time steps of text that a diagnosis reads."""
+        return WARM_UP + max(self.lag_window, self.windows * self.bptt) + 1
+
+    @property
+    def lag_window(self) -> int:
+        """Time steps of the window that single losses are sent back through."""
+        return self.lags + 1 + SPACING * (self.positions - 1)
+
+
+def examine(
+    model: RNNModel, rows: Tensor, settings: Settings, say: Callable[[str], None] = lambda _: None
+) -> dict[str, Any]:
+    """Look at a model on a text, in float64 and without touching the model or its random stream.
+
+    Norms by lag, their predictions and the statistics of gates come from the model as it is
+    evaluated, and norms by lag also under one draw of training's masks; gradients of whole
+    windows, shares and filters come from the model as it is trained.
+
+    Args:
+        model: on the device to compute on.
+        rows: word ids, (settings.rows, B).
+        settings: see Settings.
+        say: told what is under way.
+
+    Returns:
+        Plain values: layers (a list), gradient, filters.
+
+    Raises:
+        OverflowError: a gradient is not finite.
+    """
+    model = without_filters(model).double()
+    devices = [rows.device] if rows.device.type == "cuda" else []
+    with torch.random.fork_rng(devices):
+        torch.manual_seed(settings.seed)
+        model.eval()
+        with torch.no_grad():
+            _, hidden = model(rows[:WARM_UP], model.init_hidden(rows.size(1)))
+        rows = rows[WARM_UP:]
+        layers = _layers(model, rows, hidden, settings, say)
+        say("gradients of whole windows")
+        model.train()
+        gradient, batch = _windows(model, rows, hidden, settings)
+        result = dict(layers=layers, gradient=gradient, filters=_filters(batch, settings))
+    plain_result: dict[str, Any] = plain(result)
+    return plain_result
+
+
+def without_filters(model: RNNModel) -> RNNModel:
+    """A copy whose backward pass nothing filters."""
+    model = copy.deepcopy(model)
+    model.filters = nn.ModuleList()
+    return model
+
+
+def _layers(
+    model: RNNModel,
+    rows: Tensor,
+    hidden: Hidden,
+    settings: Settings,
+    say: Callable[[str], None],
+) -> list[dict[str, Any]]:
+    say(f"gradients of single steps, {settings.lags} steps back")
+    unrolled, norms = _lag_norms(model, rows, hidden, settings)
+    looks = [
+        dict(gates=gates.gate_figures(unrolled, n), states=gates.state_figures(unrolled, n))
+        for n in range(model.nlayers)
+    ]
+    del unrolled  # and with it the graph, before there is another one
+    masked = None
+    if any((model.dropout, model.dropouth, model.dropouti, model.dropoute, model.wdrop)):
+        say("the same under the masks of training")
+        model.train()
+        _, masked = _lag_norms(model, rows, hidden, settings)
+        model.eval()
+    layers = []
+    for n in range(model.nlayers):
+        say(f"recurrent matrices of layer {n}")
+        matrices = recurrent_matrices(model, n)
+        figures: dict[str, Any] = dict(
+            hidden=lag_norms.describe(norms.hidden[n], settings.bptt),
+            cells=lag_norms.describe(norms.cells[n], settings.bptt),
+            prediction=_prediction(matrices, norms.arriving[n], settings.lags),
+            spectrum=_spectrum(spectra.spectrum(matrices)),
+            **looks[n],
+        )
+        if masked is not None:
+            figures["hidden_masked"] = lag_norms.describe(masked.hidden[n], settings.bptt)
+            figures["cells_masked"] = lag_norms.describe(masked.cells[n], settings.bptt)
+        if model.wdrop and settings.masks:
+            found = spectra.masked_spectrum(matrices, model.wdrop, settings.masks)
+            figures["spectrum_masked"] = _spectrum(found)
+        layers.append(figures)
+    return layers
+
+
+def _lag_norms(
+    model: RNNModel, rows: Tensor, hidden: Hidden, settings: Settings
+) -> tuple[Unrolled, lag_norms.LagNorms]:
+    window = settings.lag_window
+    unrolled = unroll(model, rows[:window], hidden)
+    found = lag_norms.lag_norms(
+        model, unrolled, rows[1 : window + 1], settings.lags, settings.positions
+    )
+    return unrolled, found
+
+
+def _prediction(matrices: Tensor, arriving: Tensor, lags: int) -> dict[str, Any]:
+    curves = spectra.power_prediction(matrices, arriving, lags)
+    return {
+        gate: dict(far=lag_norms.factor_per_step(curve[len(curve) // 2 :]), sizes=curve)
+        for gate, curve in zip(GATES, curves, strict=True)
+    }
+
+
+def _spectrum(found: dict[str, Tensor]) -> dict[str, Any]:
+    return {
+        gate: dict(radius=found["radius"][n], singular_values=found["singular_values"][n])
+        for n, gate in enumerate(GATES)
+    }
+
+
+def _windows(
+    model: RNNModel, rows: Tensor, hidden: Hidden, settings: Settings
+) -> tuple[dict[str, Any], gradients.WindowGradient]:
+    """The gradients of several windows in a row; also the first of them as it is."""
+    found = []
+    for start in range(0, settings.windows * settings.bptt, settings.bptt):
+        part = rows[start : start + settings.bptt + 1]
+        window = gradients.window_gradient(model, part, hidden, settings.alpha, settings.beta)
+        hidden = window.hidden
+        found.append(window)
+    norms = [window.norm for window in found]
+    count = len(found)
+    shares = [gradients.shares(window.norms) for window in found]
+    parts = [gradients.by_part(window.norms) for window in found]
+    factors = [gradients.clip_factor(norm, settings.clip) for norm in norms]
+    figures = dict(
+        loss=sum(window.loss for window in found) / count,
+        norms=norms,
+        clip_factors=factors,
+        shares={name: sum(s[name] for s in shares) / count for name in shares[0]},
+        parts={name: [p[name] for p in parts] for name in parts[0]},
+    )
+    return figures, found[0]
+
+
+def _filters(batch: gradients.WindowGradient, settings: Settings) -> dict[str, Any]:
+    masks = {f"{t:g}": filters.filter_masks(batch.inputs, t) for t in settings.thresholds}
+    return dict(
+        norms=filters.sequence_norms(batch.inputs),
+        masks=masks,
+        suppressed={t: [filters.suppressed(m) for m in layers] for t, layers in masks.items()},
+        singled_out={t: [filters.singled_out(m) for m in layers] for t, layers in masks.items()},
+        clip_factor=gradients.clip_factor(batch.norm, settings.clip),
+    )
+
+
+def plain(value: Any) -> Any:
+    """Tensors to lists, floats to four digits, what is not finite to None: fit for JSON."""
+    if isinstance(value, Tensor):
+        return plain(value.tolist())
+    if isinstance(value, float):
+        return float(f"{value:.4g}") if math.isfinite(value) else None
+    if isinstance(value, dict):
+        return {key: plain(item) for key, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [plain(item) for item in value]
+    return value

@@ -1,0 +1,112 @@
+"""The gradient of a whole window: who holds how much of it, and what clipping makes of it."""
+
+import math
+from typing import Any, NamedTuple
+
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from activation_regularize import activation_regularization, temporal_activation_regularization
+from diagnostics.unrolled import layer_lstm
+from model import Hidden, RNNModel, repackage_hidden
+
+CLIP_EPS = 1e-6  # torch.nn.utils.clip_grad_norm_'s guard against a norm of 0
+
+
+class WindowGradient(NamedTuple):
+    """What one window's backward pass left.
+
+    Attributes:
+        loss: mean cross-entropy without the penalties, nats per token.
+        norms: norm of the gradient of each parameter, a tied matrix under its first name.
+        inputs: gradient of each layer's input, (T, B, features).
+        hidden: states after the window.
+    """
+
+    loss: float
+    norms: dict[str, float]
+    inputs: list[Tensor]
+    hidden: Hidden
+
+    @property
+    def norm(self) -> float:
+        """The global norm, which clipping looks at."""
+        return math.hypot(*self.norms.values())
+
+
+def window_gradient(
+    model: RNNModel, rows: Tensor, hidden: Hidden, alpha: float, beta: float
+) -> WindowGradient:
+    """The gradient that an update would get from a window, before clipping.
+
+    The objective is that of training: mean cross-entropy + AR + TAR, with the dropout that the
+    model's mode says. The model's own gradients are not kept.
+
+    Args:
+        model: see above.
+        rows: the window's word ids and the row after it, (T + 1, B).
+        hidden: states before the window; their history is cut off.
+        alpha: weight of AR.
+        beta: weight of TAR.
+
+    Raises:
+        OverflowError: the gradient is not finite.
+    """
+    inputs: list[Tensor] = []
+
+    def catch(_: nn.Module, arguments: Any) -> None:
+        arguments[0].retain_grad()
+        inputs.append(arguments[0])
+
+    lstms = [layer_lstm(model, layer) for layer in range(model.nlayers)]
+    hooks = [rnn.register_forward_pre_hook(catch) for rnn in lstms]
+    model.zero_grad(set_to_none=True)
+    try:
+        result, hidden, raw_outputs, outputs = model(
+            rows[:-1], repackage_hidden(hidden), return_h=True
+        )
+    finally:
+        for hook in hooks:
+            hook.remove()
+    loss = F.cross_entropy(model.decoder(result), rows[1:].flatten())
+    objective = loss + activation_regularization(outputs[-1], alpha)
+    objective = objective + temporal_activation_regularization(raw_outputs[-1], beta)
+    objective.backward()
+    gradients = {n: p.grad for n, p in model.named_parameters() if p.grad is not None}
+    norms = {name: float(gradient.norm()) for name, gradient in gradients.items()}
+    model.zero_grad(set_to_none=True)
+    if not math.isfinite(math.hypot(*norms.values())):
+        raise OverflowError("the gradient of a window is not finite")
+    caught = [x.grad for x in inputs if x.grad is not None]
+    return WindowGradient(float(loss.detach()), norms, caught, repackage_hidden(hidden))
+
+
+def part_of(name: str) -> str:
+    """Which part of the model a parameter belongs to: embedding, layer 0, layer 1, …, decoder.
+
+    The tied matrix is called encoder.weight, and so belongs to the embedding.
+    """
+    first, *rest = name.split(".")
+    return f"layer {rest[0]}" if first == "rnns" else {"encoder": "embedding"}.get(first, first)
+
+
+def shares(norms: dict[str, float]) -> dict[str, float]:
+    """What part of the squared global norm each parameter holds; they add up to 1.
+
+    All 0 where the gradient is.
+    """
+    total = math.hypot(*norms.values())
+    return {name: (norm / total) ** 2 if total > 0 else 0.0 for name, norm in norms.items()}
+
+
+def by_part(norms: dict[str, float]) -> dict[str, float]:
+    """Norm of the gradient of each part of the model."""
+    parts: dict[str, list[float]] = {}
+    for name, norm in norms.items():
+        parts.setdefault(part_of(name), []).append(norm)
+    return {part: math.hypot(*own) for part, own in parts.items()}
+
+
+def clip_factor(norm: float, clip: float) -> float:
+    """What clipping at this global norm multiplies every gradient by; clip 0 clips nothing."""
+    return min(1.0, clip / (norm + CLIP_EPS)) if clip else 1.0
