@@ -1,6 +1,6 @@
 """What do the schemes of back-propagation through time cost, and what do they reach?
 
-python -m benchmarks.bptt --data data/penn --seconds 30 --output FILE.md
+python -m benchmarks.bptt --data data/penn --seconds 15 --output FILE.md
 
 Each scheme trains a small model in a process of its own, one after the other: cost per token,
 peak memory, and validation perplexity after the same number of tokens and after the same time. On
@@ -38,7 +38,7 @@ from nt_asgd import NTASGD
 SIZES = dict(ninp=64, nhid=128, nlayers=2, tie_weights=True)
 RATES = dict(dropout=0.2, dropouth=0.15, dropouti=0.2, dropoute=0.05, wdrop=0.3)
 BATCH, BPTT, LR, CLIP, WDECAY, SEED = 40, 35, 20.0, 0.25, 1.2e-6, 1
-VALID_TOKENS = 20_000
+VALID_TOKENS = 10_000
 
 
 class Contender(NamedTuple):
@@ -92,7 +92,7 @@ def measure(name: str, corpus: Corpus, goal: argparse.Namespace) -> dict[str, An
     Returns:
         lr; tokens, updates and seconds (of training alone) in all; the process's peak memory
         before the first update and with updates, bytes; and the curve: [tokens, seconds, updates,
-        validation perplexity] at the start, at every quarter of the tokens and at the seconds.
+        validation perplexity] at the start, at half and all of the tokens and at the seconds.
     """
     device = select_device(goal.device)
     with ExitStack() as stack:
@@ -100,7 +100,7 @@ def measure(name: str, corpus: Corpus, goal: argparse.Namespace) -> dict[str, An
         before = peak = peak_memory(device)
         at, seconds = trainer.at, 0.0
         curve: list[list[float]] = []
-        marks = [goal.tokens * quarter / 4 for quarter in range(5)]
+        marks = [0, goal.tokens / 2, goal.tokens]
         timed = False
         while marks or not timed:
             trainer.model.train()
@@ -185,9 +185,9 @@ def main() -> int:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--data", default="data/penn")
-    parser.add_argument("--seconds", type=float, default=30.0, help="of training, per scheme")
-    parser.add_argument("--tokens", type=int, default=250_000, help="to compare after")
-    parser.add_argument("--text", type=int, default=125_000, help="tokens of text to train on")
+    parser.add_argument("--seconds", type=float, default=15.0, help="of training, per scheme")
+    parser.add_argument("--tokens", type=int, default=100_000, help="to compare after")
+    parser.add_argument("--text", type=int, default=50_000, help="tokens of text to train on")
     parser.add_argument("--device", default="auto")
     parser.add_argument("--output", type=Path, help="write the Markdown here, and JSON beside it")
     parser.add_argument("--only", choices=list(CONTENDERS), help=argparse.SUPPRESS)

@@ -32,6 +32,7 @@ TRAINING_PARTS: dict[str, type] = {
     "position": dict,
     "random": dict,
     "tracking": dict,
+    "loss_scale": dict,
 }
 
 

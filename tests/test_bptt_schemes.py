@@ -29,7 +29,7 @@ from engine.trainer import Trainer
 from engine.training_state import TrainingOptions
 from engine.update import Updater
 from gradient_filter import GradientFilter
-from model import RNNModel, repackage_hidden
+from model import Masks, RNNModel, repackage_hidden
 from nt_asgd import NTASGD
 
 BATCH, LR, WDECAY, ALPHA, BETA = 3, 2.0, 0.01, 2.0, 1.0
@@ -172,10 +172,11 @@ def make_trainer(tmp_path: Path) -> Iterator[MakeTrainer]:
             options: dict[str, Any] = dict(clip=0.3, alpha=ALPHA, beta=BETA)
             options.update((k, changes.pop(k)) for k in options.keys() & changes.keys())
             dtype = changes.pop("dtype", torch.float64)
+            device = changes.pop("device", torch.device("cpu"))
             torch.manual_seed(5)
             sizes = dict(ninp=4, nhid=5, nlayers=2, tie_weights=True)
             model = RNNModel("LSTM", len(corpus.vocabulary), **{**sizes, **rates, **changes})
-            model.to(dtype).train()
+            model.to(device, dtype).train()
             with torch.no_grad():  # larger weights, so that what crosses a boundary matters
                 for p in model.parameters():
                     p.mul_(2)
@@ -320,6 +321,65 @@ def test_full_is_one_giant_window(make_trainer: MakeTrainer) -> None:
         assert trainer.at.update == 1
     torch.testing.assert_close(results[0], results[1], rtol=1e-10, atol=1e-12)
     assert all(torch.equal(a, b) for a, b in zip(results[1], results[2], strict=True))
+
+
+@pytest.mark.parametrize(
+    "window",
+    [
+        Window(0, 9),
+        Window(0, 9, 5, (2, 7), kept=2, advance=2),
+        Window(0, 9, 0, (4, 4, 1), crossing=0.0),
+        Window(0, 20, 0, (3, 3, 3, 3, 3, 3, 2), crossing=1.5, kept=4),
+        Window(0, 20, 0, (6, 6, 6, 2)),
+    ],
+)
+def test_a_factor_on_the_loss_is_one_on_the_gradient(
+    make_trainer: MakeTrainer, window: Window
+) -> None:
+    """Through all pieces, and exactly so for a power of two."""
+    trainer = make_trainer(FixedWindows(9), 9, grad_filter=2.0)
+    results = []
+    for scale in (1.0, 1024.0):
+        trainer.optimizer.zero_grad()
+        torch.manual_seed(6)
+        rows = trainer.rows[: window.length + 1]
+        loss, _ = trainer.updater.gradient(window, rows, trainer.hidden, scale)
+        gradients = [p.grad for p in trainer.model.parameters() if p.grad is not None]
+        results.append([loss, *(g / scale for g in gradients)])
+    assert all(torch.equal(a, b) for a, b in zip(*results, strict=True))
+
+
+def to(masks: Masks, device: torch.device) -> Masks:
+    words = None if masks.words is None else masks.words.to(device)
+    locked = [None if mask is None else mask.to(device) for mask in masks.locked]
+    weights = [{n: mask.to(device) for n, mask in one.items()} for one in masks.weights]
+    return Masks(words, locked, weights)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize(
+    "scheme",
+    [
+        lambda: FixedWindows(5, 2),
+        lambda: FixedWindows(2, 7),
+        lambda: RandomizedWindows(2, 0.8, 1),
+        lambda: FullWindows(4),
+    ],
+    ids=["overlapping", "in pieces", "randomized", "full"],
+)
+def test_on_a_gpu_as_on_a_cpu(
+    make_trainer: MakeTrainer, monkeypatch: pytest.MonkeyPatch, scheme: Callable[[], Scheme]
+) -> None:
+    results: list[dict[str, Tensor]] = []
+    drawn = Masks(None, [], [])
+    for device in (torch.device("cpu"), torch.device("cuda")):
+        trainer = make_trainer(scheme(), 5, device=device, grad_filter=2.0)
+        drawn = trainer.model.draw_masks(BATCH) if not results else drawn
+        masks = to(drawn, device)
+        monkeypatch.setattr(trainer.model, "draw_masks", lambda _, masks=masks: masks)
+        trainer.train_epoch()
+        results.append({n: p.detach().cpu() for n, p in trainer.model.named_parameters()})
+    torch.testing.assert_close(results[0], results[1], rtol=1e-8, atol=1e-10)
 
 
 def epoch_displacement(trainer: Trainer, weights: dict[str, Tensor]) -> dict[str, Tensor]:
