@@ -105,7 +105,6 @@ def start(
         source = None if state is None else Path(args.resume).parent
         if aside := folder.begin(source, trainer.at.best_epoch):
             warn(f"the run that was in {folder.folder} is now in {aside}")
-        print(computing, file=sys.stderr)
         commit = git_commit()
         session: dict[str, Any] = dict(argv=list(argv), from_update=trainer.at.update)
         session.update(precision=precision, kernel="fast" if model.fast else "plain")
@@ -115,6 +114,7 @@ def start(
         exit_code = 1
         try:
             folder.write_config(flags, session, resumed=state is not None)
+            print(computing, file=sys.stderr)
             run(args, trainer, tracker)
             exit_code = 0
         finally:

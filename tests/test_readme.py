@@ -65,7 +65,16 @@ def test_links_lead_somewhere() -> None:
 def test_flags_that_are_mentioned_exist() -> None:
     parsers = [cli.training_parser(), cli.ablation_parser(), cli.diagnosis_parser()]
     known = {name for p in parsers for action in p._actions for name in action.option_strings}
-    others = {"--recipe", "--updates", "--output", "--seconds", "--json", "--nproc-per-node"}
+    others = {
+        "--keep-memory",
+        "--max-restarts",
+        "--recipe",
+        "--updates",
+        "--output",
+        "--seconds",
+        "--json",
+        "--nproc-per-node",
+    }
     for flag in set(re.findall(r"(?<![\w-])--[a-z][\w-]*", README)):
         # a prefix will do: --epoch is how the original's README spells --epochs
         assert flag in others or any(name.startswith(flag) for name in known), flag
