@@ -228,7 +228,7 @@ def test_shipped_tables_are_what_main_takes(path: Path, monkeypatch: pytest.Monk
     table = load_table(path)
     args = cli.parse_ablation([str(path)])
     runs = ablate.plan(table, args, Path("results") / table.name)
-    assert len(runs) == len(table.rows) * len(table.seeds) >= 15
+    assert len(runs) == len(table.rows) * len(table.seeds) >= 10
     flags = [json.dumps(dict(run.flags, seed=0, save="")) for run in runs]
     assert len(set(flags)) == len(table.rows)  # no two rows are the same
     assert len({run.save for run in runs}) == len(runs)
