@@ -23,6 +23,7 @@ from engine.ablation.runs import FINISHED, Run, State, counted, read_state
 from engine.ablation.table import Row, Table, load_table
 from engine.errors import RunError
 from engine.interrupt import Interrupt
+from engine.program import UsageError, run_program
 from engine.run_folder import lock_folder
 from engine.tracking import WandbOptions, log_table, warn
 
@@ -32,7 +33,7 @@ OURS = {"seed", "save", "resume", "dry_run", "wandb_name", "wandb_group", "wandb
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the program; returns its exit code."""
-    return cli.run_program(ablate, argv)
+    return run_program(ablate, argv)
 
 
 def ablate(argv: Sequence[str]) -> None:
@@ -75,11 +76,11 @@ def select(table: Table, args: argparse.Namespace) -> Table:
         words = [word.lower() for word in args.rows]
         rows = [rows[0]] + [r for r in rows[1:] if any(w in r.name.lower() for w in words)]
         if len(rows) == 1:
-            raise cli.UsageError(f"argument --rows: {args.table} has no such row")
+            raise UsageError(f"argument --rows: {args.table} has no such row")
     try:
         flags = [*table.flags, *shlex.split(args.flags)]
     except ValueError as error:
-        raise cli.UsageError(f"argument --flags: {error}") from None
+        raise UsageError(f"argument --flags: {error}") from None
     changes: dict[str, Any] = dict(rows=rows, flags=flags, seeds=args.seeds or table.seeds)
     return Table(**{**vars(table), **changes})
 
@@ -92,7 +93,7 @@ def plan(table: Table, args: argparse.Namespace, output: Path) -> list[Run]:
     """
     runs = [make_run(table, row, s, args, output) for s in table.seeds for row in table.rows]
     if len(texts := {run.flags["data"] for run in runs}) > 1:
-        raise cli.UsageError(f"{table.path}: rows of different --data: {', '.join(sorted(texts))}")
+        raise UsageError(f"{table.path}: rows of different --data: {', '.join(sorted(texts))}")
     return runs
 
 
@@ -109,14 +110,14 @@ def make_run(table: Table, row: Row, seed: int, args: argparse.Namespace, output
         argv += ["--wandb-project", args.wandb_project] if args.wandb_project else []
     try:
         if taken := cli.parse_training(row.flags)[1] & OURS:
-            raise cli.UsageError(f"argument --{min(taken).replace('_', '-')}: the table sets it")
+            raise UsageError(f"argument --{min(taken).replace('_', '-')}: the table sets it")
         parsed = cli.parse_training(argv)[0]
         cli.settle_scheme(parsed)
         flags = vars(parsed)
         if flags["dry_run"]:
-            raise cli.UsageError("argument --dry-run: nothing would be run")
-    except cli.UsageError as error:
-        raise cli.UsageError(f"{table.path}: row {row.name!r}: {error}") from None
+            raise UsageError("argument --dry-run: nothing would be run")
+    except UsageError as error:
+        raise UsageError(f"{table.path}: row {row.name!r}: {error}") from None
     return Run(row, seed, argv, flags, save)
 
 
@@ -124,7 +125,7 @@ def check_folders(runs: list[Run]) -> None:
     """Refuse to mix these runs with others that are in their folders."""
     for run in runs:
         if differences := cli.other_flags(run.flags, read_state(run).config.get("flags", {})):
-            raise cli.UsageError(
+            raise UsageError(
                 f"{run.folder}: was run with other flags: {differences}; give another --output, "
                 "or move it away"
             )
@@ -134,7 +135,7 @@ def check_places(args: argparse.Namespace) -> None:
     """Refuse GPUs that are not there."""
     for gpu in args.gpus or []:
         if gpu >= torch.cuda.device_count():
-            raise cli.UsageError(
+            raise UsageError(
                 f"argument --gpus: there is no GPU {gpu} ({torch.cuda.device_count()} in all)"
             )
 

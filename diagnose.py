@@ -21,13 +21,14 @@ from diagnostics import plots, summary, words
 from diagnostics.examine import Settings, examine
 from engine.checkpoint import load_model
 from engine.errors import RunError
+from engine.program import run_program
 from engine.tracking import warn
 from model import RNNModel, count_parameters
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the program; returns its exit code."""
-    return cli.run_program(diagnose, argv)
+    return run_program(diagnose, argv)
 
 
 def diagnose(argv: Sequence[str]) -> None:

@@ -21,10 +21,11 @@ ALLOWED = {
     "evaluation": GROUND | TECHNIQUES | {"data", "evaluation"},
     "diagnostics": GROUND | TECHNIQUES | {"data", "diagnostics"},
     "engine": GROUND | TECHNIQUES | {"data", "evaluation", "engine"},
-    "cli": {"engine", "data"},
+    "flags": {"engine"},
+    "cli": {"engine", "flags"},
     **{
-        name: GROUND | TECHNIQUES | {"data", "evaluation", "diagnostics", "engine", "cli"}
-        for name in PROGRAMS
+        name: GROUND | TECHNIQUES | {"data", "evaluation", "diagnostics", "engine", "cli"} | more
+        for name, more in [*((name, {"assembly"}) for name in PROGRAMS), ("assembly", set[str]())]
     },
 }
 OURS = set(ALLOWED) | {"benchmarks", "tests"}

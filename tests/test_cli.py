@@ -14,8 +14,8 @@ import pytest
 import torch
 from conftest import REAL_DATA, ROOT, TINY, Result
 
+import assembly
 import cli
-import main
 from engine.checkpoint import load_model
 
 Run = Callable[..., Result]
@@ -282,4 +282,4 @@ def test_commands_of_the_original_run(command: str, size: list[str], tmp_path: P
 
 def test_parameters_of_the_papers_model() -> None:
     args = parse(WORD_LEVEL[0])
-    assert sum(p.numel() for p in main.build_model(args, 10_000).parameters()) == 24_221_600
+    assert sum(p.numel() for p in assembly.build_model(args, 10_000).parameters()) == 24_221_600

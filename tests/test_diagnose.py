@@ -13,9 +13,9 @@ from conftest import TINY, Result, write_corpus
 from test_bad_input import only_line
 from test_resume import assert_same_run, metrics
 
+import assembly
 import cli
 import diagnose
-import main
 from data.corpus import Corpus, load_corpus
 from engine.checkpoint import load_model, save_model
 from model import RNNModel
@@ -145,7 +145,7 @@ def test_fresh_weights_are_those_that_training_starts_from(
     assert run(*TINY, "--data", corpus_folder, "--save", save, "--max-updates", 3).code == 0
     args, _ = cli.parse_training(TINY)
     torch.manual_seed(args.seed)
-    start = main.build_model(args, len(corpus.vocabulary))
+    start = assembly.build_model(args, len(corpus.vocabulary))
     again = diagnose.fresh(load_model(save)[0], args.seed)
     assert start.config() == again.config()
     for one, other in zip(start.parameters(), again.parameters(), strict=True):

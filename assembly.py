@@ -1,0 +1,194 @@
+"""From main.py's flags to the objects of a run."""
+
+import argparse
+import sys
+from dataclasses import fields
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from bptt import FixedWindows, FullWindows, RandomizedWindows, Scheme, VariableWindows
+from data.corpus import Corpus, load_corpus
+from data.download import ensure_corpus
+from engine.checkpoint import damage_reported
+from engine.device import available_memory
+from engine.errors import RunError
+from engine.estimate import training_memory
+from engine.loss_scale import LossScale
+from engine.precision import DTYPES, choose_precision, fast_kernel
+from engine.program import UsageError
+from engine.ranks import Ranks
+from engine.run_folder import RunFolder
+from engine.tracking import Tracker, WandbOptions, warn
+from engine.training_state import TrainingOptions
+from model import RNNModel, count_parameters
+from nt_asgd import NTASGD
+
+
+def read_corpus(args: argparse.Namespace, ranks: Ranks) -> Corpus:
+    """The corpus, fetched where need be, and long enough for the batch sizes."""
+    if not ranks.leader:
+        ranks.wait()  # until it is there
+    ensure_corpus(args.data)
+    corpus = load_corpus(args.data)
+    if ranks.leader:
+        ranks.wait()
+    needs = [
+        ("train", len(corpus.train) // 2, "--batch-size", args.batch_size),
+        ("valid", len(corpus.valid) - 1, "--eval-batch-size", args.eval_batch_size),
+        ("test", len(corpus.test) - 1, "--test-batch-size", args.test_batch_size),
+    ]
+    for split, most, flag, size in needs:
+        if size > most:
+            tokens = len(getattr(corpus, split))
+            path = Path(args.data) / f"{split}.txt"
+            raise RunError(
+                f"{path}: {tokens} tokens are too few for {flag} {size} (at most {most})"
+            )
+    return corpus
+
+
+def build_model(args: argparse.Namespace, ntoken: int) -> RNNModel:
+    """The model that the flags describe, freshly initialised."""
+    return RNNModel(
+        args.model,
+        ntoken,
+        args.emsize,
+        args.nhid,
+        args.nlayers,
+        args.dropout,
+        args.dropouth,
+        args.dropouti,
+        args.dropoute,
+        args.wdrop,
+        tie_weights=not args.untied,
+        grad_filter=args.grad_filter,
+    )
+
+
+def build_optimizer(args: argparse.Namespace, model: RNNModel) -> torch.optim.Optimizer:
+    """The optimizer that the flags describe."""
+    if args.optimizer == "adam":
+        if args.lr >= 1:
+            warn(f"--optimizer adam with --lr {args.lr:g}, which is a learning rate for sgd")
+        return torch.optim.Adam(model.parameters(), lr=args.lr, weight_decay=args.wdecay)
+    nonmono = None if args.no_asgd and not args.nonmono_decay else args.nonmono
+    return NTASGD(model.parameters(), args.lr, args.wdecay, nonmono, args.nonmono_decay or None)
+
+
+def set_precision(args: argparse.Namespace, model: RNNModel) -> tuple[str, str]:
+    """Make the model train in --precision, by --kernel; returns it, and a line about both."""
+    device = model.encoder.weight.device
+    try:
+        precision = choose_precision(args.precision, device)
+    except ValueError as error:
+        raise UsageError(f"argument --precision: {error}") from None
+    fast, reason = fast_kernel(precision, device)
+    if args.kernel == "plain":
+        fast, reason = False, "as asked"
+    model.compute_in(DTYPES[precision], fast)
+    kernel = "fast" if fast else "plain"
+    return precision, f"| precision {precision} | {kernel} kernel, {reason}"
+
+
+def build_loss_scale(args: argparse.Namespace, precision: str) -> LossScale | None:
+    """How the flags scale the loss."""
+    scale: Any = args.loss_scale or ("dynamic" if precision == "fp16" else None)
+    if scale is None:
+        return None
+    if scale != "dynamic":
+        return LossScale(scale, dynamic=False)
+    low, high = args.loss_scale_bounds
+    return LossScale(low=low, high=high, window=args.loss_scale_window)
+
+
+def build_scheme(args: argparse.Namespace) -> Scheme:
+    """How the flags divide the text into windows."""
+    if args.bptt_scheme == "fixed":
+        return FixedWindows(args.bptt, args.k1)
+    if args.bptt_scheme == "randomized":
+        return RandomizedWindows(args.bptt, args.keep_prob, args.seed)
+    if args.bptt_scheme == "full":
+        return FullWindows(args.bptt)
+    return VariableWindows(args.bptt, args.seed)
+
+
+def training_options(args: argparse.Namespace) -> TrainingOptions:
+    """The flags that the training loop looks at."""
+    names = [field.name for field in fields(TrainingOptions)]
+    options = {name: getattr(args, name) for name in names}
+    return TrainingOptions(**dict(options, when=tuple(args.when)))
+
+
+def open_tracker(
+    args: argparse.Namespace,
+    folder: RunFolder,
+    config: dict[str, Any],
+    state: dict[str, Any] | None,
+) -> Tracker:
+    """Where the numbers go; for a resumed run, where they went."""
+    wandb = WandbOptions(
+        mode=args.wandb,
+        project=args.wandb_project,
+        name=args.wandb_name,
+        group=args.wandb_group,
+        job_type=args.wandb_job_type,
+        tags=None if args.wandb_tags is None else tuple(args.wandb_tags),
+    )
+    if state is None:
+        return Tracker(folder.folder, config, wandb)
+    with damage_reported(Path(args.resume)):
+        return Tracker(folder.folder, config, wandb, state["tracking"])
+
+
+def memory_needed(args: argparse.Namespace, model: RNNModel, corpus: Corpus) -> int:
+    """Bytes that an update will need, about."""
+    averages = args.optimizer == "adam" or not args.no_asgd
+    steps = steps_per_epoch(args, corpus)
+    return training_memory(model, args.batch_size, build_scheme(args), steps, averages)
+
+
+def steps_per_epoch(args: argparse.Namespace, corpus: Corpus) -> int:
+    """Rows that an epoch trains on."""
+    columns: int = args.batch_size
+    return len(corpus.train) // columns - 1
+
+
+def check_memory(args: argparse.Namespace, model: RNNModel, corpus: Corpus) -> None:
+    """Refuse windows that cannot fit; say what full BPTT takes and does.
+
+    Raises:
+        UsageError: an update needs more than there is.
+    """
+    needed = memory_needed(args, model, corpus) / 2**20
+    # The weights are counted in what is needed, and have been allocated already.
+    weights = 4 * count_parameters(model)
+    there = (available_memory(model.encoder.weight.device) + weights) / 2**20
+    if needed > there:
+        flag = "--bptt-scheme" if args.bptt_scheme == "full" else "--bptt"
+        raise UsageError(
+            f"argument {flag}: an update would need about {needed:,.0f} MiB and {there:,.0f} MiB "
+            "are available; a smaller model, --batch-size or --bptt needs less"
+        )
+    if args.bptt_scheme == "full":
+        steps = steps_per_epoch(args, corpus)
+        print(
+            f"| full BPTT | one update an epoch, over {steps:,} time steps, {args.bptt:,} at a "
+            f"time | lr {args.lr * steps / args.bptt:g} (--lr x {steps} / {args.bptt}) | about "
+            f"{needed:,.0f} MiB of tensors, {there:,.0f} MiB are available",
+            file=sys.stderr,
+        )
+
+
+def print_plan(args: argparse.Namespace, model: RNNModel, corpus: Corpus) -> None:
+    """What --dry-run prints."""
+    updates = build_scheme(args).expected_windows(steps_per_epoch(args, corpus))
+    memory = memory_needed(args, model, corpus)
+    tokens = [len(text) for text in (corpus.train, corpus.valid, corpus.test)]
+    print(f"| tokens            | {tokens[0]:,} train, {tokens[1]:,} valid, {tokens[2]:,} test")
+    print(f"| vocabulary        | {len(corpus.vocabulary):,} words")
+    print(f"| parameters        | {count_parameters(model):,}")
+    print(f"| updates per epoch | about {updates:,.0f}")
+    print(f"| memory            | about {memory / 2**20:,.0f} MiB of tensors in an update, besides")
+    print("|                   | the process itself (some 300 MiB on a CPU)")
