@@ -19,7 +19,7 @@ from conftest import TINY
 
 from engine import tracking
 from engine.metrics_file import MetricsFile
-from engine.tracking import Progress, Tracker, WandbOptions, warn
+from engine.tracking import Progress, Tracker, WandbOptions, log_table, warn
 
 ROOT = Path(__file__).resolve().parents[1]
 DISABLED = WandbOptions()
@@ -508,6 +508,24 @@ def test_training_goes_on_when_the_service_dies(wandb: Any, tmp_path: Path) -> N
     assert (result.returncode, result.stdout) == (0, "trained\n"), result.stderr
     assert_one_warning(result.stderr)
     assert logged(tmp_path) == [("train", step) for step in range(1, 6)]
+
+
+def test_a_table_is_a_run_of_its_own(wandb: Any, tmp_path: Path) -> None:
+    rows: list[dict[str, Any]] = [dict(row="base", test_mean=61.5)]
+    rows.append(dict(row="- weight drop", test_mean=None))
+    options = WandbOptions("offline", None, "demo", "demo", "table")
+    log_table(tmp_path / "out", options, rows, None)
+    [folder] = offline_folders(tmp_path / "out")
+    [started] = [r["run"] for r in records(folder) if r["type"] == "run"]
+    assert (started["run_group"], started["job_type"], started["display_name"]) == (
+        "demo", "table", "demo",
+    )  # fmt: skip
+    [file] = (folder / "files" / "media" / "table").glob("*.table.json")
+    table = json.loads(file.read_text())
+    assert table["columns"] == ["row", "test_mean"]
+    assert table["data"] == [["base", 61.5], ["- weight drop", None]]
+    log_table(tmp_path / "none", WandbOptions(), rows, None)
+    assert not (tmp_path / "none").exists()
 
 
 def test_training_goes_on_without_wandb(tmp_path: Path) -> None:
