@@ -121,7 +121,12 @@ def launched_ranks(device: torch.device) -> Iterator[Ranks]:
     if gpu:
         torch.cuda.set_device(device)
     with _peers_reported():
-        dist.init_process_group("nccl" if gpu else "gloo", timeout=PATIENCE)
+        store, rank, _ = next(dist.rendezvous("env://", timeout=PATIENCE))  # type: ignore[attr-defined]
+        # torchrun keeps its store over a restart, and with it the addresses of the dead.
+        start = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")
+        store = dist.PrefixStore(f"start {start}", store)  # type: ignore[attr-defined]
+        backend = "nccl" if gpu else "gloo"
+        dist.init_process_group(backend, store=store, rank=rank, world_size=size, timeout=PATIENCE)
         control = dist.new_group(backend="gloo", timeout=PATIENCE) if gpu else None
     ranks = Ranks(dist.get_rank(), size, control)
     del control

@@ -26,8 +26,9 @@ import ablate
 import cli
 from engine.ablation.pool import slots
 from engine.ablation.report import latex, markdown
+from engine.ablation.runs import Run, read_state
 from engine.ablation.statistics import holm, paired, spread
-from engine.ablation.table import load_table
+from engine.ablation.table import Row, load_table
 from engine.errors import RunError
 from engine.run_folder import lock_folder
 
@@ -452,3 +453,17 @@ def test_without_ray_it_says_so(
     result = run_table(make_table({"a": ""}), "--ray", "--output", tmp_path / "out")
     assert result.code == 1
     assert result.err == "error: --ray: ray is not installed (requirements-cluster.txt)\n"
+
+
+def test_a_perplexity_that_is_not_finite_is_divergence(tmp_path: Path) -> None:
+    """Test loss and training may stay finite where exp(loss) does not."""
+    run = Run(Row("no clip"), 1, [], dict(epochs=2, max_updates=None), tmp_path / "a.pt")
+    run.folder.mkdir()
+    summary = dict(epochs=2, updates=9, diverged=False, best_valid_ppl=3e20, test_ppl=None)
+    (run.folder / "summary.json").write_text(json.dumps(summary))
+    state = read_state(run)
+    assert (state.kind, state.cause) == ("diverged", "its perplexity is not finite")
+    (run.folder / "summary.json").write_text(json.dumps(dict(summary, test_ppl=2e20)))
+    assert read_state(run).kind == "done"
+    (run.folder / "summary.json").write_text(json.dumps(dict(summary, epochs=1)))
+    assert read_state(run).kind == "new"

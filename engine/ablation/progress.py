@@ -72,7 +72,12 @@ class Board:
     def _describe(self, name: str) -> str:
         state, planned = self._states[name], self._runs[name].flags["epochs"]
         if state.kind == "done":
-            return f"{name}: done, test ppl {state.summary['test_ppl']:.2f}"
+            ppl = state.summary["test_ppl"]
+            return (
+                f"{name}: done, test ppl {ppl:.2f}"
+                if ppl < 1e6
+                else f"{name}: done, test ppl {ppl:.2g}"
+            )
         if state.cause:
             return f"{name}: {state.kind}: {state.cause}"
         validations = state.of("valid")

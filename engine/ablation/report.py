@@ -10,6 +10,7 @@ from typing import Any
 from data.files import atomic_write
 
 MISSING = "n/a"
+HUGE = 1e6  # from here on a perplexity is written as 1.2e+06
 
 
 def write_report(figures: dict[str, Any], folder: Path, curves: bool) -> list[Path]:
@@ -40,14 +41,16 @@ def write_report(figures: dict[str, Any], folder: Path, curves: bool) -> list[Pa
 
 
 def _number(value: float | None, digits: int = 2, sign: str = "") -> str:
-    return MISSING if value is None else f"{value:{sign}.{digits}f}"
+    if value is None:
+        return MISSING
+    return f"{value:{sign}.{digits}f}" if abs(value) < HUGE else f"{value:{sign}.2g}"
 
 
 def _mean_and_sd(spread: dict[str, Any]) -> str:
     if spread["mean"] is None:
         return "-"
-    sd = "" if spread["sd"] is None else f" ± {spread['sd']:.2f}"
-    return f"{spread['mean']:.2f}{sd}"
+    sd = "" if spread["sd"] is None else f" ± {_number(spread['sd'])}"
+    return f"{_number(spread['mean'])}{sd}"
 
 
 def _difference(difference: dict[str, Any] | None) -> str:
@@ -57,7 +60,7 @@ def _difference(difference: dict[str, Any] | None) -> str:
         return "-"
     low, high = (_number(difference[end], 2, "+") for end in ("low", "high"))
     reach = f"[{low}, {high}]" if difference["low"] is not None else f"[{MISSING}]"
-    return f"{difference['mean']:+.2f} {reach}"
+    return f"{_number(difference['mean'], 2, '+')} {reach}"
 
 
 def _p(difference: dict[str, Any] | None) -> str:

@@ -86,7 +86,9 @@ def read_state(run: Run) -> State:
     if summary.get("diverged"):
         kind, cause = "diverged", str(summary.get("cause") or "")
     elif _reached(summary, run.flags):
-        kind, cause = "done", ""
+        finite = None not in (summary["test_ppl"], summary["best_valid_ppl"])
+        kind = "done" if finite else "diverged"
+        cause = "" if finite else "its perplexity is not finite"
     elif cause:
         kind = "failed"
     else:
@@ -95,9 +97,7 @@ def read_state(run: Run) -> State:
 
 
 def _reached(summary: dict[str, Any], flags: dict[str, Any]) -> bool:
-    """The run has done all that its flags ask for, and was tested."""
-    if summary.get("test_ppl") is None:
-        return False
+    """The run has done all that its flags ask for, and was tested (then its summary is written)."""
     updates = flags.get("max_updates")
     enough = updates is not None and summary.get("updates", 0) >= updates
     return bool(enough or summary.get("epochs", 0) >= flags["epochs"])
