@@ -1,6 +1,7 @@
 """Run an ablation table and print it: python ablate.py ablations/demo.toml --jobs 2"""
 
 import argparse
+import io
 import os
 import shlex
 import sys
@@ -11,6 +12,7 @@ from typing import Any
 import torch
 
 import cli
+from assembly import build_scheme
 from data.corpus import Corpus, load_corpus
 from data.download import ensure_corpus
 from engine.ablation.curves import draw_curves
@@ -49,6 +51,7 @@ def ablate(argv: Sequence[str]) -> None:
     check_places(args)
     ensure_corpus(runs[0].flags["data"])
     corpus = load_corpus(runs[0].flags["data"])  # its cache is made once, not by every run
+    check_folders(runs, corpus.fingerprint)
     if args.dry_run:
         print_plan(table, runs, corpus, args)
         return
@@ -109,22 +112,41 @@ def make_run(table: Table, row: Row, seed: int, args: argparse.Namespace, output
         argv += ["--wandb-name", f"{table.name}/{row.slug}/{seed}"]
         argv += ["--wandb-project", args.wandb_project] if args.wandb_project else []
     try:
-        if taken := cli.parse_training(row.flags)[1] & OURS:
-            raise UsageError(f"argument --{min(taken).replace('_', '-')}: the table sets it")
+        for flags in (row.flags, [flag for flag in table.flags if not flag.startswith("@")]):
+            if taken := cli.given_flags(flags) & OURS:
+                raise UsageError(f"argument --{min(taken).replace('_', '-')}: the table sets it")
         parsed = cli.parse_training(argv)[0]
         cli.settle_scheme(parsed)
-        flags = vars(parsed)
-        if flags["dry_run"]:
+        resolved = vars(parsed)
+        if resolved["dry_run"]:
             raise UsageError("argument --dry-run: nothing would be run")
     except UsageError as error:
         raise UsageError(f"{table.path}: row {row.name!r}: {error}") from None
-    return Run(row, seed, argv, flags, save)
+    except SystemExit:  # of -h
+        raise UsageError(f"{table.path}: row {row.name!r}: -h runs nothing") from None
+    return Run(row, seed, argv, resolved, save)
 
 
-def check_folders(runs: list[Run]) -> None:
-    """Refuse to mix these runs with others that are in their folders."""
+def check_folders(runs: list[Run], fingerprint: str | None = None) -> None:
+    """Refuse to mix these runs with others that are in their folders.
+
+    Args:
+        fingerprint: of the text that they read; None: not looked at.
+    """
     for run in runs:
-        if differences := cli.other_flags(run.flags, read_state(run).config.get("flags", {})):
+        state = read_state(run)
+        saved = state.config.get("flags", {})
+        differences = cli.other_flags(run.flags, saved)
+        for name in ("test_batch_size", "bigram"):
+            if name in saved and saved[name] != run.flags[name]:
+                differences = differences or f"--{name.replace('_', '-')}"
+        for name, done in (("epochs", "epochs"), ("max_updates", "updates")):
+            most, reached = run.flags[name], state.summary.get(done, 0)
+            if most is not None and reached > most:
+                differences = differences or f"{reached} {done} are done, and {most} are asked for"
+        if fingerprint not in (None, state.config.get("fingerprint", fingerprint)):
+            differences = differences or f"another text was in {run.flags['data']}"
+        if differences:
             raise UsageError(
                 f"{run.folder}: was run with other flags: {differences}; give another --output, "
                 "or move it away"
@@ -153,12 +175,17 @@ def print_plan(table: Table, runs: list[Run], corpus: Corpus, args: argparse.Nam
     for row in table.rows:
         mine = [states[run.name] for run in runs if run.row == row]
         print(f"| {row.name:{width}} | {counted(mine):20} | {shlex.join(row.flags)}")
-    left = sum(epochs_left(run, states[run.name]) for run in runs)
+    epochs = [epochs_left(run, states[run.name], corpus) for run in runs]
+    left = sum(epochs)
     jobs, threads = sharing(args)
+    jobs = max(1, min(jobs, sum(n > 0 for n in epochs)))
     tokens = left * len(corpus.train)
     print(f"| flags of every row: {shlex.join(table.flags)}")
-    print(f"| {len(runs)} runs with seeds {', '.join(map(str, table.seeds))}: {left:,.0f} epochs")
-    print(f"| to train, {tokens:,.0f} tokens; {jobs} at a time, {threads} CPU threads each")
+    print(f"| {len(runs)} runs with seeds {', '.join(map(str, table.seeds))}: {left:,.4g} epochs")
+    where = "as many at a time as the cluster holds"
+    if args.ray is None:
+        where = f"{jobs} at a time, {threads} CPU threads each"
+    print(f"| to train, {tokens:,.0f} tokens; {where}")
     known = [s.summary for s in states.values() if s.summary.get("epochs")]
     if known:
         seconds = sum(s["seconds"] for s in known) / sum(s["epochs"] for s in known)
@@ -167,11 +194,16 @@ def print_plan(table: Table, runs: list[Run], corpus: Corpus, args: argparse.Nam
         print("| how long that takes is known once a first run is done")
 
 
-def epochs_left(run: Run, state: State) -> float:
-    """Epochs that a run has yet to do, by its flags."""
+def epochs_left(run: Run, state: State, corpus: Corpus) -> float:
+    """Epochs that a run has yet to do, by its flags; a part of one where updates are limited."""
     if state.kind in FINISHED:
         return 0
-    return max(0.0, float(run.flags["epochs"] - state.epochs))
+    args = argparse.Namespace(**run.flags)
+    steps = len(corpus.train) // args.batch_size - 1
+    planned = float(args.epochs)
+    if args.max_updates is not None and steps > 0:
+        planned = min(planned, args.max_updates / build_scheme(args).expected_windows(steps))
+    return max(0.0, planned - state.epochs)
 
 
 # Running and reporting
@@ -219,6 +251,8 @@ def report(table: Table, runs: list[Run], output: Path, args: argparse.Namespace
         (output / "curves.png").unlink(missing_ok=True)
         picture = None
     paths = write_report(figures, output, curves=drawn)
+    if isinstance(sys.stdout, io.TextIOWrapper):
+        sys.stdout.reconfigure(errors="replace")  # where it cannot show a dagger
     print(paths[0].read_text(encoding="utf-8"), end="", flush=True)
     if picture is not None:
         paths.append(picture)

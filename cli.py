@@ -344,10 +344,7 @@ def parse_training(argv: Sequence[str]) -> tuple[argparse.Namespace, set[str]]:
         UsageError: a flag or value that cannot be.
     """
     args = _parse(training_parser(), argv)
-    silent = training_parser()
-    for action in silent._actions:
-        action.default = argparse.SUPPRESS
-    given = set(vars(_parse(silent, argv)))
+    given = given_flags(argv)
     if args.resume == "auto" and args.save is None:
         raise UsageError("argument --resume: auto needs --save, to know which run is meant")
     low, high = args.loss_scale_bounds
@@ -358,6 +355,14 @@ def parse_training(argv: Sequence[str]) -> tuple[argparse.Namespace, set[str]]:
     if args.save is None and args.resume is None:
         args.save = f"{time.time_ns() // 1000}.pt"
     return args, given
+
+
+def given_flags(argv: Sequence[str]) -> set[str]:
+    """Names of main.py's flags that a command line gives, each by itself as it may be."""
+    silent = training_parser()
+    for action in silent._actions:
+        action.default = argparse.SUPPRESS
+    return set(vars(_parse(silent, argv)))
 
 
 def parse_ablation(argv: Sequence[str]) -> argparse.Namespace:

@@ -68,7 +68,9 @@ class GradientFilter(nn.Module):
         old = self.statistics.to(mask.device)
         new = [old[0] + 1, old[1] + mask.numel(), old[2] + (mask < 0.9).sum()]
         new += [torch.minimum(old[3], mask.min().double()), old[4] + param_mask.double()]
-        self.statistics = torch.stack(new)
+        # What overflowed is no mask; where the loss is scaled, such an update is skipped.
+        counted = torch.stack(new)
+        self.statistics = torch.where(torch.isfinite(counted).all(), counted, old)
 
     def summary(self) -> dict[str, float]:
         """What was counted since the last reset; reads it from the device.

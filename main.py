@@ -112,7 +112,7 @@ def start(
         commit = git_commit()
         session: dict[str, Any] = dict(argv=list(argv), from_update=trainer.at.update)
         session.update(precision=precision, kernel="fast" if model.fast else "plain")
-        session.update(processes=ranks.size)
+        session.update(processes=ranks.size, fingerprint=corpus.fingerprint)
         session.update(versions=versions(), git_commit=commit)
         tracker = open_tracker(args, folder, dict(flags, git_commit=commit), state)
         exit_code = 1
@@ -191,6 +191,7 @@ def conclude(trainer: Trainer, tracker: Tracker, summary: dict[str, Any]) -> Non
         seconds=at.seconds,
         tokens_per_second=at.tokens / max(at.training_seconds, 1e-9),
         peak_memory_bytes=peak_memory(trainer.device),
+        overflows=trainer.loss_scale.overflows if trainer.loss_scale else 0,
         **summary,
     )
     trainer.folder.write_json("summary.json", summary)

@@ -8,6 +8,7 @@ import torch
 
 from data.errors import DataError
 from engine.errors import PeerError, RunError
+from engine.ranks import is_follower
 
 
 class UsageError(Exception):
@@ -52,6 +53,6 @@ def _is_memory(error: Exception) -> bool:
 
 
 def _fail(message: str, code: int = 1) -> int:
-    if os.environ.get("RANK", "0") == "0":  # where several train together, rank 0 speaks for all
+    if not is_follower():
         print(f"error: {message}", file=sys.stderr)
     return code

@@ -18,6 +18,10 @@ from model import Hidden
 PATIENCE = timedelta(hours=1)
 
 
+# What torchrun tells each process of itself.
+LAUNCH = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
+
+
 class Ranks:
     """This process and the others; by itself, where there are none.
 
@@ -113,10 +117,10 @@ def launched_ranks(device: torch.device) -> Iterator[Ranks]:
     Args:
         device: of this process; NCCL connects GPUs, gloo CPUs.
     """
-    size = int(os.environ.get("WORLD_SIZE", "1"))
-    if size == 1:
+    if local_rank() is None:
         yield Ranks()
         return
+    size = int(os.environ["WORLD_SIZE"])
     gpu = device.type == "cuda"
     if gpu:
         torch.cuda.set_device(device)
@@ -140,10 +144,16 @@ def launched_ranks(device: torch.device) -> Iterator[Ranks]:
 
 
 def local_rank() -> int | None:
-    """This process's number on its machine, where torchrun has started it."""
-    if int(os.environ.get("WORLD_SIZE", "1")) == 1:
+    """This process's number on its machine, where torchrun has started it among others."""
+    values = [os.environ.get(name, "") for name in LAUNCH]
+    if not all(values) or not all(value.isdigit() for value in values[:3]):
         return None
-    return int(os.environ["LOCAL_RANK"])
+    return int(os.environ["LOCAL_RANK"]) if int(os.environ["WORLD_SIZE"]) > 1 else None
+
+
+def is_follower() -> bool:
+    """Another process, rank 0, speaks for this one."""
+    return local_rank() is not None and os.environ["RANK"] != "0"
 
 
 def leave(code: int) -> NoReturn:

@@ -42,7 +42,8 @@ def make_table(tmp_path: Path) -> Callable[..., Path]:
 
     def make(rows: dict[str, str], seeds: tuple[int, ...] = (1, 2), flags: str = "") -> Path:
         lines = ['title = "A table"', f"seeds = {list(seeds)}"]
-        shared = [*TINY, "--data", str(corpus), "--epochs", "2", *flags.split()]
+        tiny = [flag for flag in TINY if flag not in ("--seed", "7")]  # the table has the seeds
+        shared = [*tiny, "--data", str(corpus), "--epochs", "2", *flags.split()]
         lines.append(f"flags = {json.dumps(shared)}")
         for name, own in rows.items():
             lines += ["[[rows]]", f"name = {json.dumps(name)}", f"flags = {json.dumps(own)}"]
@@ -257,12 +258,15 @@ GOOD = 'title = "x"\nseeds = [1]\nrows = [{name = "a"}]\n'
         ("title = ", "not TOML"),
         ("seeds = [1]", "title is missing"),
         (GOOD.replace("[1]", "[]"), "must not be empty"),
-        (GOOD.replace("[1]", "[1, 1]"), "seed '1' is there twice"),
+        (GOOD.replace("[1]", "[1, 1]"), "seeds [1, 1] name one twice"),
         (GOOD.replace("[1]", "[1.5]"), "whole numbers"),
         (GOOD + "colour = 1", "unknown key 'colour'"),
         (GOOD + "flags = 3", "flags are a string"),
         (GOOD + "recipe = 3", "recipe is not a string"),
-        (GOOD.replace('{name = "a"}', '{name = "a"}, {name = "A!"}'), "row 'a' is there twice"),
+        (
+            GOOD.replace('{name = "a"}', '{name = "a"}, {name = "A!"}'),
+            "rows 'a' and 'A!' would share the folder 'a'",
+        ),
         (GOOD.replace('{name = "a"}', "{}"), "row 1: name is missing"),
         (GOOD.replace('"a"}', '"a", flag = ""}'), "row 1: unknown key 'flag'"),
         (GOOD.replace('"a"}', '"a", published = 3}'), "row 'a': published is"),
@@ -307,7 +311,7 @@ def test_bad_flags_of_a_row_start_nothing(
         (["--seeds", "a"], "argument --seeds"),
         (["--gpus", "7"], "argument --gpus: there is no GPU 7"),
         (["--rows", "nothing"], "argument --rows"),
-        (["--flags=--resume auto --dry-run"], "argument --dry-run: nothing would be run"),
+        (["--flags=--dry-run"], "argument --dry-run: the table sets it"),
         (["--flags='"], "argument --flags"),
         (["--ray", "--gpus", "0"], "argument --gpus: does not go with --ray"),
         (["--ray-gpus", "1"], "argument --ray-gpus: needs --ray"),
@@ -394,7 +398,7 @@ def figures_of(name: str) -> dict[str, Any]:
     )  # fmt: skip
     return dict(
         title="A & B", note="", source="", flags="", base=name, seeds=[1], rows=[row], commits=[],
-        versions=[],
+        made_with=[],
     )  # fmt: skip
 
 
@@ -467,3 +471,32 @@ def test_a_perplexity_that_is_not_finite_is_divergence(tmp_path: Path) -> None:
     assert read_state(run).kind == "done"
     (run.folder / "summary.json").write_text(json.dumps(dict(summary, epochs=1)))
     assert read_state(run).kind == "new"
+
+
+def test_runs_of_other_lengths_or_text_are_not_mixed(
+    make_table: Callable[..., Path], run_table: Callable[..., Result], tmp_path: Path
+) -> None:
+    table, out = make_table({"base": ""}, (1,)), tmp_path / "out"
+    # A flag of the row that only the table's make valid; a title that is no formula.
+    text = (
+        table.read_text()
+        .replace("A table", "costs $x")
+        .replace('"--epochs"', '"--no-asgd", "--epochs"')
+    )
+    table.write_text(text.replace('flags = ""', 'flags = "--nonmono-decay 4"'))
+    assert run_table(table, "--output", out).code == 0
+    assert (out / "curves.png").exists()
+    short = run_table(table, "--output", out, "--flags=--epochs 1")
+    assert short.code == 2
+    assert "2 epochs are done, and 1 are asked for" in short.err
+    write_corpus(tmp_path / "corpus", lines=150, seed=5)
+    other = run_table(table, "--output", out, "--seeds", "1,2")
+    assert other.code == 2
+    assert "another text was in" in other.err
+    assert run_table(table, "--report-only", "--output", out, "--flags=--seed 3").code == 2
+    assert run_table(table, "--dry-run", "--output", out, "--flags=-h").code == 2
+
+
+def test_gpus_are_numbered_as_they_are_seen(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "2, GPU-abc")
+    assert [place["CUDA_VISIBLE_DEVICES"] for place in slots(2, 1, [0, 1])] == ["2", "GPU-abc"]

@@ -202,3 +202,12 @@ def test_runs_log_it_and_resume_it(run: Run, corpus_folder: Path, tmp_path: Path
             assert 0 <= line[f"grad_filter_masked_l{layer}"] <= 1
             assert 0 < line[f"grad_filter_smallest_l{layer}"] < 1
             assert 0 < line[f"grad_filter_params_l{layer}"] < 1
+
+
+def test_what_overflowed_is_not_counted() -> None:
+    gate = GradientFilter(threshold=1.0)
+    for factor in (1.0, math.inf, 1.0):
+        x = torch.randn(4, 3, 2, requires_grad=True)
+        gate(x)[0].backward(torch.ones(4, 3, 2) * factor)
+    assert gate.statistics[0] == 2
+    assert all(math.isfinite(value) for value in gate.summary().values())

@@ -38,7 +38,15 @@ def draw_curves(figures: dict[str, Any], path: Path) -> bool:
         epochs = range(1, len(mean) + 1)
         colour, dash = COLOURS[i % len(COLOURS)], DASHES[i // len(COLOURS) % len(DASHES)]
         marker = "." if len(mean) < 30 else ""
-        axes.plot(epochs, mean, dash, color=colour, label=row["name"], linewidth=1.6, marker=marker)
+        axes.plot(
+            epochs,
+            mean,
+            dash,
+            color=colour,
+            label=_plain(row["name"]),
+            linewidth=1.6,
+            marker=marker,
+        )
         axes.fill_between(epochs, low, high, color=colour, alpha=0.15, linewidth=0)
         switches = [run["averaging_epoch"] for run in row["runs"]]
         for epoch in (e for e in switches if e is not None and e <= len(mean)):
@@ -52,7 +60,7 @@ def draw_curves(figures: dict[str, Any], path: Path) -> bool:
     axes.xaxis.set_major_locator(MaxNLocator(integer=True))
     axes.set_xlabel("epoch (▲ averaging begins)")
     axes.set_ylabel("validation perplexity (log scale)")
-    axes.set_title(f"{figures['title']}: mean and range over seeds", fontsize=10, wrap=True)
+    axes.set_title(f"{_plain(figures['title'])}: mean and range over seeds", fontsize=10, wrap=True)
     axes.grid(alpha=0.3, which="both")
     axes.legend(fontsize=8, loc="upper left", bbox_to_anchor=(1.0, 1.0))
     buffer = io.BytesIO()
@@ -60,6 +68,11 @@ def draw_curves(figures: dict[str, Any], path: Path) -> bool:
     with atomic_write(path) as file:
         file.write(buffer.getvalue())
     return True
+
+
+def _plain(text: str) -> str:
+    """Text that matplotlib takes neither for formulas nor for a label to be left out."""
+    return " " * text.startswith("_") + text.replace("$", r"\$")
 
 
 def _means(row: dict[str, Any]) -> tuple[list[float], list[float], list[float]]:

@@ -15,10 +15,12 @@ from queue import SimpleQueue
 from data.files import atomic_write
 from engine.ablation.runs import FINISHED, Run, read_state
 from engine.interrupt import Interrupt
+from engine.ranks import LAUNCH
 from engine.run_folder import is_in_use
 
 PROGRAM = Path(__file__).resolve().parents[2] / "main.py"
 POLL_SECONDS = 0.2
+GRACE_SECONDS = 1.5
 
 # What a pool calls once a second, with the runs that are under way.
 Tick = Callable[[set[str]], None]
@@ -35,7 +37,10 @@ def slots(jobs: int, threads: int, gpus: Sequence[int] | None) -> list[dict[str,
     shared = dict(OMP_NUM_THREADS=str(threads), MKL_NUM_THREADS=str(threads))
     if gpus is None:
         return [dict(shared) for _ in range(jobs)]
-    return [dict(shared, CUDA_VISIBLE_DEVICES=str(gpus[j % len(gpus)])) for j in range(jobs)]
+    # Numbers count what this process sees, which may itself be a choice among the machine's.
+    seen = os.environ.get("CUDA_VISIBLE_DEVICES")
+    names = [str(gpu) if seen is None else seen.split(",")[gpu].strip() for gpu in gpus]
+    return [dict(shared, CUDA_VISIBLE_DEVICES=names[j % len(names)]) for j in range(jobs)]
 
 
 def run_locally(
@@ -102,10 +107,11 @@ def execute(run: Run, environment: Mapping[str, str], stop: threading.Event) -> 
             stdin=subprocess.DEVNULL,
             stdout=log,
             stderr=log,
-            env={**os.environ, **environment},
+            env={k: v for k, v in os.environ.items() if k not in LAUNCH} | dict(environment),
         )
         code = _wait(process, stop)
-    if not stop.is_set() and read_state(run).kind not in FINISHED:
+    # Ctrl-C reaches the run before it is known here: what it ended is no failure.
+    if read_state(run).kind not in FINISHED and not stop.wait(GRACE_SECONDS):
         with atomic_write(run.failure_path, "w") as file:
             file.write(_cause(code, run.log_path, begin) + "\n")
 

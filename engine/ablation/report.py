@@ -29,7 +29,7 @@ def write_report(figures: dict[str, Any], folder: Path, curves: bool) -> list[Pa
         "table.md": markdown(figures, curves),
         "table.csv": comma_separated(figures),
         "table.tex": latex(figures),
-        "table.json": json.dumps(figures, indent=1, ensure_ascii=False) + "\n",
+        "table.json": json.dumps(figures, indent=1, ensure_ascii=False, allow_nan=False) + "\n",
     }
     for name, content in contents.items():
         with atomic_write(folder / name, "w") as file:
@@ -133,7 +133,9 @@ def markdown(figures: dict[str, Any], curves: bool) -> str:
         parts += ["## What the gradient filter did", _aligned(FILTER, filtered)]
     parts += ["## Runs", _aligned(COST, rows)]
     parts.append(f"Flags of every row: `{figures['flags']}`" if figures["flags"] else "")
-    made = [f"torch {version}" for version in figures["versions"]]
+    made = list(figures["made_with"])
+    if len(made) > 1:
+        made = ["**made in different ways, which the seeds do not share**: " + "; ".join(made)]
     made += [f"commit {c[:12]}{'-dirty' * c.endswith('-dirty')}" for c in figures["commits"]]
     parts.append(", ".join(made))
     return "\n\n".join(part for part in parts if part) + "\n"

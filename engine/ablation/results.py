@@ -47,7 +47,7 @@ def collect(table: Table, runs: list[Run], folder: Path) -> dict[str, Any]:
         seeds=sorted({run.seed for run in runs}),
         rows=rows,
         commits=sorted({run["commit"] for run in ran if run["commit"]}),
-        versions=sorted({run["torch"] for run in ran if run["torch"]}),
+        made_with=sorted({run["made_with"] for run in ran if run["made_with"]}),
     )
 
 
@@ -55,6 +55,7 @@ def _run_figures(run: Run, state: State, folder: Path) -> dict[str, Any]:
     done, summary = state.kind == "done", state.summary
     averaging = state.of("averaging")
     epochs = summary.get("epochs")
+    whole = epochs and epochs == state.epochs  # none was cut short by --max-updates
     return dict(
         seed=run.seed,
         state=state.kind,
@@ -66,13 +67,23 @@ def _run_figures(run: Run, state: State, folder: Path) -> dict[str, Any]:
         epochs=state.epochs,
         updates=summary.get("updates"),
         parameters=summary.get("parameters"),
-        seconds_per_epoch=summary["seconds"] / epochs if done and epochs else None,
-        curve=[line["ppl"] for line in state.of("valid")],
+        seconds_per_epoch=summary["seconds"] / epochs if done and whole else None,
+        curve=[line["ppl"] for line in state.of("valid")][: epochs if done else None],
         filter=_filter_figures(state),
         folder=Path(os.path.relpath(run.folder, folder)).as_posix(),
         commit=state.config.get("git_commit"),
-        torch=state.config.get("versions", {}).get("torch"),
+        made_with=_made_with(state.config),
     )
+
+
+def _made_with(config: dict[str, Any]) -> str:
+    """What a run's arithmetic depends on, besides its flags and the code."""
+    found = (
+        [f"torch {config['versions']['torch']}"] if "torch" in config.get("versions", {}) else []
+    )
+    found += [config["precision"]] if "precision" in config else []
+    found += [f"{config['kernel']} kernel"] if "kernel" in config else []
+    return ", ".join(found)
 
 
 def _filter_figures(state: State) -> dict[str, float] | None:
@@ -83,7 +94,7 @@ def _filter_figures(state: State) -> dict[str, float] | None:
         for name in names:
             key = f"grad_filter_{name}_l"
             found[name] += [v for k, v in line.items() if k.startswith(key) and v is not None]
-    if not found["masked"]:
+    if not all(found.values()):
         return None
     mean = {name: sum(values) / len(values) for name, values in found.items()}
     return dict(masked=mean["masked"], smallest=min(found["smallest"]), params=mean["params"])

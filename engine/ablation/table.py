@@ -82,9 +82,14 @@ def _table(path: Path, content: dict[str, Any]) -> Table:
         raise ValueError("rows and seeds must not be empty")
     if not all(isinstance(seed, int) and not isinstance(seed, bool) for seed in seeds):
         raise ValueError(f"seeds are whole numbers, not {seeds}")
-    for kind, values in (("seed", seeds), ("row", [row.slug for row in rows])):
-        if twice := {str(value) for value in values if values.count(value) > 1}:
-            raise ValueError(f"{kind} {min(twice)!r} is there twice")
+    if len(set(seeds)) < len(seeds):
+        raise ValueError(f"seeds {seeds} name one twice")
+    for i, row in enumerate(rows):
+        for other in rows[:i]:
+            if row.slug == other.slug:
+                raise ValueError(
+                    f"rows {other.name!r} and {row.name!r} would share the folder {row.slug!r}"
+                )
     flags = _flags(content.get("flags", []))
     if recipe := _text(content, "recipe"):
         flags = [f"@{recipe}", *flags]
@@ -101,7 +106,9 @@ def _row(number: int, content: Any) -> Row:
         place = f"row {content['name']!r}"
         published = content.get("published", {})
         known = isinstance(published, dict) and published.keys() <= {"valid", "test"}
-        if not known or not all(isinstance(x, int | float) for x in published.values()):
+        if not known or not all(
+            type(x) in (int, float) and 0 < x < 1e9 for x in published.values()
+        ):
             raise ValueError("published is {valid = PPL, test = PPL}")
         flags = _flags(content.get("flags", []))
         return Row(content["name"], flags, {k: float(v) for k, v in published.items()})
@@ -113,6 +120,8 @@ def _check_keys(content: dict[str, Any], required: dict[str, type], optional: st
     for key, kind in required.items():
         if not isinstance(content.get(key), kind):
             raise ValueError(f"{key} is missing or not a {kind.__name__}")
+        if kind is str and not content[key].isprintable():
+            raise ValueError(f"{key} has a line's end or another character that is none")
     if unknown := content.keys() - required.keys() - set(optional.split()):
         raise ValueError(f"unknown key {min(unknown)!r}")
 
