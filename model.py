@@ -198,13 +198,13 @@ class RNNModel(nn.Module):
         """
         masks = masks or self.draw_masks(input.size(1))
         x = embedded_dropout(self.encoder, input, 0, masks.words)
-        x = _drop(x, masks.locked[0])
+        x = drop(x, masks.locked[0])
         new_hidden, raw_outputs, outputs = [], [], []
         for layer in range(self.nlayers):
             x, state = self._run_layer(layer, x, hidden[layer], masks.weights[layer])
             new_hidden.append(state)
             raw_outputs.append(x)
-            x = _drop(x, masks.locked[layer + 1])
+            x = drop(x, masks.locked[layer + 1])
             outputs.append(x)
         result = x.flatten(0, 1)
         if return_h:
@@ -257,7 +257,8 @@ class RNNModel(nn.Module):
         return F.cross_entropy(logits.float(), targets)
 
 
-def _drop(x: Tensor, mask: Tensor | None) -> Tensor:
+def drop(x: Tensor, mask: Tensor | None) -> Tensor:
+    """x under a mask of Masks; None drops nothing."""
     return x if mask is None else x * mask
 
 

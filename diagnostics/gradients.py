@@ -3,7 +3,6 @@
 import math
 from typing import Any, NamedTuple
 
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from activation_regularize import activation_regularization, temporal_activation_regularization
@@ -68,7 +67,7 @@ def window_gradient(
     finally:
         for hook in hooks:
             hook.remove()
-    loss = F.cross_entropy(model.decoder(result), rows[1:].flatten())
+    loss = model.loss(result, rows[1:].flatten())
     objective = loss + activation_regularization(outputs[-1], alpha)
     objective = objective + temporal_activation_regularization(raw_outputs[-1], beta)
     objective.backward()

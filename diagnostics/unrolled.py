@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from embed_regularize import embedded_dropout
-from model import Hidden, RNNModel
+from model import Hidden, RNNModel, drop
 from weight_drop import WeightDrop
 
 GATES = ("input", "forget", "cell", "output")  # in the order of torch's rows: i, f, g, o
@@ -45,7 +45,7 @@ def unroll(model: RNNModel, inputs: Tensor, hidden: Hidden) -> Unrolled:
     """
     masks = model.draw_masks(inputs.size(1))
     with torch.no_grad():
-        x = list(_drop(embedded_dropout(model.encoder, inputs, 0, masks.words), masks.locked[0]))
+        x = list(drop(embedded_dropout(model.encoder, inputs, 0, masks.words), masks.locked[0]))
     all_h, all_c, all_gates = [], [], []
     for layer in range(model.nlayers):
         w_ih, w_hh, bias = _layer_weights(model, layer, masks.weights[layer])
@@ -61,15 +61,11 @@ def unroll(model: RNNModel, inputs: Tensor, hidden: Hidden) -> Unrolled:
             cs.append(c)
             gates.append(torch.stack([i, f, g, o], dim=1).detach())
         mask = masks.locked[layer + 1]
-        x = [_drop(h_t, None if mask is None else mask[0]) for h_t in hs]
+        x = [drop(h_t, None if mask is None else mask[0]) for h_t in hs]
         all_h.append(hs)
         all_c.append(cs)
         all_gates.append(torch.stack(gates))
     return Unrolled(x, all_h, all_c, all_gates)
-
-
-def _drop(x: Tensor, mask: Tensor | None) -> Tensor:
-    return x if mask is None else x * mask
 
 
 def _layer_weights(
@@ -77,7 +73,7 @@ def _layer_weights(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """W_ih (4H, F), W_hh (4H, H) under its mask and the sum of both biases (4H,), detached."""
     lstm = layer_lstm(model, layer)
-    w_hh = _drop(recurrent_weight(model, layer), masks.get("weight_hh_l0"))
+    w_hh = drop(recurrent_weight(model, layer), masks.get("weight_hh_l0"))
     bias = lstm.bias_ih_l0 + lstm.bias_hh_l0
     return lstm.weight_ih_l0.detach(), w_hh.detach(), bias.detach()
 
