@@ -11,7 +11,7 @@ from torch.autograd.function import once_differentiable
 BLOCK_BYTES = 64 * 2**20
 SOFTMAX_ROWS = 64
 
-DTYPES = (torch.bfloat16, torch.float32, torch.float64)
+DTYPES = (torch.bfloat16, torch.float16, torch.float32, torch.float64)
 
 
 def linear_cross_entropy(hidden: Tensor, weight: Tensor, bias: Tensor, targets: Tensor) -> Tensor:

@@ -190,6 +190,11 @@ def pad_last(x: Tensor, size: int) -> Tensor:
     return x if x.size(-1) == size else F.pad(x, (0, size - x.size(-1)))
 
 
+def unpad_last(x: Tensor, size: int) -> Tensor:
+    """A view of x without what pad_last added; x itself where that was nothing."""
+    return x if x.size(-1) == size else x[..., :size]
+
+
 def _own(state: Tensor, dtype: torch.dtype) -> Tensor:
     """A copy: the last states outlive the window, what they are a part of does not."""
     return state.to(dtype, copy=True)

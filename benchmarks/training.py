@@ -25,7 +25,7 @@ from data.corpus import Corpus, Vocabulary
 from engine.device import keep_freed_memory, peak_memory, select_device
 from engine.interrupt import Interrupt
 from engine.loss_scale import LossScale
-from engine.precision import DTYPES, choose_precision, fast_kernel
+from engine.precision import DTYPES, choose_kernel, choose_precision
 from engine.run_folder import RunFolder
 from engine.tracking import Tracker, WandbOptions
 from engine.trainer import Trainer
@@ -74,6 +74,7 @@ def ours(
         "LSTM", recipe["ntoken"], recipe["ninp"], recipe["nhid"], recipe["nlayers"],
         **recipe["dropouts"], tie_weights=True,
     ).to(device)  # fmt: skip
+    model.compute_in(DTYPES[precision], choose_kernel(precision, device)[0])
     folder = stack.enter_context(
         RunFolder(Path(stack.enter_context(tempfile.TemporaryDirectory())) / "run.pt")
     )
@@ -87,7 +88,6 @@ def ours(
     )  # fmt: skip
     trainer.tracker = stack.enter_context(closing(Tracker(folder.folder, {}, WandbOptions())))
     model.train()
-    model.compute_in(DTYPES[precision], fast_kernel(precision, device)[0])
 
     def update(window: Window) -> float:
         choose_precision(precision, device)  # what float32 products may do is the process's

@@ -15,15 +15,17 @@ from data.corpus import Corpus, batchify
 from engine.checkpoint import save_model, save_training_state
 from engine.device import random_state, restore_random_state
 from engine.errors import DivergenceError
-from engine.finite_watch import FiniteWatch
+from engine.fused_update import FusedUpdater
+from engine.graphs import Graphs, Recorder
 from engine.interrupt import Interrupt
+from engine.late_look import LateLook
 from engine.loss_scale import LossScale
 from engine.ranks import Ranks
 from engine.report import RULE, epoch_line, interval_line
 from engine.run_folder import RunFolder
-from engine.tracking import Progress, Tracker
+from engine.tracking import Progress, Tracker, warn
 from engine.training_state import Position, Stopwatch, TrainingOptions
-from engine.update import Updater
+from engine.update import Step, Updater
 from evaluation.plain import evaluate, perplexity
 from model import RNNModel, repackage_hidden
 from nt_asgd import NTASGD
@@ -47,6 +49,8 @@ class Trainer:
             before clipping; what it returns is logged.
         ranks: the processes that share the batch's columns, all of which have to train; only the
             leader writes to the folder. None: there is one.
+        recorder: records updates on a GPU that are then replayed, where the model's kernel is
+            cuDNN's and the optimizer an NTASGD; None: each is launched kernel by kernel.
 
     Raises:
         ValueError: the training text is too short for the batch.
@@ -65,6 +69,7 @@ class Trainer:
         loss_scale: LossScale | None = None,
         probe: Callable[[RNNModel, Tensor], dict[str, float]] | None = None,
         ranks: Ranks | None = None,
+        recorder: Recorder | None = None,
     ) -> None:
         self.model = model
         self.optimizer = optimizer
@@ -78,16 +83,6 @@ class Trainer:
         self.loss_scale = loss_scale
         self.probe = probe
         self.ranks = ranks = ranks or Ranks()
-        self.updater = Updater(
-            model,
-            optimizer,
-            bptt=options.bptt,
-            clip=options.clip,
-            alpha=options.alpha,
-            beta=options.beta,
-            loss_scale=loss_scale,
-            ranks=ranks,
-        )
         if ranks.size > 1:
             for gate in model.gradient_filters:
                 gate.gather = lambda norms: ranks.gather(norms, 0)
@@ -99,7 +94,9 @@ class Trainer:
         self.at = Position()
         self._interval_loss = torch.zeros((), dtype=torch.float64, device=self.device)
         self._grad_norm = torch.zeros((), device=self.device)
-        self._watch = FiniteWatch(self._describe_divergence, self.device)
+        self.updater = self._make_updater(recorder)
+        self._watch = LateLook(self._look, self.device)
+        self._skipped = 0  # the last update that was
         self._stopwatch = Stopwatch(self.at)
         self._last_checkpoint = time.monotonic()
 
@@ -152,7 +149,6 @@ class Trainer:
 
     def update(self, window: Window) -> None:
         """One update of the weights from one window of text."""
-        rows = self.rows[window.start : window.start + window.length + 1]  # (T + 1, B)
         tokens = window.counted * self.options.batch_size
         self.at.batch += 1
         self.at.update += 1
@@ -160,26 +156,69 @@ class Trainer:
 
         probed = self.is_probed(self.at.update)
         wanted = probed or self.is_logged(self.at.batch)
-        scale = self.loss_scale and self.loss_scale.value
-        step = self.updater(window, rows, self.hidden, wanted)
+        step = self.updater(window, self.hidden, wanted, probed)
         self.hidden = step.hidden
-        if step.skipped:
-            self.at.interval_skipped += 1
-            self.at.interval_skipped_tokens += tokens
-        else:
-            self._watch.push(self.at.update, step.loss, step.norm)
-            if step.norm is not None:
-                self._grad_norm = step.norm
-            self._interval_loss += step.loss.double() * tokens
-        if self.loss_scale and (step.skipped or self.loss_scale.value != scale):
-            found = dict(scale=self.loss_scale.value, overflow=step.skipped)
-            self.tracker.log("loss_scale", step=self.at.update, **found)
+        self._take_note(step, tokens)
         self.at.tokens += tokens
         self.at.interval_tokens += tokens
         self.at.interval_updates += 1
         self._stopwatch.lap(training=True)
-        if probed and not step.skipped:
+        if probed:
             self.log_probe()
+
+    def _make_updater(self, recorder: Recorder | None) -> Updater | FusedUpdater:
+        """The one that goes with the model's kernel and the optimizer."""
+        options, graphs = self.options, None
+        common: dict[str, Any] = dict(
+            bptt=options.bptt, clip=options.clip, alpha=options.alpha, beta=options.beta,
+            loss_scale=self.loss_scale, ranks=self.ranks,
+        )  # fmt: skip
+        if self.model.kernel != "cudnn" or not isinstance(self.optimizer, NTASGD):
+            return Updater(self.model, self.rows, self.optimizer, **common)
+        if recorder is not None and self.ranks.size == 1:
+            graphs = Graphs(recorder, lambda why: warn(f"updates are not recorded: {why}"))
+        return FusedUpdater(self.model, self.rows, self.optimizer, **common, graphs=graphs)
+
+    def _take_note(self, step: Step, tokens: int) -> None:
+        """Count what an update left, without waiting for it unless it was waited for anyway."""
+        values = {"loss": step.loss, "gradient norm": step.norm, "overflow": step.overflow}
+        there = {name: value for name, value in values.items() if value is not None}
+        self._watch.push((self.at.update, tokens, tuple(there)), list(there.values()))
+        loss = step.loss.double() * tokens
+        if step.overflow is not None:
+            assert step.norm is not None
+            loss = loss * (1 - step.overflow.double())
+            self._grad_norm = torch.where(step.overflow > 0, self._grad_norm, step.norm)
+        elif step.norm is not None:
+            self._grad_norm = step.norm
+        self._interval_loss += loss
+        if self.updater.waits:
+            self._watch.check()
+
+    def _look(self, what: tuple[int, int, tuple[str, ...]], values: list[float]) -> None:
+        """Look at what an update left, once it is here.
+
+        Raises:
+            DivergenceError: it is not finite.
+        """
+        update, tokens, names = what
+        found = dict(zip(names, values, strict=True))
+        overflow = bool(found.pop("overflow", 0))
+        self.updater.settle(overflow)
+        if self.loss_scale is not None:
+            scale, hopeless = self.loss_scale.value, self.loss_scale.hopeless
+            self.loss_scale.note(overflow)
+            if overflow and not hopeless:
+                self._skipped = update
+                self.at.interval_skipped += 1
+                self.at.interval_skipped_tokens += tokens
+                found.clear()
+            if overflow or self.loss_scale.value != scale:
+                now = dict(scale=self.loss_scale.value, overflow=overflow)
+                self.tracker.log("loss_scale", step=update, **now)
+        for name, value in found.items():
+            if not abs(value) < math.inf:
+                raise DivergenceError(self._describe_divergence(f"{name} is {value}", update))
 
     # Around the loop
 
@@ -189,9 +228,11 @@ class Trainer:
         return self.probe is not None and every is not None and update % every == 0
 
     def log_probe(self) -> None:
-        """Log what the probe finds; the time it takes is not training's."""
+        """Log what the probe finds, unless the update was skipped; its time is not training's."""
         assert self.probe is not None
         self._watch.check()
+        if self._skipped == self.at.update:
+            return
         figures = self.probe(self.model, self._grad_norm)
         self.tracker.log("diagnostics", step=self.at.update, epoch=self.at.epoch, **figures)
         self._stopwatch.lap()
@@ -362,7 +403,7 @@ class Trainer:
             hidden=self.ranks.gather_hidden(repackage_hidden(self.hidden)),
             position=asdict(self.at),
             loss_scale=self.loss_scale.state_dict() if self.loss_scale else {},
-            filters=[gate.statistics for gate in self.model.gradient_filters],
+            filters=[gate.statistics.clone() for gate in self.model.gradient_filters],
             random=random_state(self.device),
             tracking=self.tracker.state_dict(),
         )
@@ -375,9 +416,10 @@ class Trainer:
         hidden = self.ranks.share_hidden(state["hidden"])
         self.hidden = [(h.to(self.device), c.to(self.device)) for h, c in hidden]
         for gate, statistics in zip(self.model.gradient_filters, state["filters"], strict=True):
-            gate.statistics = statistics
+            gate.statistics.copy_(statistics)
         if self.loss_scale:
             self.loss_scale.load_state_dict(state["loss_scale"])
+        self.updater.restore()
         self.at = Position(**state["position"])
         self._interval_loss.fill_(self.at.interval_loss)
         restore_random_state(state["random"], self.device)

@@ -27,7 +27,6 @@ from engine.run_folder import RunFolder
 from engine.tracking import Tracker, WandbOptions
 from engine.trainer import Trainer
 from engine.training_state import TrainingOptions
-from engine.update import Updater
 from gradient_filter import GradientFilter
 from model import Masks, RNNModel, repackage_hidden
 from nt_asgd import NTASGD
@@ -498,7 +497,7 @@ def test_activations_of_one_segment_are_held_at_a_time(make_trainer: MakeTrainer
     def peak(window: Window, rows: int) -> int:
         trainer = make_trainer(FixedWindows(ROWS), ROWS)
         trainer.num_steps = rows
-        updater: Updater = trainer.updater
+        updater = trainer.updater
         alive, most = 0, 0
 
         class Held:
@@ -512,9 +511,9 @@ def test_activations_of_one_segment_are_held_at_a_time(make_trainer: MakeTrainer
                 nonlocal alive
                 alive -= self.tensor.numel()
 
-        ids = torch.randint(0, trainer.model.ntoken, (rows + 1, BATCH))
+        updater.rows = torch.randint(0, trainer.model.ntoken, (rows + 1, BATCH))
         with torch.autograd.graph.saved_tensors_hooks(Held, lambda held: held.tensor):
-            updater(window, ids, trainer.hidden)
+            updater(window, trainer.hidden)
         assert most > 0
         return most
 

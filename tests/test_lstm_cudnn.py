@@ -1,10 +1,7 @@
 """The layer over its own buffer against torch.nn.LSTM with a masked weight, cuDNN stood in for."""
 
-from collections.abc import Iterator
-
 import pytest
 import torch
-from cudnn_on_cpu import cudnn_on_cpu
 from torch import Tensor, nn
 
 from lstm_cudnn import CudnnLSTM
@@ -14,13 +11,7 @@ SIZES = [(5, 7), (8, 11), (6, 16), (16, 8), (1, 1)]
 NAMES = ["output", "h_n", "c_n", "x", "h0", "c0", "w_ih", "w_hh", "b_ih", "b_hh"]
 
 
-@pytest.fixture(autouse=True)
-def _cudnn(device: torch.device) -> Iterator[None]:
-    if device.type == "cuda":
-        yield
-        return
-    with cudnn_on_cpu():
-        yield
+pytestmark = pytest.mark.usefixtures("with_cudnn")
 
 
 def arguments(width: int, units: int, device: torch.device) -> list[Tensor]:

@@ -174,14 +174,14 @@ SETTINGS = [
 ]
 
 
-@pytest.mark.parametrize("fast", [False, True])
+@pytest.mark.usefixtures("with_cudnn")
+@pytest.mark.parametrize("kernel", ["plain", "cpu", "cudnn"])
 @pytest.mark.parametrize("setting", SETTINGS)
 def test_two_updates_equal_the_equations(
-    make_trainer: MakeTrainer, setting: Setting, fast: bool
+    make_trainer: MakeTrainer, setting: Setting, kernel: str
 ) -> None:
     trainer = make_trainer(setting, torch.device("cpu"))
-    if fast:
-        trainer.model.compute_in(torch.float64, fast=True)
+    trainer.model.compute_in(None if kernel == "plain" else torch.float64, kernel)
     trainer.model.train()
     hidden = [tuple(s.clone() for s in pair) for pair in trainer.hidden]
     for start in (0, STEPS):
