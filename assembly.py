@@ -93,16 +93,15 @@ def set_precision(args: argparse.Namespace, model: RNNModel) -> tuple[str, str]:
 
 
 def build_recorder(
-    args: argparse.Namespace, model: RNNModel, ranks: Ranks
+    args: argparse.Namespace, model: RNNModel, device: torch.device, ranks: Ranks
 ) -> tuple[CudaRecorder | None, str]:
-    """What records updates on a GPU, and a line about it; where the question arises."""
-    device = model.encoder.weight.device
+    """What records updates on a GPU, and a line about it where the question arises."""
     if device.type != "cuda" or args.kernel == "plain":
         return None, ""
     for no, reason in (
         (model.kernel == "plain", "the kernel is plain"),
         (args.kernel == "eager", "as asked"),
-        (args.optimizer != "sgd", f"--optimizer {args.optimizer} is not"),
+        (args.optimizer != "sgd", f"--optimizer {args.optimizer} steps by itself"),
         (ranks.size > 1, f"there are {ranks.size} processes"),
     ):
         if no:

@@ -86,7 +86,7 @@ def start(
         return
     check_memory(args, model, corpus)
     precision, computing = set_precision(args, model)
-    recorder, recording = build_recorder(args, model, ranks)
+    recorder, recording = build_recorder(args, model, device, ranks)
     with RunFolder(args.save, writes=ranks.leader) as folder, Interrupt() as interrupt:
         flags = {name: value for name, value in vars(args).items() if name != "dry_run"}
         trainer = Trainer(

@@ -1,6 +1,7 @@
 """The update of a GPU: the fused step, recorded as one graph a length of window."""
 
 from dataclasses import replace
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -8,10 +9,11 @@ from torch import Tensor
 from bptt import Window
 from engine.fused_step import FusedStep
 from engine.gradient import WindowGradient, pieces_of
-from engine.graphs import Graphs
+from engine.graphs import Graphs, Recorder
 from engine.loss_scale import LossScale
 from engine.ranks import Ranks
-from engine.update import Step
+from engine.tracking import warn
+from engine.update import Step, Updater
 from model import Hidden, RNNModel
 from nt_asgd import NTASGD
 
@@ -124,3 +126,26 @@ class FusedUpdater:
     def restore(self) -> None:
         """Take over what was loaded into the optimizer and the loss scale."""
         self.step.restore()
+
+
+def make_updater(
+    model: RNNModel,
+    rows: Tensor,
+    optimizer: torch.optim.Optimizer,
+    recorder: Recorder | None,
+    *,
+    ranks: Ranks,
+    **options: Any,
+) -> Updater | FusedUpdater:
+    """The updater that goes with the model's kernel and the optimizer.
+
+    Args:
+        recorder: None: updates are not recorded; nor are they where several processes share them.
+        options: what both updaters take.
+    """
+    if model.kernel != "cudnn" or not isinstance(optimizer, NTASGD):
+        return Updater(model, rows, optimizer, ranks=ranks, **options)
+    graphs = None
+    if recorder is not None and ranks.size == 1:
+        graphs = Graphs(recorder, lambda why: warn(f"updates are not recorded: {why}"))
+    return FusedUpdater(model, rows, optimizer, ranks=ranks, graphs=graphs, **options)

@@ -15,17 +15,17 @@ from data.corpus import Corpus, batchify
 from engine.checkpoint import save_model, save_training_state
 from engine.device import random_state, restore_random_state
 from engine.errors import DivergenceError
-from engine.fused_update import FusedUpdater
-from engine.graphs import Graphs, Recorder
+from engine.fused_update import make_updater
+from engine.graphs import Recorder
 from engine.interrupt import Interrupt
 from engine.late_look import LateLook
 from engine.loss_scale import LossScale
 from engine.ranks import Ranks
 from engine.report import RULE, epoch_line, interval_line
 from engine.run_folder import RunFolder
-from engine.tracking import Progress, Tracker, warn
+from engine.tracking import Progress, Tracker
 from engine.training_state import Position, Stopwatch, TrainingOptions
-from engine.update import Step, Updater
+from engine.update import Step
 from evaluation.plain import evaluate, perplexity
 from model import RNNModel, repackage_hidden
 from nt_asgd import NTASGD
@@ -94,7 +94,18 @@ class Trainer:
         self.at = Position()
         self._interval_loss = torch.zeros((), dtype=torch.float64, device=self.device)
         self._grad_norm = torch.zeros((), device=self.device)
-        self.updater = self._make_updater(recorder)
+        self.updater = make_updater(
+            model,
+            self.rows,
+            optimizer,
+            recorder,
+            bptt=options.bptt,
+            clip=options.clip,
+            alpha=options.alpha,
+            beta=options.beta,
+            loss_scale=loss_scale,
+            ranks=ranks,
+        )
         self._watch = LateLook(self._look, self.device)
         self._skipped = 0  # the last update that was
         self._stopwatch = Stopwatch(self.at)
@@ -165,19 +176,6 @@ class Trainer:
         self._stopwatch.lap(training=True)
         if probed:
             self.log_probe()
-
-    def _make_updater(self, recorder: Recorder | None) -> Updater | FusedUpdater:
-        """The one that goes with the model's kernel and the optimizer."""
-        options, graphs = self.options, None
-        common: dict[str, Any] = dict(
-            bptt=options.bptt, clip=options.clip, alpha=options.alpha, beta=options.beta,
-            loss_scale=self.loss_scale, ranks=self.ranks,
-        )  # fmt: skip
-        if self.model.kernel != "cudnn" or not isinstance(self.optimizer, NTASGD):
-            return Updater(self.model, self.rows, self.optimizer, **common)
-        if recorder is not None and self.ranks.size == 1:
-            graphs = Graphs(recorder, lambda why: warn(f"updates are not recorded: {why}"))
-        return FusedUpdater(self.model, self.rows, self.optimizer, **common, graphs=graphs)
 
     def _take_note(self, step: Step, tokens: int) -> None:
         """Count what an update left, without waiting for it unless it was waited for anyway."""

@@ -4,10 +4,16 @@ import warnings
 
 import pytest
 import torch
+from cudnn_on_cpu import cudnn_on_cpu
 
+import assembly
+import cli
 from engine.device import peak_memory, random_state, restore_random_state, select_device
 from engine.late_look import LateLook
+from engine.precision import choose_kernel
 from engine.provenance import versions
+from engine.ranks import Ranks
+from model import RNNModel
 
 CUDA = torch.device("cuda")
 
@@ -80,3 +86,39 @@ def test_an_updates_values_are_looked_at_one_update_later(
     # the wait for an update comes after the next one has been recorded
     expected = ["record", "record", "synchronize", "record", "synchronize"]
     assert fake_cuda == ([*expected, "synchronize"] if device == "cuda" else [])
+
+
+@pytest.mark.parametrize(
+    ("flags", "processes", "expected"),
+    [
+        ("", 1, "cudnn kernel, over weights of its own | updates are recorded as CUDA graphs"),
+        ("--kernel eager", 1, "of its own | updates are not recorded: as asked"),
+        (
+            "--optimizer adam --lr 0.1",
+            1,
+            "of its own | updates are not recorded: --optimizer adam steps by itself",
+        ),
+        ("", 2, "of its own | updates are not recorded: there are 2 processes"),
+        ("--kernel plain", 1, "plain kernel, as asked"),
+    ],
+)
+def test_what_a_gpu_computes_with_is_said(
+    monkeypatch: pytest.MonkeyPatch, flags: str, processes: int, expected: str
+) -> None:
+    args, _ = cli.parse_training(flags.split())
+    model = RNNModel("LSTM", 9, 4, 4, 1, tie_weights=True)
+    monkeypatch.setattr(assembly, "choose_precision", lambda *_: "tf32")
+    monkeypatch.setattr(assembly, "choose_kernel", lambda *_: choose_kernel("tf32", CUDA))
+    monkeypatch.setattr(torch.backends.cudnn, "is_available", lambda: True)
+    monkeypatch.setattr(assembly, "CudaRecorder", lambda device: device)
+    with cudnn_on_cpu():
+        _, line = assembly.set_precision(args, model)
+    recorder, more = assembly.build_recorder(args, model, CUDA, Ranks(0, processes))
+    assert (line + more).endswith(expected)
+    assert (recorder is not None) == expected.endswith("CUDA graphs")
+    assert assembly.build_recorder(args, model, torch.device("cpu"), Ranks()) == (None, "")
+
+
+def test_without_cudnn_the_kernel_is_plain(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.backends.cudnn, "is_available", lambda: False)
+    assert choose_kernel("bf16", CUDA) == ("plain", "this PyTorch has no cuDNN")

@@ -17,7 +17,7 @@ from bptt import FixedWindows, FullWindows, RandomizedWindows, Scheme, VariableW
 from data.corpus import load_corpus
 from engine.fused_step import FusedStep
 from engine.fused_update import FusedUpdater
-from engine.graphs import Graphs, Recorder, Work
+from engine.graphs import CudaRecorder, Graphs, Recorder, Work
 from engine.interrupt import Interrupt
 from engine.loss_scale import LossScale
 from engine.run_folder import RunFolder
@@ -119,14 +119,16 @@ def build_trainer(
     wdecay: float = 0.01,
     nlayers: int = 3,
     tied: bool = True,
+    device: str = "cpu",
+    compute: torch.dtype | None = None,
     **changes: Any,
 ) -> Trainer:
     corpus = load_corpus(write_corpus(tmp_path / "corpus", lines=300))
     torch.manual_seed(5)
     words = len(corpus.vocabulary)
     model = RNNModel("LSTM", words, 5, 7, nlayers, **dict(RATES, **changes), tie_weights=tied)
-    model = model.to(dtype)
-    model.compute_in(None, kernel)
+    model = model.to(device, dtype)
+    model.compute_in(compute, kernel)
     folder = RunFolder(tmp_path / f"{kernel} {recorder is not None}.pt")
     stack.enter_context(folder)
     tracker = stack.enter_context(closing(Tracker(folder.folder, {}, WandbOptions())))
@@ -261,6 +263,35 @@ def test_first_as_it_is_then_recorded_then_replayed() -> None:
     assert (recorder.ran, recorder.recorded, recorder.replayed) == (3, 2, 5)
     with pytest.raises(RuntimeError, match="reads a value back"):
         recorder.record(lambda: print(float(done)))
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("compute", [None, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("changes", [{}, dict(grad_filter=2.0), dict(nlayers=1, tied=False)])
+def test_graphs_of_a_gpu_are_the_updates_as_they_are(
+    make_trainer: MakeTrainer, compute: torch.dtype | None, changes: dict[str, Any]
+) -> None:
+    """Bit for bit, over 100 updates, and the plain updates' results within the precision."""
+    same: dict[str, Any] = dict(changes, device="cuda", compute=compute, dtype=torch.float32)
+    found = []
+    for kernel, recorder in (
+        ("plain", None),
+        ("cudnn", None),
+        ("cudnn", CudaRecorder(torch.device("cuda"))),
+    ):
+        scale = LossScale(2.0**12) if compute == torch.float16 else None
+        trainer = make_trainer(kernel, recorder, loss_scale=scale, **same)
+        found.append(train(trainer, updates=100))
+        if recorder is not None:
+            assert isinstance(trainer.updater, FusedUpdater)
+            assert trainer.updater.graphs is not None
+            assert trainer.updater.graphs.works
+            assert len(trainer.updater.graphs.replays) > 3
+    plain, eager, recorded = found
+    assert all(torch.equal(a, b) for a, b in zip(recorded, eager, strict=True))
+    tolerance = 1e-3 if compute is None else 0.1
+    for a, b in zip(eager[:100], plain[:100], strict=True):  # summed losses
+        torch.testing.assert_close(a, b, rtol=tolerance, atol=tolerance)
 
 
 # The program
