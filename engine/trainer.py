@@ -18,14 +18,13 @@ from engine.errors import DivergenceError
 from engine.fused_update import make_updater
 from engine.graphs import Recorder
 from engine.interrupt import Interrupt
-from engine.late_look import LateLook
 from engine.loss_scale import LossScale
 from engine.ranks import Ranks
 from engine.report import RULE, epoch_line, interval_line
 from engine.run_folder import RunFolder
+from engine.tally import Tally
 from engine.tracking import Progress, Tracker
 from engine.training_state import Position, Stopwatch, TrainingOptions
-from engine.update import Step
 from evaluation.plain import evaluate, perplexity
 from model import RNNModel, repackage_hidden
 from nt_asgd import NTASGD
@@ -92,8 +91,6 @@ class Trainer:
         self.num_steps = len(self.rows) - 1
         self.hidden = model.init_hidden(self.rows.size(1))
         self.at = Position()
-        self._interval_loss = torch.zeros((), dtype=torch.float64, device=self.device)
-        self._grad_norm = torch.zeros((), device=self.device)
         self.updater = make_updater(
             model,
             self.rows,
@@ -106,8 +103,14 @@ class Trainer:
             loss_scale=loss_scale,
             ranks=ranks,
         )
-        self._watch = LateLook(self._look, self.device)
-        self._skipped = 0  # the last update that was
+        self.tally = Tally(
+            self.device,
+            lambda: self.at,
+            loss_scale,
+            self.updater.settle,
+            lambda event, **values: self.tracker.log(event, **values),
+            self._describe_divergence,
+        )
         self._stopwatch = Stopwatch(self.at)
         self._last_checkpoint = time.monotonic()
 
@@ -169,54 +172,15 @@ class Trainer:
         wanted = probed or self.is_logged(self.at.batch)
         step = self.updater(window, self.hidden, wanted, probed)
         self.hidden = step.hidden
-        self._take_note(step, tokens)
+        self.tally.add(self.at.update, step, tokens)
+        if self.updater.waits:
+            self.tally.check()
         self.at.tokens += tokens
         self.at.interval_tokens += tokens
         self.at.interval_updates += 1
         self._stopwatch.lap(training=True)
         if probed:
             self.log_probe()
-
-    def _take_note(self, step: Step, tokens: int) -> None:
-        """Count what an update left, without waiting for it unless it was waited for anyway."""
-        values = {"loss": step.loss, "gradient norm": step.norm, "overflow": step.overflow}
-        there = {name: value for name, value in values.items() if value is not None}
-        self._watch.push((self.at.update, tokens, tuple(there)), list(there.values()))
-        loss = step.loss.double() * tokens
-        if step.overflow is not None:
-            assert step.norm is not None
-            loss = loss * (1 - step.overflow.double())
-            self._grad_norm = torch.where(step.overflow > 0, self._grad_norm, step.norm)
-        elif step.norm is not None:
-            self._grad_norm = step.norm
-        self._interval_loss += loss
-        if self.updater.waits:
-            self._watch.check()
-
-    def _look(self, what: tuple[int, int, tuple[str, ...]], values: list[float]) -> None:
-        """Look at what an update left, once it is here.
-
-        Raises:
-            DivergenceError: it is not finite.
-        """
-        update, tokens, names = what
-        found = dict(zip(names, values, strict=True))
-        overflow = bool(found.pop("overflow", 0))
-        self.updater.settle(overflow)
-        if self.loss_scale is not None:
-            scale, hopeless = self.loss_scale.value, self.loss_scale.hopeless
-            self.loss_scale.note(overflow)
-            if overflow and not hopeless:
-                self._skipped = update
-                self.at.interval_skipped += 1
-                self.at.interval_skipped_tokens += tokens
-                found.clear()
-            if overflow or self.loss_scale.value != scale:
-                now = dict(scale=self.loss_scale.value, overflow=overflow)
-                self.tracker.log("loss_scale", step=update, **now)
-        for name, value in found.items():
-            if not abs(value) < math.inf:
-                raise DivergenceError(self._describe_divergence(f"{name} is {value}", update))
 
     # Around the loop
 
@@ -228,10 +192,10 @@ class Trainer:
     def log_probe(self) -> None:
         """Log what the probe finds, unless the update was skipped; its time is not training's."""
         assert self.probe is not None
-        self._watch.check()
-        if self._skipped == self.at.update:
+        self.tally.check()
+        if self.tally.skipped == self.at.update:
             return
-        figures = self.probe(self.model, self._grad_norm)
+        figures = self.probe(self.model, self.tally.grad_norm)
         self.tracker.log("diagnostics", step=self.at.update, epoch=self.at.epoch, **figures)
         self._stopwatch.lap()
 
@@ -241,10 +205,10 @@ class Trainer:
 
     def log_interval(self, progress: Progress) -> None:
         """Report the updates since the last report."""
-        self._watch.check()
+        self.tally.check()
         at, lr = self.at, self.optimizer.param_groups[0]["lr"]
         counted = at.interval_tokens - at.interval_skipped_tokens
-        loss = float(self._interval_loss) / counted if counted else math.nan
+        loss = float(self.tally.summed) / counted if counted else math.nan
         self._stopwatch.lap(training=True)
         line = interval_line(
             epoch=at.epoch,
@@ -269,13 +233,13 @@ class Trainer:
             loss=loss,
             ppl=perplexity(loss),
             lr=lr,
-            grad_norm=float(self._grad_norm),
+            grad_norm=float(self.tally.grad_norm),
             tokens_per_second=at.interval_tokens / max(at.interval_seconds, 1e-9),
             **acting,
         )
         for gate in self.model.gradient_filters:
             gate.reset_statistics()
-        self._interval_loss.zero_()
+        self.tally.summed.zero_()
         at.begin_interval()
 
     def end_epoch(self) -> None:
@@ -299,7 +263,7 @@ class Trainer:
 
     def validate(self) -> float:
         """Measure the weights as they would be saved, print and log it; nats per token."""
-        self._watch.check()
+        self.tally.check()
         with self.evaluated_weights():
             loss = self.ranks.from_leader(self._evaluate() if self.ranks.leader else 0.0)
         self._stopwatch.lap()
@@ -382,7 +346,7 @@ class Trainer:
 
     def checkpoint(self) -> None:
         """Write all that an exact resume needs."""
-        self._watch.check()
+        self.tally.check()
         self._stopwatch.lap()
         state = self.state_dict()
         if self.ranks.leader:
@@ -392,7 +356,7 @@ class Trainer:
 
     def state_dict(self) -> dict[str, Any]:
         """Tensors and plain values from which load_state_dict continues."""
-        self.at.interval_loss = float(self._interval_loss)
+        self.at.interval_loss = float(self.tally.summed)
         return dict(
             self.identity,
             model=self.model.state_dict(),
@@ -419,7 +383,7 @@ class Trainer:
             self.loss_scale.load_state_dict(state["loss_scale"])
         self.updater.restore()
         self.at = Position(**state["position"])
-        self._interval_loss.fill_(self.at.interval_loss)
+        self.tally.summed.fill_(self.at.interval_loss)
         restore_random_state(state["random"], self.device)
 
     def _describe_divergence(self, what: str, update: int) -> str:

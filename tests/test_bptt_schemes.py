@@ -235,8 +235,8 @@ def assert_same_epoch(trainer: Trainer, updates: list[Update]) -> None:
         trainer.update(window)
         loss = reference.run(update, masks)
         n = len(update.counted) * BATCH
-        assert float(trainer._interval_loss) == pytest.approx(loss * n, rel=1e-10)
-        trainer._interval_loss.zero_()
+        assert float(trainer.tally.summed) == pytest.approx(loss * n, rel=1e-10)
+        trainer.tally.summed.zero_()
         weights = {n: p.detach() for n, p in trainer.model.named_parameters()}
         torch.testing.assert_close(weights, reference.weights, rtol=1e-8, atol=1e-11)
         if number < len(updates) - 1:
@@ -482,8 +482,8 @@ def test_fixed_and_variable_are_the_plain_loop_bit_for_bit(
     other = trainers[1]
     for window in other.scheme.windows(ROWS):
         other.update(window)
-    assert float(other._interval_loss) == float(total)
-    assert torch.equal(other._grad_norm, norms[-1])
+    assert float(other.tally.summed) == float(total)
+    assert torch.equal(other.tally.grad_norm, norms[-1])
     assert len(norms) == other.at.update
     for a, b in zip(one.model.parameters(), other.model.parameters(), strict=True):
         assert torch.equal(a, b)

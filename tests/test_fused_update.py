@@ -153,8 +153,8 @@ def train(trainer: Trainer, updates: int = 40) -> list[Tensor]:
         if number == updates // 2:
             trainer.optimizer.averaging = True  # type: ignore[attr-defined]
         trainer.update(window)
-        losses.append(trainer._interval_loss.clone())
-    trainer._watch.check()
+        losses.append(trainer.tally.summed.clone())
+    trainer.tally.check()
     found = [*losses, *(p.detach().clone() for p in trainer.model.parameters())]
     with trainer.evaluated_weights():
         found += [p.detach().clone() for p in trainer.model.parameters()]
