@@ -217,9 +217,9 @@ class RNNModel(nn.Module):
         """One LSTM over (T, B, units) with its weights under their masks, behind its filter."""
         lstm: Any = self.rnns[layer]
         weights: dict[str, Tensor] = {}
-        if isinstance(lstm, WeightDrop):
-            lstm, weights = lstm.module, lstm.masked(masks)
         dtype = self.compute_dtype if self.training else None
+        if isinstance(lstm, WeightDrop):
+            lstm, weights = lstm.module, lstm.masked(masks, dtype)
         fast = self.fast and self.training
         if self.filters or fast or dtype is not None:
             weights.update(lstm.named_parameters())
