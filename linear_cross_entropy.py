@@ -3,13 +3,14 @@
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-# Bytes of gradient of the scores that exist at a time, and rows whose scores do.
+# Bytes of scores that exist at a time; rows of them that a CPU handles at once, in its caches.
 BLOCK_BYTES = 64 * 2**20
 SOFTMAX_ROWS = 64
+# Rows of a block in float16, whose sums over rows must stay below 65,504.
+FLOAT16_ROWS = 8192
 
 DTYPES = (torch.bfloat16, torch.float16, torch.float32, torch.float64)
 
@@ -18,19 +19,24 @@ def linear_cross_entropy(hidden: Tensor, weight: Tensor, bias: Tensor, targets: 
     """Mean cross-entropy of softmax(W h + b), with products in the dtype of hidden.
 
     F.cross_entropy(F.linear(hidden, weight, bias), targets) for a large vocabulary: rows go
-    through it in blocks, scores exist for a few rows at a time only, and the gradient
+    through it in blocks, whose scores are overwritten at once by what becomes their gradient,
 
         dL/dscores = (softmax(scores) - onehot(target)) / N
 
-    is made from them at once, so that nothing is stored for backward but the gradients proper.
+    (without the N, which comes last), and nothing is stored for backward but the gradients proper.
 
-    In bfloat16 the scores W h are rounded to 8 bits (their sums are accumulated in float32);
-    bias, softmax, logarithm and the sum of the losses are float32. Then dL/dscores is rounded for
-    the two products that take it. Weight and bias may (and should) be float32: they are cast here
-    and their gradients come back in float32. In float32 and float64 nothing is rounded down.
+    In bfloat16 and float16 the scores W h are rounded (their sums are accumulated in float32);
+    bias, softmax, logarithm and the sum of the losses are float32. Then softmax - onehot is rounded
+    for the two products that take it. Weight and bias may (and should) be float32: they are cast
+    here and their gradients come back in float32. In float32 and float64 nothing is rounded down.
+
+    In float16 a softmax below 2**-25 counts as 0, and scores above 65,504 are infinite. Nothing
+    else can overflow here, whatever factor the loss is scaled by, but the sum for the gradient of
+    W: of at most FLOAT16_ROWS rows of hidden, each in [-1, 1] times; |hidden| < 8 is safe. On a GPU
+    it is float32. The gradient of hidden is float16, and scaled with the loss.
 
     Args:
-        hidden: what is decoded, (N, E), bfloat16, float32 or float64; N = T·B, say.
+        hidden: what is decoded, (N, E), bfloat16, float16, float32 or float64; N = T·B, say.
         weight: decoder's matrix, (V, E), of any floating dtype.
         bias: decoder's bias, (V,), of any floating dtype.
         targets: ids of the words to predict, (N,).
@@ -43,7 +49,8 @@ def linear_cross_entropy(hidden: Tensor, weight: Tensor, bias: Tensor, targets: 
         ValueError: shapes that do not fit together, nothing to decode, or another dtype.
     """
     if hidden.dtype not in DTYPES:
-        raise ValueError(f"hidden is {hidden.dtype}; it must be bfloat16, float32 or float64")
+        names = "bfloat16, float16, float32 or float64"
+        raise ValueError(f"hidden is {hidden.dtype}; it must be {names}")
     if hidden.dim() != 2 or not hidden.numel():
         raise ValueError(f"hidden is {tuple(hidden.shape)}; it must be (N, E), neither of them 0")
     words = bias.numel()
@@ -70,15 +77,17 @@ class _LinearCrossEntropy(torch.autograd.Function):
         d_weight = None
         d_bias = torch.zeros_like(bias) if wanted[2] else None
         rows = max(1, BLOCK_BYTES // (len(bias) * hidden.itemsize))
+        if dtype == torch.float16:
+            rows = min(rows, FLOAT16_ROWS)
         for start in range(0, len(hidden), rows):
             block = slice(start, start + rows)
             part = hidden[block]
-            d_scores = part.new_empty(len(part), len(bias)) if any(wanted) else None
-            loss += _softmax(part, weight, bias, targets[block], d_scores, d_bias)
-            if d_hidden is not None and d_scores is not None:
-                torch.mm(d_scores, weight, out=d_hidden[block])
-            if wanted[1] and d_scores is not None:
-                product = (d_scores.t() @ part).to(wide)
+            scores = part @ weight.t()
+            loss += _softmax(scores, bias, targets[block], any(wanted), d_bias)
+            if d_hidden is not None:
+                torch.mm(scores, weight, out=d_hidden[block])
+            if wanted[1]:
+                product = _wide_product(scores.t(), part, wide)
                 d_weight = product if d_weight is None else d_weight.add_(product)
         ctx.save_for_backward(d_hidden, d_weight, d_bias)
         ctx.count = len(hidden)
@@ -93,28 +102,37 @@ class _LinearCrossEntropy(torch.autograd.Function):
         return (*grads, None, None)
 
 
+def _wide_product(a: Tensor, b: Tensor, wide: torch.dtype) -> Tensor:
+    """a b in a wider dtype; where it can be, the sums are never rounded to that of a and b."""
+    if a.is_cuda and a.dtype != wide:
+        return torch.mm(a, b, out_dtype=wide)
+    return (a @ b).to(wide)
+
+
 def _softmax(
-    hidden: Tensor,
-    weight: Tensor,
-    bias: Tensor,
-    targets: Tensor,
-    d_scores: Tensor | None,
-    d_bias: Tensor | None,
+    scores: Tensor, bias: Tensor, targets: Tensor, training: bool, d_bias: Tensor | None
 ) -> Tensor:
-    """Sum of the losses of some rows; fills d_scores and adds to d_bias, both for that sum."""
+    """Sum of the losses of some rows, whose gradient it puts into scores and adds to d_bias.
+
+    Args:
+        scores: without the bias, (rows, V).
+        bias: (V,), in the dtype to compute in.
+        targets: (rows,).
+        training: a gradient is wanted.
+        d_bias: (V,) or None.
+    """
     loss = bias.new_zeros(())
-    for start in range(0, len(hidden), SOFTMAX_ROWS):
-        rows = slice(start, start + SOFTMAX_ROWS)
-        wanted = targets[rows, None]
-        scores = F.linear(hidden[rows], weight).to(bias.dtype).add_(bias)
-        share = scores.softmax(dim=1)
+    step = SOFTMAX_ROWS if scores.device.type == "cpu" else len(scores)
+    for rows, wanted in zip(scores.split(step), targets[:, None].split(step), strict=True):
+        wide = rows.to(bias.dtype, copy=True).add_(bias)
+        share = wide.softmax(dim=1)
         # Of the largest score, whose share is at least 1 / V: its logarithm is safe. (To compute
         # log-softmax and exp costs twice as much.)
-        log_sum = scores.amax(1, keepdim=True) - share.amax(1, keepdim=True).log()
-        loss += (log_sum - scores.gather(1, wanted)).sum()
-        if d_scores is not None:
+        log_sum = wide.amax(1, keepdim=True) - share.amax(1, keepdim=True).log()
+        loss += (log_sum - wide.gather(1, wanted)).sum()
+        if training:
             share.scatter_add_(1, wanted, share.new_full((), -1.0).expand_as(wanted))
-            d_scores[rows].copy_(share)
+            rows.copy_(share)
             if d_bias is not None:
                 d_bias += share.sum(0)
     return loss

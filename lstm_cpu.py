@@ -4,7 +4,6 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
@@ -53,7 +52,8 @@ def lstm_layer(
         ValueError: shapes that do not fit together, no time step, no sequence, or another dtype.
     """
     _check(x, h0, c0, w_ih, w_hh, b_ih, b_hh)
-    output, h_n, c_n = _LSTMLayer.apply(x, h0, c0, w_ih, w_hh, b_ih, b_hh)
+    training = torch.is_grad_enabled()
+    output, h_n, c_n = _LSTMLayer.apply(x, h0, c0, w_ih, w_hh, b_ih, b_hh, training)
     return output, h_n, c_n
 
 
@@ -76,9 +76,17 @@ def _check(x: Tensor, h0: Tensor, c0: Tensor, w_ih: Tensor, w_hh: Tensor, *biase
 class _LSTMLayer(torch.autograd.Function):
     """The layer and its gradient.
 
-    All four gates go through one sigmoid, the fastest of the functions at hand: with the rows of
-    g doubled, tanh(a) = 2 s - 1 where s = sigmoid(2 a). Doubling is exact. So s stands for g in
-    what follows, and z for a with its part for g doubled.
+    All four gates go through one sigmoid, the fastest of the functions at hand, and tanh(a) =
+    2 sigmoid(2 a) - 1. For that the rows of g are doubled, and the cells are kept doubled. Doubling
+    is exact. In what follows z is a with its part for g doubled, s = sigmoid(z_g), k = 2 c and
+    r = sigmoid(k). Per step, everything lies gate by gate, (4, B, H): one gate is then one stretch
+    of memory, and an operation on all of them is as fast as on any other such stretch.
+
+    Operations of this size cost little more than their call. So forward keeps, instead of gates
+    and cells, what backward multiplies by; with d = dL/dh and e = dL/dk
+
+        e[t] = f[t+1] e[t+1] + 2 d o r (1 - r),   dL/dz = (e, e, e, d) * factors * sigmoid'(z),
+        factors = (2 g, k[t-1], 4 i, tanh c).
     """
 
     @staticmethod
@@ -91,102 +99,127 @@ class _LSTMLayer(torch.autograd.Function):
         w_hh: Tensor,
         b_ih: Tensor,
         b_hh: Tensor,
+        training: bool,
     ) -> tuple[Tensor, Tensor, Tensor]:
+        ctx.dtypes = [v.dtype for v in (x, h0, c0, w_ih, w_hh, b_ih, b_hh)]
         (steps, batch, width), units, dtype = x.shape, w_hh.size(1), x.dtype
         state = STATE_DTYPES[dtype]
-        w_ih, w_hh = _double_g(w_ih, dtype), _double_g(w_hh, dtype)
-        bias = _double_g(b_ih.to(state) + b_hh.to(state), dtype)
+        w_ih = _double_g(w_ih.to(dtype, copy=True))
+        w_hh = _double_g(w_hh.to(dtype, copy=True))
+        bias = _double_g((b_ih.to(state) + b_hh.to(state)).to(dtype))
         rows = x.reshape(-1, width)
 
-        z = F.linear(rows, w_ih, bias).view(steps, batch, -1)
-        gates = torch.empty_like(z, dtype=state)
+        recur = _product(w_hh, batch, bias)
+        z = (rows @ w_ih.t()).view(steps, batch, -1)
         h = x.new_empty(steps + 1, batch, units)
-        c = x.new_empty(steps + 1, batch, units, dtype=state)
-        tanh_c = torch.empty_like(c[1:])
-        h[0], c[0] = h0, c0
-        scratch = torch.empty_like(c[0])
-        recur = _product(w_hh, batch)
-        for t in range(steps):
-            i, f, s, o = gates[t].copy_(recur(z[t], h[t])).sigmoid_().chunk(4, dim=1)
-            torch.mul(f, c[t], out=c[t + 1])
-            c[t + 1].addcmul_(i, torch.sub(s, 0.5, out=scratch), value=2)
-            torch.mul(c[t + 1], 2, out=tanh_c[t]).sigmoid_().mul_(2).sub_(1)
-            h[t + 1].copy_(torch.mul(o, tanh_c[t], out=scratch))
+        h[0] = h0
+        # Per step: f; what dL/dz is a multiple of, in forward the gates; o r (1 - r).
+        saved = x.new_empty(steps if training else 1, 6, batch, units, dtype=state)
+        saved = saved.expand(steps, -1, -1, -1) if not training else saved
+        factors = torch.empty_like(saved[0, 1:5])
+        two_g, k, four_i, tanh_c = factors
+        r, scratch = torch.empty_like(k), torch.empty_like(k)
+        minus_one, minus_two = k.new_tensor(-1.0), k.new_tensor(-2.0)
+        torch.mul(c0.to(state), 2, out=k)
+        # Slices of every step at once: one by one they cost as much as small operations.
+        turns = zip(z, h[:-1], h[1:], saved[:, 1:5], *saved.unbind(1), strict=True)
+        for z_t, h_t, h_next, gates, kept_f, i, f, s, o, kept_r in turns:
+            gates.copy_(_by_gate(recur(z_t, h_t), units)).sigmoid_()
+            torch.add(minus_two, s, alpha=4, out=two_g)
+            next_k = torch.mul(f, k, out=scratch).addcmul_(i, two_g)
+            torch.sigmoid(next_k, out=r)
+            torch.add(minus_one, r, alpha=2, out=tanh_c)
+            if training:
+                _sigmoid_backward(o, r, kept_r)
+                torch.mul(i, 4, out=four_i)
+                kept_f.copy_(f)
+            h_next.copy_(torch.mul(o, tanh_c, out=r))
+            if training:
+                _sigmoid_backward(factors, gates, gates)
+            k.copy_(next_k)
 
-        ctx.save_for_backward(rows, w_ih, w_hh, gates, h, c, tanh_c)
-        ctx.dtypes = [v.dtype for v in (x, h0, c0, w_ih, w_hh, b_ih, b_hh)]
+        ctx.save_for_backward(rows, w_ih, w_hh, h, saved)
         ctx.set_materialize_grads(False)
         # Copies: the last states outlive the window, what is saved for backward does not.
-        return h[1:], h[-1].to(h0.dtype, copy=True), c[-1].to(c0.dtype, copy=True)
+        return h[1:], h[-1].to(h0.dtype, copy=True), (k / 2).to(c0.dtype)
 
     @staticmethod
     @once_differentiable
     def backward(
         ctx: Any, grad_output: Tensor | None, grad_h: Tensor | None, grad_c: Tensor | None
     ) -> tuple[Tensor | None, ...]:
-        rows, w_ih, w_hh, gates, h, c, tanh_c = ctx.saved_tensors
-        (steps, batch, units), dtype, state = tanh_c.shape, rows.dtype, gates.dtype
+        rows, w_ih, w_hh, h, saved = ctx.saved_tensors
+        (steps, _, batch, units), dtype, wanted = saved.shape, rows.dtype, ctx.needs_input_grad
         if grad_output is None:
             grad_output = h.new_zeros(()).expand(steps, batch, units)
-        dc = torch.zeros_like(c[0]) if grad_c is None else grad_c.to(state, copy=True)
         dh_next = torch.zeros_like(h[0]) if grad_h is None else grad_h.to(dtype, copy=True)
         dh_next += grad_output[-1]
 
-        dz = torch.empty_like(gates, dtype=dtype)
-        dz_t, dh, scratch = torch.empty_like(gates[0]), torch.empty_like(dc), torch.empty_like(dc)
-        by_gate = dz_t.view(batch, 4, units)
+        # What goes on to the step before; dL/dz; what is added to e
+        products = torch.zeros_like(saved[0])
+        if grad_c is not None:
+            torch.div(grad_c.to(saved.dtype), 2, out=products[0])
+        by_e, by_dh, dz_t = products[:4], products[4:], products[1:5]
         d_bias = torch.zeros_like(dz_t)
-        recur = _product(w_hh.t().contiguous(), batch)
+        dh, e = torch.empty_like(products[0]), torch.empty_like(products[0])
+        dz = saved.new_empty(steps, batch, 4 * units, dtype=dtype)
+        # As w_hh.t().contiguous(), but that takes a third longer.
+        recur = _product(torch.cat([w.t() for w in w_hh.chunk(4)], dim=1), batch)
+        kept_by_e, kept_by_dh = saved[:, :4].unbind(), saved[:, 4:].unbind()
+        e_next, e_more = products[0], products[5]
         for t in reversed(range(steps)):
-            i, f, s, o = gates[t].chunk(4, dim=1)
-            dh.copy_(dh_next)
-            # dc = dL/dc[t] += dh o (1 - tanh(c)**2)
-            torch.mul(o, tanh_c[t], out=scratch)
-            dc.addcmul_(dh, torch.addcmul(o, scratch, tanh_c[t], value=-1, out=scratch))
-            # dz = sigmoid'(z) times what each gate is multiplied by; g = 2 (s - 0.5)
-            torch.addcmul(gates[t], gates[t], gates[t], value=-1, out=dz_t)
-            by_gate[:, 0].mul_(torch.sub(s, 0.5, out=scratch))
-            by_gate[:, 1].mul_(c[t])
-            by_gate[:, 2].mul_(i)
-            by_gate[:, 3].mul_(torch.mul(tanh_c[t], dh, out=scratch))
-            by_gate[:, :3].mul_(dc[:, None])
-            by_gate[:, 0:3:2].mul_(2)
+            torch.mul(kept_by_dh[t], dh.copy_(dh_next), out=by_dh)
+            torch.add(e_next, e_more, alpha=2, out=e)
+            torch.mul(kept_by_e[t], e, out=by_e)
             d_bias += dz_t
-            dz[t].copy_(dz_t)
-            dc.mul_(f)
-            dh_next = recur(grad_output[t - 1] if t else torch.zeros_like(dh_next), dz[t])
+            _by_gate(dz[t], units).copy_(dz_t)
+            if t or wanted[1]:
+                dh_next = recur(grad_output[t - 1] if t else torch.zeros_like(dh_next), dz[t])
 
         dz = dz.view(-1, 4 * units)
-        wanted, dtypes = ctx.needs_input_grad, ctx.dtypes
-        grads: list[Tensor | None] = [None] * 7
+        grads: list[Tensor | None] = [None] * 8
         if wanted[0]:
             grads[0] = (dz @ w_ih).view(steps, batch, -1)
         if wanted[1]:
-            grads[1] = dh_next.to(dtypes[1])
+            grads[1] = dh_next.to(ctx.dtypes[1])
         if wanted[2]:
-            grads[2] = dc.to(dtypes[2])
+            grads[2] = (e_next * 2).to(ctx.dtypes[2])
         if wanted[3]:
-            grads[3] = _double_g(dz.t() @ rows, dtypes[3])
+            grads[3] = _double_g((dz.t() @ rows).to(ctx.dtypes[3]))
         if wanted[4]:
-            grads[4] = _double_g(dz.t() @ h[:-1].view(-1, units), dtypes[4])
+            grads[4] = _double_g((dz.t() @ h[:-1].view(-1, units)).to(ctx.dtypes[4]))
         for k in (5, 6):
             if wanted[k]:
-                grads[k] = _double_g(d_bias.sum(0), dtypes[k])
+                grads[k] = _double_g(d_bias.sum(1).flatten().to(ctx.dtypes[k]))
         return tuple(grads)
 
 
-def _product(weight: Tensor, batch: int) -> Callable[[Tensor, Tensor], Tensor]:
-    """The function (y, x) -> y + x W^T for many x, (B, K), and one W, (N, K).
+def _by_gate(rows: Tensor, units: int) -> Tensor:
+    """(B, 4·H) as (4, B, H)."""
+    return rows.view(-1, 4, units).transpose(0, 1)
+
+
+def _sigmoid_backward(factor: Tensor, sigmoid: Tensor, out: Tensor) -> None:
+    """Put factor * sigmoid * (1 - sigmoid) into out, in one pass."""
+    torch.ops.aten.sigmoid_backward.grad_input(factor, sigmoid, grad_input=out)
+
+
+def _product(
+    weight: Tensor, batch: int, bias: Tensor | None = None
+) -> Callable[[Tensor, Tensor], Tensor]:
+    """The function (y, x) -> y + x W^T + b for many x, (B, K), one W, (N, K), and one b, (N,).
 
     Left alone, oneDNN rearranges W for every product. Here that is done once where it can be.
-    Either way sums are accumulated in float32 (float64 for float64), y is added, and the result
-    is rounded once.
+    Either way sums are accumulated in float32 (float64 for float64), b and y are added, and the
+    result is rounded once; without packed weights y + b is rounded too.
     """
     if can_pack(weight.dtype):
         kernels = torch.ops.mkldnn
         packed = kernels._reorder_linear_weight(weight, batch)
-        return lambda y, x: kernels._linear_pointwise.binary(x, y, packed, None, "add")
-    return lambda y, x: torch.addmm(y, x, weight.t())
+        return lambda y, x: kernels._linear_pointwise.binary(x, y, packed, bias, "add")
+    if bias is None:
+        return lambda y, x: torch.addmm(y, x, weight.t())
+    return lambda y, x: torch.addmm(y + bias, x, weight.t())
 
 
 def can_pack(dtype: torch.dtype) -> bool:
@@ -201,8 +234,7 @@ def can_pack(dtype: torch.dtype) -> bool:
     return bool(kernels._is_mkldnn_bf16_supported())
 
 
-def _double_g(weight: Tensor, dtype: torch.dtype) -> Tensor:
-    """A copy in dtype, (4·H, …), in which the rows of g are doubled."""
-    weight = weight.to(dtype, copy=True)
+def _double_g(weight: Tensor) -> Tensor:
+    """weight, (4·H, …), itself, its rows of g doubled in place."""
     weight.chunk(4)[2].mul_(2)
     return weight

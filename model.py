@@ -237,7 +237,7 @@ class RNNModel(nn.Module):
         weights: dict[str, Tensor] = {}
         if isinstance(lstm, WeightDrop):
             if kernel != "cudnn" or self.filters:
-                weights, masks = lstm.masked(masks), {}
+                weights, masks = lstm.masked(masks, dtype), {}
             else:  # the layer masks them on their way into its buffer
                 weights = lstm.masked({})
             lstm = lstm.module

@@ -6,6 +6,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
 
 
 class WeightDrop(nn.Module):
@@ -63,10 +64,40 @@ class WeightDrop(nn.Module):
             shape = torch.Size([raw.size(0), *(1,) * (raw.dim() - 1)])
         return draw_weight_mask(raw, shape, self.dropout)
 
-    def masked(self, masks: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        """The dropped weights, by their names, each times its mask where it has one."""
+    def masked(
+        self, masks: Mapping[str, Tensor], dtype: torch.dtype | None = None
+    ) -> dict[str, Tensor]:
+        """The dropped weights, by their names, each times its mask where it has one.
+
+        Args:
+            masks: from draw_masks.
+            dtype: what those with a mask are cast to; their gradients come back in their own.
+                None: they are not.
+        """
         weights = {name: getattr(self.module, f"{name}_raw") for name in self.weights}
+        if dtype is not None:
+            return {n: _cast(w, masks[n], dtype) if n in masks else w for n, w in weights.items()}
         return {n: w * masks[n] if n in masks else w for n, w in weights.items()}
+
+
+class _MaskAndCast(torch.autograd.Function):
+    """(weight * mask).to(dtype) and its gradient, without a product in between of its own."""
+
+    @staticmethod
+    def forward(ctx: Any, weight: Tensor, mask: Tensor, dtype: torch.dtype) -> Tensor:
+        ctx.save_for_backward(mask)
+        return torch.mul(weight, mask, out=torch.empty_like(weight, dtype=dtype))
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None]:
+        (mask,) = ctx.saved_tensors
+        return grad.to(mask.dtype, copy=True).mul_(mask), None, None
+
+
+def _cast(weight: Tensor, mask: Tensor, dtype: torch.dtype) -> Tensor:
+    result: Tensor = _MaskAndCast.apply(weight, mask, dtype)
+    return result
 
 
 def draw_weight_mask(like: Tensor, shape: torch.Size, dropout: float) -> Tensor:
