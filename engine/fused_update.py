@@ -8,9 +8,8 @@ from torch import Tensor
 
 from bptt import Window
 from engine.fused_step import FusedStep
-from engine.gradient import WindowGradient, pieces_of
+from engine.gradient import pieces_of
 from engine.graphs import Graphs, Recorder
-from engine.loss_scale import LossScale
 from engine.ranks import Ranks
 from engine.tracking import warn
 from engine.update import Step, Updater
@@ -21,18 +20,18 @@ from nt_asgd import NTASGD
 MOST_PIECES = 8
 
 
-class FusedUpdater:
-    """What engine.update.Updater does, by FusedStep, without reading anything back.
+class FusedUpdater(Updater):
+    """The same update by FusedStep, without reading anything back.
 
     Where graphs are given, a whole update is one of them: masks, forward, backward, norm, step,
     average. Everything that differs between updates of a kind is read from memory of the device:
     the window's first row, its states, the learning rate, and what FusedStep keeps there.
 
     Args:
-        model: in training mode when called.
+        model, rows: as Updater's.
         optimizer: over the model's parameters, which are moved into a flat buffer.
-        rows, bptt, clip, alpha, beta, loss_scale, ranks: as Updater's.
         graphs: how updates are recorded; None: not at all. Not for several processes.
+        options: as Updater's.
     """
 
     def __init__(
@@ -41,25 +40,15 @@ class FusedUpdater:
         rows: Tensor,
         optimizer: NTASGD,
         *,
-        bptt: int,
-        clip: float,
-        alpha: float,
-        beta: float,
-        loss_scale: LossScale | None = None,
-        ranks: Ranks | None = None,
         graphs: Graphs | None = None,
+        **options: Any,
     ) -> None:
-        self.model = model
-        self.rows = rows
-        self.optimizer = optimizer
-        self.bptt = bptt
-        self.ranks = ranks or Ranks()
+        super().__init__(model, rows, optimizer, **options)
         self.graphs = graphs
-        self.gradient = WindowGradient(model, alpha=alpha, beta=beta, ranks=ranks)
-        self.step = FusedStep(optimizer, clip, loss_scale)
-        device = model.encoder.weight.device
-        self.start = torch.zeros((), dtype=torch.int64, device=device)
-        self.loss = torch.zeros((), device=device, dtype=model.encoder.weight.dtype)
+        self.step = FusedStep(optimizer, self.clip, self.loss_scale)
+        weight = model.encoder.weight
+        self.start = torch.zeros((), dtype=torch.int64, device=weight.device)
+        self.loss = torch.zeros((), dtype=weight.dtype, device=weight.device)
         self.hidden: Hidden = []
 
     @property
@@ -80,7 +69,7 @@ class FusedUpdater:
         gradients are wanted the update is not replayed, so that the parameters' grad is that of
         this update.
         """
-        if self.step.averaging != self.optimizer.averaging:
+        if self.step.averaging != self.step.optimizer.averaging:
             self.step.restore_averages()
         if not self.hidden:
             self.hidden = [(torch.empty_like(h), torch.empty_like(c)) for h, c in hidden]
@@ -136,7 +125,7 @@ def make_updater(
     *,
     ranks: Ranks,
     **options: Any,
-) -> Updater | FusedUpdater:
+) -> Updater:
     """The updater that goes with the model's kernel and the optimizer.
 
     Args:
