@@ -67,8 +67,8 @@ PARTS = {
 
 def print_part(name: str, sizes: Sizes, device: torch.device) -> None:
     """Find out one thing in this process; a line of JSON for each row, at once."""
-    if device.type == "cuda":
-        torch.cuda.set_device(device)
+    if device.type == "cuda" and device.index is not None:
+        torch.cuda.set_device(device)  # which wants a number
     torch.manual_seed(0)
     try:
         for row in PARTS[name].rows(sizes, Clock(device, sizes.repeats, sizes.seconds)):
@@ -122,6 +122,7 @@ def probe(output: Path, budget: float, answer: Callable[[str, float], Found]) ->
         # With its whole limit spent, more time would not help.
         over = ended != OUT_OF_TIME or left >= part.limit
         seconds = round(time.monotonic() - begin, 1)
+        rows = max(rows, results.get(name, {}).get("rows", []), key=len)
         results[name] = dict(ended=ended, over=over, seconds=seconds, rows=rows)
         write(output, results)
     if waiting := [name for name in PARTS if not results.get(name, {}).get("over")]:
