@@ -51,10 +51,11 @@ PARTS = {
     ),
     **{
         f"cudnn-{name}": Part(
-            f"cuDNN's {name}, through its own interface; input as wide as the layer",
+            f"cuDNN's {name}, through its own interface, against standard as PyTorch calls it; "
+            "input as wide as the layer",
             cudnn_api.rows_of(name), cudnn_api.headline, 75,
         )
-        for name in ("persist-static", "persist-dynamic", "persist-static-small-h")
+        for name in ("persist-static", "persist-dynamic", "persist-static-small-h", "standard")
     },
     "flattening": Part(
         "A masked weight, and where it lies", flattening.rows, flattening.headline, 60

@@ -7,7 +7,7 @@ import json
 import shutil
 import subprocess
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -73,6 +73,46 @@ def test_a_wavefront_is_whole_windows(chunks: int, stand_in: None) -> None:
         assert theirs is not None
         torch.testing.assert_close(ours, theirs, rtol=1e-11, atol=1e-12)
     assert not output[..., 6:].any()
+
+
+class FakeLanes:
+    """Notes where what is queued, and what it waits for."""
+
+    streams = (None,) * 3
+
+    def __init__(self) -> None:
+        self.queued: list[tuple[int, list[str]]] = []
+
+    def run(self, lane: int, work: Callable[[], Any], after: list[str]) -> tuple[Any, str]:
+        self.queued.append((lane, after))
+        return work(), f"{lane}:{sum(where == lane for where, _ in self.queued)}"
+
+    def mark(self) -> list[str]:
+        self.queued.clear()
+        return ["start"]
+
+    def join(self) -> None:
+        assert len(self.queued) == 6
+
+
+def test_each_layer_has_its_lane_and_waits_for_its_neighbours(stand_in: None) -> None:
+    lanes: Any = FakeLanes()
+    raws = [RawLayer(8, 8, torch.float64, CPU) for _ in range(3)]
+    x, *_, gradient = raws[0].random(4, 2)
+    waves = Wavefront(raws, 2, lanes)
+    _, found = waves.forward(x, [raw.random(1, 2)[1:3] for raw in raws])
+    # events are named LANE:TURN
+    assert sorted(lanes.queued) == [
+        (0, ["0:1"]), (0, ["start"]),
+        (1, ["0:1"]), (1, ["0:2", "1:1"]),
+        (2, ["1:1"]), (2, ["1:2", "2:1"]),
+    ]  # fmt: skip
+    waves.backward(gradient, found)
+    assert sorted(lanes.queued) == [
+        (0, ["1:1"]), (0, ["1:2", "0:1"]),
+        (1, ["2:1"]), (1, ["2:2", "1:1"]),
+        (2, ["2:1"]), (2, ["start"]),
+    ]  # fmt: skip
 
 
 class FakeStream:
@@ -169,6 +209,7 @@ def library(tmp_path_factory: pytest.TempPathFactory) -> Any:
 @pytest.mark.parametrize(
     ("algorithm", "accepted"),
     [
+        ("standard", "packed"),
         ("persist-static", "unpacked"),
         ("persist-dynamic", "packed"),
         ("persist-static-small-h", "no"),

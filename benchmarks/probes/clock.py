@@ -35,8 +35,10 @@ class Sizes:
     batch: int = 20
     multiple: int = 8
     last: tuple[int, int, int] = (1152, 512, 24)  # input, units, batch: cuDNN may persist
-    api_units: tuple[int, ...] = (1152, 1024, 512)
-    api_batches: tuple[int, ...] = (24, 16, 80)
+    api_shapes: tuple[tuple[int, int], ...] = (  # units, batch
+        (1152, 24), (1152, 20), (1152, 16), (1152, 80),
+        (1024, 24), (1024, 20), (1024, 16), (1024, 80), (512, 24),
+    )  # fmt: skip
     matmul: int = 8192
     copied: int = 2**31
     repeats: int = 200
@@ -45,7 +47,7 @@ class Sizes:
 
 TINY = Sizes(
     steps=7, padded=(16, 14), batches=(2,), units=14, emsize=6, vocabulary=11, batch=3,
-    last=(16, 8, 4), api_units=(16,), api_batches=(2,), matmul=32, copied=1024, repeats=2,
+    last=(16, 8, 4), api_shapes=((16, 2),), matmul=32, copied=1024, repeats=2,
     seconds=0.01,
 )  # fmt: skip
 SIZES = dict(ptb=Sizes(), tiny=TINY)
