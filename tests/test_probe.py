@@ -222,13 +222,12 @@ def test_cudnns_interface(algorithm: str, accepted: str, library: Any) -> None:
         (name, accepted) for name in ("fp16", "bf16")
     ]
     for row in rows:
-        assert row["standard all ms"] > 0
         if accepted == "no":
             assert "packed: cudnnSetRNNDescriptor_v8: NOT_SUPPORTED (small)" in row["note"]
         else:
             assert "note" not in row
             assert row["differs"] == 0
-            assert row["all ms"] > 0
+            assert min(row["all ms"], row["standard all ms"]) > 0
     assert ("refused" in cudnn_api.headline(rows)) == (accepted == "no")
 
 
@@ -280,10 +279,10 @@ def test_a_part_out_of_time(tmp_path: Path) -> None:
         return probe.OUT_OF_TIME if limit < 60 else probe.DONE, rows
 
     output = tmp_path / "a.md"
-    with pytest.raises(RunError, match="no time for device, layers"):
+    with pytest.raises(RunError, match="no time for device, "):
         probe.probe(output, 14, answer)
     assert not limits
-    with pytest.raises(RunError, match="no time for device, layers"):
+    with pytest.raises(RunError, match="no time for device, "):
         probe.probe(output, 30, answer)
     assert "| device | out of time |" in output.read_text()
     assert "device card" in output.read_text()

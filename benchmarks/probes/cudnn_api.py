@@ -173,12 +173,17 @@ def _measure(
     given = (values, x, d_y, h, c)
     usual = USUAL[precision]
     standard, _, expected = _accepted(cudnn, 0, data, shape, given, [usual])
-    row |= {f"standard {name}": ms for name, ms in _times(standard, clock, x, d_y, h, c).items()}
     row["accepted"] = "no"
     others = [variant for variant in VARIANTS if (algorithm, variant) != ("standard", usual)]
     layer, variant, found = _accepted(cudnn, ALGORITHMS[algorithm], data, shape, given, others)
     row |= dict(accepted=variant, differs=distance(found, expected))
     row |= _times(layer, clock, x, d_y, h, c)
+    row |= {f"standard {name}": ms for name, ms in _times(standard, clock, x, d_y, h, c).items()}
+    for name, call in (
+        ("forward", lambda: layer.forward(x, h, c)),
+        ("data", lambda: layer.backward_data(d_y, h, c)),
+    ):
+        row |= {f"{name} {what}": value for what, value in clock.kernels(call).items()}
 
 
 def _accepted(
