@@ -44,7 +44,7 @@ class Sizes:
     matmul: int = 8192
     copied: int = 2**31
     repeats: int = 200
-    seconds: float = 0.4  # of one measurement, after which it ends with fewer repeats
+    seconds: float = 0.6  # of one measurement, after which it ends with fewer repeats
 
 
 TINY = Sizes(
