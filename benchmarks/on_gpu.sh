@@ -77,9 +77,9 @@ step() {
 }
 
 step gpu-tests 300 "$python" -m pytest -m gpu
-step training-penn 150 "$python" -m benchmarks.training --recipe penn --updates 200 \
+step training-penn 200 "$python" -m benchmarks.training --recipe penn --updates 200 \
   --output "$state/training-penn.md"
-step training-wikitext-2 150 "$python" -m benchmarks.training --recipe wikitext-2 --updates 100 \
+step training-wikitext-2 200 "$python" -m benchmarks.training --recipe wikitext-2 --updates 100 \
   --output "$state/training-wikitext-2.md"
 left=$((deadline - SECONDS - 15))
 step probe 300 "$python" -m benchmarks.probe --output "$state/probe.md" \

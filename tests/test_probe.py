@@ -15,7 +15,6 @@ from typing import Any
 import pytest
 import torch
 from conftest import ROOT
-from cudnn_on_cpu import cudnn_on_cpu
 from torch import Tensor, nn
 
 from benchmarks import probe
@@ -30,14 +29,8 @@ CLOCK = Clock(CPU, 2, 0.0)
 ON_CPU = ("--sizes", "tiny", "--device", "cpu")
 
 
-@pytest.fixture
-def stand_in() -> Iterator[None]:
-    with cudnn_on_cpu():
-        yield
-
-
 @pytest.mark.parametrize("chunks", [1, 3, 11])
-def test_a_wavefront_is_whole_windows(chunks: int, stand_in: None) -> None:
+def test_a_wavefront_is_whole_windows(chunks: int, with_cudnn: None) -> None:
     """Against nn.LSTM by autograd, in float64: output, and every gradient."""
     widths = [5, 7, 9, 6]
     raws = [RawLayer(widths[i], widths[i + 1], torch.float64, CPU, 8) for i in range(3)]
@@ -95,7 +88,7 @@ class FakeLanes:
         assert len(self.queued) == 6
 
 
-def test_each_layer_has_its_lane_and_waits_for_its_neighbours(stand_in: None) -> None:
+def test_each_layer_has_its_lane_and_waits_for_its_neighbours(with_cudnn: None) -> None:
     lanes: Any = FakeLanes()
     raws = [RawLayer(8, 8, torch.float64, CPU) for _ in range(3)]
     x, *_, gradient = raws[0].random(4, 2)
@@ -134,7 +127,7 @@ class FakeStream:
 
 
 @pytest.fixture
-def fake_gpu(monkeypatch: pytest.MonkeyPatch, stand_in: None) -> None:
+def fake_gpu(monkeypatch: pytest.MonkeyPatch, with_cudnn: None) -> None:
     """torch.cuda's streams, events, graphs and profiler, for tensors that are on the CPU."""
 
     @contextlib.contextmanager
@@ -239,7 +232,7 @@ def in_this_process(name: str, limit: float) -> probe.Found:
     return ended, [json.loads(line) for line in out.getvalue().splitlines()]
 
 
-def test_what_is_known_is_written_and_not_asked_again(tmp_path: Path, stand_in: None) -> None:
+def test_what_is_known_is_written_and_not_asked_again(tmp_path: Path, with_cudnn: None) -> None:
     output = tmp_path / "probe.md"
     asked = []
 

@@ -61,31 +61,39 @@ class Update:
 def rows(sizes: Sizes, clock: Clock) -> Iterator[Row]:
     """Eager against graph; then one, two and four graphs at once."""
     for precision in ("bf16", "fp16", "tf32"):
-        row: Row = dict(run="eager", precision=precision)
-        with noted(row):
+        eager: Row = dict(run="eager", precision=precision)
+        graph: Row = dict(run="graph", precision=precision)
+        with noted(eager):
             update = Update(sizes, compute_in(precision, clock.device), clock.device)
             expected = [t.clone() for t in update()]
-            row["ms a model"] = clock.ms(lambda _: update())  # noqa: B023 — called in this turn
-            row["host ms"] = clock.host_ms(lambda _: update())  # noqa: B023
-            row["loss"] = float(expected[0])
-            row["repeats itself to"] = distance(update(), expected)
-        yield row
-        row = dict(run="graph", precision=precision)
-        with noted(row):
-            start = time.perf_counter()
-            replay, found = clock.capture(update)
-            row["capture s"] = time.perf_counter() - start
-            row["ms a model"] = clock.ms(lambda _: replay())  # noqa: B023
-            row["host ms"] = clock.host_ms(lambda _: replay())  # noqa: B023
-            row["loss"] = float(found[0])
-            row["differs from eager"] = distance(found, expected)
-        yield row
+            _measure_eager(update, expected, clock, eager)
+            with noted(graph):
+                _measure_graph(update, expected, clock, graph)
+        yield eager
+        yield graph
     for precision in ("bf16", "tf32"):
         for count in (1, 2, 4):
-            row = dict(run=f"{count} graphs at once", precision=precision)
+            row: Row = dict(run=f"{count} graphs at once", precision=precision)
             with noted(row):
                 _measure_together(count, sizes, compute_in(precision, clock.device), clock, row)
             yield row
+
+
+def _measure_eager(update: Update, expected: list[Tensor], clock: Clock, row: Row) -> None:
+    row["ms a model"] = clock.ms(lambda _: update())
+    row["host ms"] = clock.host_ms(lambda _: update())
+    row["loss"] = float(expected[0])
+    row["repeats itself to"] = distance(update(), expected)
+
+
+def _measure_graph(update: Update, expected: list[Tensor], clock: Clock, row: Row) -> None:
+    start = time.perf_counter()
+    replay, found = clock.capture(update)
+    row["capture s"] = time.perf_counter() - start
+    row["ms a model"] = clock.ms(lambda _: replay())
+    row["host ms"] = clock.host_ms(lambda _: replay())
+    row["loss"] = float(found[0])
+    row["differs from eager"] = distance(found, expected)
 
 
 def _measure_together(count: int, sizes: Sizes, dtype: torch.dtype, clock: Clock, row: Row) -> None:
