@@ -122,6 +122,6 @@ def _measure_together(count: int, sizes: Sizes, dtype: torch.dtype, clock: Clock
 
 
 def headline(rows: list[Row]) -> str:
-    """Milliseconds of an update in bf16, each way."""
+    """Milliseconds of an update of one model in bf16, each way."""
     some = [r for r in rows if r.get("precision") == "bf16" and "ms a model" in r]
-    return "bf16 ms: " + ", ".join(f"{r['run']} {r['ms a model']:.2f}" for r in some)
+    return ", ".join(f"{r['run']} {r['ms a model']:.2f}" for r in some)

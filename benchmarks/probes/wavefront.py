@@ -239,4 +239,4 @@ def _flat(waves: Wavefront, x: Tensor, states: States, gradient: Tensor) -> list
 def headline(rows: list[Row]) -> str:
     """Milliseconds forward and backward in bf16, each way."""
     some = [r for r in rows if r.get("precision") == "bf16" and "both ms" in r]
-    return "bf16 ms: " + ", ".join(f"{r['run']} {r['both ms']:.2f}" for r in some)
+    return ", ".join(f"{r['run']} {r['both ms']:.2f}" for r in some)
