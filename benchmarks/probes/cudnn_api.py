@@ -97,7 +97,9 @@ class Layer:
                 base, matrix, unused[0], byref(places[0]), unused[1], byref(places[1]),
             )  # fmt: skip
             for place, shape in zip(places, ((units, units), (units,)), strict=True):
-                start = ((place.value or base) - base) // buffer.itemsize
+                if place.value is None:
+                    raise RefusedError(f"cudnnGetRNNWeightParams: matrix {matrix} has no place")
+                start = (place.value - base) // buffer.itemsize
                 numbers = torch.Size(shape).numel()
                 found.append(buffer[start : start + numbers].view(shape))
         return found
