@@ -20,6 +20,7 @@ from engine.fused_update import FusedUpdater
 from engine.graphs import CudaRecorder, Graphs, Recorder, Work
 from engine.interrupt import Interrupt
 from engine.loss_scale import LossScale
+from engine.ranks import Ranks
 from engine.run_folder import RunFolder
 from engine.tracking import Tracker, WandbOptions
 from engine.trainer import Trainer
@@ -104,6 +105,19 @@ def make_trainer(tmp_path: Path) -> Iterator[MakeTrainer]:
         yield lambda *args, **changes: build_trainer(tmp_path, stack, *args, **changes)
 
 
+class Mirrored(Ranks):
+    """Two processes, the other one of which computes what this one does."""
+
+    def __init__(self) -> None:
+        super().__init__(0, 2)
+
+    def average(self, tensors: list[Tensor]) -> None:
+        assert all(tensor.isfinite().all() for tensor in tensors)
+
+    def gather(self, columns: Tensor, dim: int) -> Tensor:
+        return torch.cat([columns, columns], dim)
+
+
 def build_trainer(
     tmp_path: Path,
     stack: ExitStack,
@@ -121,6 +135,7 @@ def build_trainer(
     tied: bool = True,
     device: str = "cpu",
     compute: torch.dtype | None = None,
+    processes: int = 1,
     **changes: Any,
 ) -> Trainer:
     corpus = load_corpus(write_corpus(tmp_path / "corpus", lines=300))
@@ -137,6 +152,7 @@ def build_trainer(
     trainer = Trainer(
         model, NTASGD(model.parameters(), 3.0, wdecay), windows, corpus,
         options, folder, Interrupt(), identity={}, loss_scale=loss_scale, recorder=recorder,
+        ranks=Mirrored() if processes == 2 else None,
     )  # fmt: skip
     trainer.tracker = tracker
     return trainer
@@ -174,6 +190,7 @@ CHANGES: list[dict[str, Any]] = [
     {}, dict(nlayers=1), dict(tied=False, nlayers=2), dict(grad_filter=2.0), *OFF,
     dict(zip(RATES, [0.0] * 5, strict=True), grad_filter=0.5, nlayers=1, tied=False),
     *(dict(scheme=name) for name in SCHEMES),
+    dict(processes=2, grad_filter=2.0),
 ]  # fmt: skip
 
 
@@ -190,7 +207,8 @@ def test_it_is_the_plain_update_recorded_or_not(
     for a, b in zip(eager, plain, strict=True):
         torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-6)
     assert all(torch.equal(a, b) for a, b in zip(recorded, eager, strict=True))
-    if changes.get("scheme") == "full":  # an update an epoch, of many pieces
+    if changes.get("scheme") == "full" or "processes" in changes:
+        # an update an epoch, of many pieces; or updates that wait for others
         assert (recorder.ran, recorder.recorded) == (0, 0)
     else:
         assert 0 < recorder.recorded < recorder.replayed
