@@ -15,8 +15,9 @@ from engine.checkpoint import damage_reported
 from engine.device import available_memory
 from engine.errors import RunError
 from engine.estimate import training_memory
+from engine.graphs import CudaRecorder
 from engine.loss_scale import LossScale
-from engine.precision import DTYPES, choose_precision, fast_kernel
+from engine.precision import DTYPES, choose_kernel, choose_precision
 from engine.program import UsageError
 from engine.ranks import Ranks
 from engine.run_folder import RunFolder
@@ -84,12 +85,28 @@ def set_precision(args: argparse.Namespace, model: RNNModel) -> tuple[str, str]:
         precision = choose_precision(args.precision, device)
     except ValueError as error:
         raise UsageError(f"argument --precision: {error}") from None
-    fast, reason = fast_kernel(precision, device)
+    kernel, reason = choose_kernel(precision, device)
     if args.kernel == "plain":
-        fast, reason = False, "as asked"
-    model.compute_in(DTYPES[precision], fast)
-    kernel = "fast" if fast else "plain"
+        kernel, reason = "plain", "as asked"
+    model.compute_in(DTYPES[precision], kernel)
     return precision, f"| precision {precision} | {kernel} kernel, {reason}"
+
+
+def build_recorder(
+    args: argparse.Namespace, model: RNNModel, device: torch.device, ranks: Ranks
+) -> tuple[CudaRecorder | None, str]:
+    """What records updates on a GPU, and a line about it where the question arises."""
+    if device.type != "cuda" or args.kernel == "plain":
+        return None, ""
+    for no, reason in (
+        (model.kernel == "plain", "the kernel is plain"),
+        (args.kernel == "eager", "as asked"),
+        (args.optimizer != "sgd", f"--optimizer {args.optimizer} steps by itself"),
+        (ranks.size > 1, f"there are {ranks.size} processes"),
+    ):
+        if no:
+            return None, f" | updates are not recorded: {reason}"
+    return CudaRecorder(device), " | updates are recorded as CUDA graphs"
 
 
 def build_loss_scale(args: argparse.Namespace, precision: str) -> LossScale | None:

@@ -162,8 +162,11 @@ def _add_precision(group: Any) -> None:
         "with bf16 or fp16, products of evaluation are tf32)"
     )
     add_choice(group, "--precision", ["auto", "fp32", "tf32", "bf16", "fp16"], what)
-    what = "auto: the fast one where there is one; plain: torch's own layers, the reference"
-    add_choice(group, "--kernel", ["auto", "plain"], what)
+    what = (
+        "auto: the fast one where there is one; eager: the same, but a GPU's updates are not "
+        "recorded as CUDA graphs; plain: torch's own layers and step, the reference"
+    )
+    add_choice(group, "--kernel", ["auto", "eager", "plain"], what)
     what = "factor on the loss while gradients are taken (dynamic for fp16; else none)"
     add_flag(group, "--loss-scale", None, what, loss_scale, "dynamic|X")
     what = "where the dynamic loss scale stays between"

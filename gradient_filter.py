@@ -47,6 +47,9 @@ class GradientFilter(nn.Module):
         self.batch_dim = batch_dim
         self.threshold = threshold
         self.gather: Callable[[Tensor], Tensor] | None = None
+        # backward passes, sequences, those masked below 0.9, smallest mask, summed parameter mask
+        self.statistics: Tensor
+        self.register_buffer("statistics", torch.empty(5, dtype=torch.float64), persistent=False)
         self.reset_statistics()
 
     def forward(self, x: Tensor, *params: Tensor) -> tuple[Tensor, ...]:
@@ -57,20 +60,20 @@ class GradientFilter(nn.Module):
 
     def reset_statistics(self) -> None:
         """Start counting anew."""
-        # backward passes, sequences, those masked below 0.9, smallest mask, summed parameter mask
-        self.statistics = torch.tensor([0.0, 0.0, 0.0, 1.0, 0.0], dtype=torch.float64)
+        self.statistics.zero_()
+        self.statistics[3] = 1
 
     def note(self, mask: Tensor, param_mask: Tensor) -> None:
         """Count one backward pass: mask of each sequence, (B,), and the parameters'.
 
-        Nothing is read back from the device.
+        Nothing is read back from the device, and the statistics stay where they are in memory.
         """
-        old = self.statistics.to(mask.device)
+        old = self.statistics
         new = [old[0] + 1, old[1] + mask.numel(), old[2] + (mask < 0.9).sum()]
         new += [torch.minimum(old[3], mask.min().double()), old[4] + param_mask.double()]
         # What overflowed is no mask; where the loss is scaled, such an update is skipped.
         counted = torch.stack(new)
-        self.statistics = torch.where(torch.isfinite(counted).all(), counted, old)
+        self.statistics.copy_(torch.where(torch.isfinite(counted).all(), counted, old))
 
     def summary(self) -> dict[str, float]:
         """What was counted since the last reset; reads it from the device.

@@ -1,5 +1,8 @@
 """Locked (variational) dropout: one mask for all time steps."""
 
+from typing import Any
+
+import torch
 from torch import Tensor, nn
 
 
@@ -35,3 +38,29 @@ def draw_mask(like: Tensor, shape: tuple[int, ...], dropout: float) -> Tensor:
         dropout: probability of dropping, in [0, 1).
     """
     return like.new_empty(shape).bernoulli_(1 - dropout).div_(1 - dropout)
+
+
+def apply_mask(x: Tensor, mask: Tensor) -> Tensor:
+    """x * mask in the dtype of x, of 16 bits, say, where mask is float32: by one kernel.
+
+    The product is rounded once, so that it equals (x * mask).to(x.dtype), and so does the
+    gradient.
+
+    Args:
+        x: (T, B, F).
+        mask: (1, B, F); it has no gradient.
+    """
+    masked: Tensor = _Masked.apply(x, mask)
+    return masked
+
+
+class _Masked(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, mask: Tensor) -> Tensor:
+        ctx.save_for_backward(mask)
+        return torch.mul(x, mask, out=torch.empty_like(x))
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None]:
+        (mask,) = ctx.saved_tensors
+        return torch.mul(grads[0], mask, out=torch.empty_like(grads[0])), None

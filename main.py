@@ -16,6 +16,7 @@ from assembly import (
     build_loss_scale,
     build_model,
     build_optimizer,
+    build_recorder,
     build_scheme,
     check_memory,
     open_tracker,
@@ -85,6 +86,7 @@ def start(
         return
     check_memory(args, model, corpus)
     precision, computing = set_precision(args, model)
+    recorder, recording = build_recorder(args, model, device, ranks)
     with RunFolder(args.save, writes=ranks.leader) as folder, Interrupt() as interrupt:
         flags = {name: value for name, value in vars(args).items() if name != "dry_run"}
         trainer = Trainer(
@@ -99,6 +101,7 @@ def start(
             loss_scale=build_loss_scale(args, precision),
             probe=probe if args.diagnostics else None,
             ranks=ranks,
+            recorder=recorder,
         )
         if state is not None:  # before any file is touched: the state may be damaged
             with damage_reported(Path(args.resume)):
@@ -111,14 +114,14 @@ def start(
             warn(f"the run that was in {folder.folder} is now in {aside}")
         commit = git_commit()
         session: dict[str, Any] = dict(argv=list(argv), from_update=trainer.at.update)
-        session.update(precision=precision, kernel="fast" if model.fast else "plain")
+        session.update(precision=precision, kernel=model.kernel, recorded=recorder is not None)
         session.update(processes=ranks.size, fingerprint=corpus.fingerprint)
         session.update(versions=versions(), git_commit=commit)
         tracker = open_tracker(args, folder, dict(flags, git_commit=commit), state)
         exit_code = 1
         try:
             folder.write_config(flags, session, resumed=state is not None)
-            print(computing, file=sys.stderr)
+            print(computing + recording, file=sys.stderr)
             run(args, trainer, tracker)
             exit_code = 0
         finally:

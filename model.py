@@ -1,6 +1,7 @@
 """The AWD-LSTM language model."""
 
 from dataclasses import dataclass
+from itertools import pairwise
 from typing import Any
 
 import torch
@@ -10,8 +11,9 @@ from torch import Tensor, nn
 from embed_regularize import embedded_dropout
 from gradient_filter import GradientFilter
 from linear_cross_entropy import linear_cross_entropy
-from locked_dropout import draw_mask
+from locked_dropout import apply_mask, draw_mask
 from lstm_cpu import lstm_layer
+from lstm_cudnn import CudnnLSTM, pad_last, unpad_last
 from weight_drop import WeightDrop, lend_weights
 
 Hidden = list[tuple[Tensor, Tensor]]
@@ -100,8 +102,6 @@ class RNNModel(nn.Module):
         self.wdrop = wdrop
         self.tie_weights = tie_weights
         self.grad_filter = grad_filter
-        self.compute_in(None)
-
         self.encoder = nn.Embedding(ntoken, ninp)
         sizes = self.layer_sizes
         rnns: list[nn.Module] = [nn.LSTM(sizes[i], sizes[i + 1]) for i in range(nlayers)]
@@ -115,6 +115,7 @@ class RNNModel(nn.Module):
         if tie_weights:
             self.decoder.weight = self.encoder.weight
         self.init_weights()
+        self.compute_in(None)
 
     @property
     def layer_sizes(self) -> list[int]:
@@ -127,18 +128,26 @@ class RNNModel(nn.Module):
         """The gradient filters, one a layer; none where they are off."""
         return [gate for gate in self.filters if isinstance(gate, GradientFilter)]
 
-    def compute_in(self, dtype: torch.dtype | None, fast: bool = False) -> None:
+    def compute_in(self, dtype: torch.dtype | None, kernel: str = "plain") -> None:
         """Say in what training computes its layers and its decoder; no checkpoint knows of it.
 
         Args:
             dtype: what their weights and inputs are cast to, bfloat16 or float16; None: they stay
                 as they are. Weights, their gradients, states, penalties and the loss stay
                 float32 in any case, and evaluation does not change.
-            fast: compute with lstm_cpu and linear_cross_entropy, not with nn.LSTM and
-                F.cross_entropy.
+            kernel: "plain": nn.LSTM and F.cross_entropy; "cpu": lstm_cpu and
+                linear_cross_entropy; "cudnn": lstm_cudnn, for the device and the dtype that the
+                weights have now, and linear_cross_entropy.
         """
         self.compute_dtype = dtype
-        self.fast = fast
+        self.kernel = kernel
+        self.cudnn_layers: list[CudnnLSTM] = []
+        if kernel == "cudnn":
+            weight = self.encoder.weight
+            self.cudnn_layers = [
+                CudnnLSTM(width, units, dtype or weight.dtype, weight.device)
+                for width, units in pairwise(self.layer_sizes)
+            ]
 
     def config(self) -> dict[str, Any]:
         """The keywords that build this model again, plain numbers and strings."""
@@ -203,38 +212,53 @@ class RNNModel(nn.Module):
         for layer in range(self.nlayers):
             x, state = self._run_layer(layer, x, hidden[layer], masks.weights[layer])
             new_hidden.append(state)
-            raw_outputs.append(x)
-            x = drop(x, masks.locked[layer + 1])
-            outputs.append(x)
-        result = x.flatten(0, 1)
+            units, mask = state[0].size(-1), masks.locked[layer + 1]
+            raw_outputs.append(unpad_last(x, units))
+            if self._kernel == "cudnn" and layer < self.nlayers - 1 and mask is not None:
+                x = apply_mask(x, pad_last(mask, x.size(-1)))  # stays padded, and in its dtype
+            else:
+                x = drop(raw_outputs[-1], mask)
+            outputs.append(unpad_last(x, units))
+        result = outputs[-1].flatten(0, 1)
         if return_h:
             return result, new_hidden, raw_outputs, outputs
         return result, new_hidden
+
+    @property
+    def _kernel(self) -> str:
+        return self.kernel if self.training else "plain"
 
     def _run_layer(
         self, layer: int, x: Tensor, hidden: tuple[Tensor, Tensor], masks: dict[str, Tensor]
     ) -> Any:
         """One LSTM over (T, B, units) with its weights under their masks, behind its filter."""
         lstm: Any = self.rnns[layer]
+        kernel, dtype = self._kernel, self.compute_dtype if self.training else None
         weights: dict[str, Tensor] = {}
-        dtype = self.compute_dtype if self.training else None
         if isinstance(lstm, WeightDrop):
-            lstm, weights = lstm.module, lstm.masked(masks, dtype)
-        fast = self.fast and self.training
-        if self.filters or fast or dtype is not None:
+            if kernel != "cudnn" or self.filters:
+                cast_to = None if kernel == "cudnn" else dtype
+                weights, masks = lstm.masked(masks, cast_to), {}
+            else:  # the layer masks them on their way into its buffer
+                weights = lstm.masked({})
+            lstm = lstm.module
+        if self.filters or kernel != "plain" or dtype is not None:
             weights.update(lstm.named_parameters())
             weights = {name: w for name, w in weights.items() if not name.endswith("_raw")}
         if dtype is not None:
             x = x.to(dtype)
-            if not fast:  # lstm_layer casts them itself
+            if kernel == "plain":  # the others cast them themselves
                 weights = {name: w.to(dtype) for name, w in weights.items()}
         if self.filters:
             x, *filtered = self.filters[layer](x, *weights.values())
             weights = dict(zip(weights, filtered, strict=True))
         h, c = hidden
-        if fast:
+        if kernel != "plain":
             names = ("weight_ih_l0", "weight_hh_l0", "bias_ih_l0", "bias_hh_l0")
-            output, h, c = lstm_layer(x, h[0], c[0], *(weights[name] for name in names))
+            listed = [weights[name] for name in names]
+            if kernel == "cudnn":
+                return self.cudnn_layers[layer](x, hidden, listed, masks.get("weight_hh_l0"))
+            output, h, c = lstm_layer(x, h[0], c[0], *listed)
             return output, (h[None], c[None])
         with lend_weights(lstm, weights):
             output, (h_n, c_n) = lstm(x, (h.to(x.dtype), c.to(x.dtype)))
@@ -249,8 +273,8 @@ class RNNModel(nn.Module):
         """
         weight, bias = self.decoder.weight, self.decoder.bias
         dtype = self.compute_dtype if self.training else None
-        if self.fast and self.training:
-            return linear_cross_entropy(result.to(dtype), weight, bias, targets)
+        if self._kernel != "plain":
+            return linear_cross_entropy(result.to(dtype or result.dtype), weight, bias, targets)
         if dtype is None:
             return F.cross_entropy(self.decoder(result), targets)
         logits = F.linear(result.to(dtype), weight.to(dtype), bias.to(dtype))

@@ -23,9 +23,10 @@ from benchmarks.baseline import BaselineModel, BaselineStep
 from bptt import VariableWindows, Window
 from data.corpus import Corpus, Vocabulary
 from engine.device import keep_freed_memory, peak_memory, select_device
+from engine.graphs import CudaRecorder
 from engine.interrupt import Interrupt
 from engine.loss_scale import LossScale
-from engine.precision import DTYPES, choose_precision, fast_kernel
+from engine.precision import DTYPES, choose_kernel, choose_precision
 from engine.run_folder import RunFolder
 from engine.tracking import Tracker, WandbOptions
 from engine.trainer import Trainer
@@ -63,17 +64,25 @@ def zipf_corpus(ntoken: int, tokens: int) -> Corpus:
 
 
 def ours(
-    precision: str,
+    path: str,
     recipe: dict[str, Any],
     corpus: Corpus,
     device: torch.device,
     stack: ExitStack,
 ) -> Update:
-    """The trainer's own update in a precision, by the kernel that main.py would take."""
+    """The trainer's own update, by the kernel that main.py would take, or by --kernel's.
+
+    Args:
+        path: PRECISION or PRECISION-KERNEL.
+    """
+    precision, _, asked = path.partition("-")
+    kernel = "plain" if asked == "plain" else choose_kernel(precision, device)[0]
+    recorded = device.type == "cuda" and not asked
     model = RNNModel(
         "LSTM", recipe["ntoken"], recipe["ninp"], recipe["nhid"], recipe["nlayers"],
         **recipe["dropouts"], tie_weights=True,
     ).to(device)  # fmt: skip
+    model.compute_in(DTYPES[precision], kernel)
     folder = stack.enter_context(
         RunFolder(Path(stack.enter_context(tempfile.TemporaryDirectory())) / "run.pt")
     )
@@ -84,10 +93,10 @@ def ours(
         model, NTASGD(model.parameters(), LR, WDECAY), VariableWindows(recipe["bptt"], 1), corpus,
         options, folder, Interrupt(), identity={},
         loss_scale=LossScale() if precision == "fp16" else None,
+        recorder=CudaRecorder(device) if recorded else None,
     )  # fmt: skip
     trainer.tracker = stack.enter_context(closing(Tracker(folder.folder, {}, WandbOptions())))
     model.train()
-    model.compute_in(DTYPES[precision], fast_kernel(precision, device)[0])
 
     def update(window: Window) -> float:
         choose_precision(precision, device)  # what float32 products may do is the process's
@@ -128,16 +137,17 @@ def baseline(
 
 def paths_on(device: torch.device) -> list[str]:
     """The paths that a device can take; the last one is what they are held against."""
-    precisions = ["fp32", "bf16"]
+    ours = ["fp32", "bf16", "bf16-plain"]
     if device.type == "cuda":
-        precisions = ["fp32", "tf32", "bf16", "fp16"]
-    return [*precisions, "baseline-bf16", "baseline-fp32"]
+        ours = ["fp32", "tf32", "bf16", "fp16"]
+        ours += ["bf16-eager", "fp16-eager", "tf32-plain", "bf16-plain", "fp16-plain"]
+    return [*ours, "baseline-bf16", "baseline-fp32"]
 
 
 def start(path: str, *arguments: Any) -> Update:
     """Set up a path by its name."""
-    kind, _, precision = path.rpartition("-")
-    return (baseline if kind else ours)(precision, *arguments)
+    kind, _, precision = path.partition("-")
+    return baseline(precision, *arguments) if kind == "baseline" else ours(path, *arguments)
 
 
 def _timed(device: torch.device, work: Callable[[], object]) -> float:
@@ -165,6 +175,11 @@ def measure(
         steps = {name: start(name, recipe, corpus, device, stack) for name in paths}
         num_steps = len(corpus.train) // recipe["batch_size"] - 1
         windows = list(VariableWindows(recipe["bptt"], 2).windows(num_steps))[: updates + 2]
+        if device.type == "cuda":  # graphs are recorded when a length comes a second time
+            for window in {window.length: window for window in windows}.values():
+                for name in paths:
+                    for _ in range(2):
+                        steps[name](window)
         seconds: dict[str, list[float]] = {name: [] for name in paths}
         for turn, window in enumerate(windows):
             shift = turn % len(paths)  # so that none always follows the same one
@@ -189,11 +204,14 @@ def measure(
 
 
 def memory_alone(recipe: str, path: str, device: str) -> int:
-    """Peak memory of one path in a process of its own, bytes: the median of three processes."""
+    """Peak memory of one path in a process of its own, bytes.
+
+    On a CPU the median of three processes; on a GPU, whose allocator counts, one tells.
+    """
     command = [sys.executable, "-m", "benchmarks.training", "--recipe", recipe, "--updates", "8"]
     command += ["--device", device, "--only", path]
     peaks = []
-    for _ in range(3):
+    for _ in range(1 if device.startswith("cuda") else 3):
         result = subprocess.run(command, capture_output=True, text=True, check=True)
         peaks.append(int(json.loads(result.stdout)["peak_memory"]))
     return int(statistics.median(peaks))
@@ -219,7 +237,8 @@ def table(args: argparse.Namespace, results: dict[str, Any], device: torch.devic
         f"{'malloc keeps freed memory; ' if args.keep_memory else ''}"
         f"medians over {args.updates} updates, the paths in turn on the same windows; ratio: the "
         "float32 baseline's time over a path's own, median of the pairs; memory: peak of each path "
-        "in a process of its own, median of three.",
+        "in a process of its own, median of three (one on a GPU). A path is a precision by the "
+        "fastest kernel, or by `--kernel eager` or `plain`; the baselines are stock parts.",
         "",
         f"| {args.recipe} | tokens/s | ratio | ms/update | p90 | s/epoch | memory, MiB |",
         "|---|---:|---:|---:|---:|---:|---:|",
@@ -255,7 +274,7 @@ def main() -> int:
         return 0
     results = measure(recipe, paths_on(device), args.updates, device)
     for name in paths_on(device):
-        results[name]["memory"] = memory_alone(args.recipe, name, args.device)
+        results[name]["memory"] = memory_alone(args.recipe, name, str(device))
     text = table(args, results, device)
     print(text)
     if args.output:

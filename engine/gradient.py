@@ -67,7 +67,7 @@ class Run:
     loss: Tensor | None
     objective: Tensor | None
 
-    def backward(self, arriving: list[Tensor], scale: float) -> None:
+    def backward(self, arriving: list[Tensor], scale: float | Tensor) -> None:
         """Add to the parameters' grad.
 
         Args:
@@ -77,7 +77,7 @@ class Run:
         tensors, gradients = [], list[Tensor]()
         if self.objective is not None:
             tensors.append(self.objective)
-            gradients.append(torch.full_like(self.objective, scale))
+            gradients.append(torch.ones_like(self.objective) * scale)
         if arriving:
             tensors += _flat(self.after)
             gradients += arriving
@@ -110,7 +110,7 @@ class WindowGradient:
         self.beta = beta
 
     def __call__(
-        self, window: Window, rows: Tensor, hidden: Hidden, scale: float = 1.0
+        self, window: Window, rows: Tensor, hidden: Hidden, scale: float | Tensor = 1.0
     ) -> tuple[Tensor, Hidden]:
         """Take the gradient of one window.
 
@@ -145,7 +145,7 @@ class WindowGradient:
         rows: Tensor,
         hidden: Hidden,
         masks: Masks,
-        scale: float,
+        scale: float | Tensor,
     ) -> tuple[list[Hidden], list[Tensor]]:
         """Forward, then backward, through pieces none of which is cut off from the one before.
 

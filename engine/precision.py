@@ -42,14 +42,16 @@ def choose_precision(name: str, device: torch.device) -> str:
     return name
 
 
-def fast_kernel(precision: str, device: torch.device) -> tuple[bool, str]:
-    """Whether a fast kernel (see RNNModel.compute_in) applies, and why or why not."""
-    if device.type != "cpu":
-        return False, "which calls cuDNN; the fast one is for bf16 on a CPU"
+def choose_kernel(precision: str, device: torch.device) -> tuple[str, str]:
+    """The fastest kernel (see RNNModel.compute_in) for a precision, and why it is this one."""
+    if device.type == "cuda":
+        if not torch.backends.cudnn.is_available():
+            return "plain", "this PyTorch has no cuDNN"
+        return "cudnn", "over weights of its own"
     if precision != "bf16":
-        return False, f"the fast one is for bf16, not {precision}"
+        return "plain", f"on a CPU the fast one is for bf16, not {precision}"
     packed = "" if can_pack(torch.bfloat16) else "; this CPU or PyTorch cannot pack its weights"
-    return True, f"for bf16 on a CPU{packed}"
+    return "cpu", f"for bf16{packed}"
 
 
 def _try_out(name: str, dtype: torch.dtype, device: torch.device) -> None:

@@ -15,15 +15,16 @@ from data.corpus import Corpus, batchify
 from engine.checkpoint import save_model, save_training_state
 from engine.device import random_state, restore_random_state
 from engine.errors import DivergenceError
-from engine.finite_watch import FiniteWatch
+from engine.fused_update import make_updater
+from engine.graphs import Recorder
 from engine.interrupt import Interrupt
 from engine.loss_scale import LossScale
 from engine.ranks import Ranks
 from engine.report import RULE, epoch_line, interval_line
 from engine.run_folder import RunFolder
+from engine.tally import Tally
 from engine.tracking import Progress, Tracker
 from engine.training_state import Position, Stopwatch, TrainingOptions
-from engine.update import Updater
 from evaluation.plain import evaluate, perplexity
 from model import RNNModel, repackage_hidden
 from nt_asgd import NTASGD
@@ -47,6 +48,8 @@ class Trainer:
             before clipping; what it returns is logged.
         ranks: the processes that share the batch's columns, all of which have to train; only the
             leader writes to the folder. None: there is one.
+        recorder: records updates on a GPU that are then replayed, where the model's kernel is
+            cuDNN's and the optimizer an NTASGD; None: each is launched kernel by kernel.
 
     Raises:
         ValueError: the training text is too short for the batch.
@@ -65,6 +68,7 @@ class Trainer:
         loss_scale: LossScale | None = None,
         probe: Callable[[RNNModel, Tensor], dict[str, float]] | None = None,
         ranks: Ranks | None = None,
+        recorder: Recorder | None = None,
     ) -> None:
         self.model = model
         self.optimizer = optimizer
@@ -78,16 +82,6 @@ class Trainer:
         self.loss_scale = loss_scale
         self.probe = probe
         self.ranks = ranks = ranks or Ranks()
-        self.updater = Updater(
-            model,
-            optimizer,
-            bptt=options.bptt,
-            clip=options.clip,
-            alpha=options.alpha,
-            beta=options.beta,
-            loss_scale=loss_scale,
-            ranks=ranks,
-        )
         if ranks.size > 1:
             for gate in model.gradient_filters:
                 gate.gather = lambda norms: ranks.gather(norms, 0)
@@ -97,9 +91,26 @@ class Trainer:
         self.num_steps = len(self.rows) - 1
         self.hidden = model.init_hidden(self.rows.size(1))
         self.at = Position()
-        self._interval_loss = torch.zeros((), dtype=torch.float64, device=self.device)
-        self._grad_norm = torch.zeros((), device=self.device)
-        self._watch = FiniteWatch(self._describe_divergence, self.device)
+        self.updater = make_updater(
+            model,
+            self.rows,
+            optimizer,
+            recorder,
+            bptt=options.bptt,
+            clip=options.clip,
+            alpha=options.alpha,
+            beta=options.beta,
+            loss_scale=loss_scale,
+            ranks=ranks,
+        )
+        self.tally = Tally(
+            self.device,
+            lambda: self.at,
+            loss_scale,
+            self.updater.settle,
+            lambda event, **values: self.tracker.log(event, **values),
+            self._describe_divergence,
+        )
         self._stopwatch = Stopwatch(self.at)
         self._last_checkpoint = time.monotonic()
 
@@ -152,7 +163,6 @@ class Trainer:
 
     def update(self, window: Window) -> None:
         """One update of the weights from one window of text."""
-        rows = self.rows[window.start : window.start + window.length + 1]  # (T + 1, B)
         tokens = window.counted * self.options.batch_size
         self.at.batch += 1
         self.at.update += 1
@@ -160,25 +170,16 @@ class Trainer:
 
         probed = self.is_probed(self.at.update)
         wanted = probed or self.is_logged(self.at.batch)
-        scale = self.loss_scale and self.loss_scale.value
-        step = self.updater(window, rows, self.hidden, wanted)
+        step = self.updater(window, self.hidden, wanted, probed)
         self.hidden = step.hidden
-        if step.skipped:
-            self.at.interval_skipped += 1
-            self.at.interval_skipped_tokens += tokens
-        else:
-            self._watch.push(self.at.update, step.loss, step.norm)
-            if step.norm is not None:
-                self._grad_norm = step.norm
-            self._interval_loss += step.loss.double() * tokens
-        if self.loss_scale and (step.skipped or self.loss_scale.value != scale):
-            found = dict(scale=self.loss_scale.value, overflow=step.skipped)
-            self.tracker.log("loss_scale", step=self.at.update, **found)
+        self.tally.add(self.at.update, step, tokens)
+        if self.updater.waits:
+            self.tally.check()
         self.at.tokens += tokens
         self.at.interval_tokens += tokens
         self.at.interval_updates += 1
         self._stopwatch.lap(training=True)
-        if probed and not step.skipped:
+        if probed:
             self.log_probe()
 
     # Around the loop
@@ -189,10 +190,12 @@ class Trainer:
         return self.probe is not None and every is not None and update % every == 0
 
     def log_probe(self) -> None:
-        """Log what the probe finds; the time it takes is not training's."""
+        """Log what the probe finds, unless the update was skipped; its time is not training's."""
         assert self.probe is not None
-        self._watch.check()
-        figures = self.probe(self.model, self._grad_norm)
+        self.tally.check()
+        if self.tally.skipped == self.at.update:
+            return
+        figures = self.probe(self.model, self.tally.grad_norm)
         self.tracker.log("diagnostics", step=self.at.update, epoch=self.at.epoch, **figures)
         self._stopwatch.lap()
 
@@ -202,10 +205,10 @@ class Trainer:
 
     def log_interval(self, progress: Progress) -> None:
         """Report the updates since the last report."""
-        self._watch.check()
+        self.tally.check()
         at, lr = self.at, self.optimizer.param_groups[0]["lr"]
         counted = at.interval_tokens - at.interval_skipped_tokens
-        loss = float(self._interval_loss) / counted if counted else math.nan
+        loss = float(self.tally.summed) / counted if counted else math.nan
         self._stopwatch.lap(training=True)
         line = interval_line(
             epoch=at.epoch,
@@ -230,13 +233,13 @@ class Trainer:
             loss=loss,
             ppl=perplexity(loss),
             lr=lr,
-            grad_norm=float(self._grad_norm),
+            grad_norm=float(self.tally.grad_norm),
             tokens_per_second=at.interval_tokens / max(at.interval_seconds, 1e-9),
             **acting,
         )
         for gate in self.model.gradient_filters:
             gate.reset_statistics()
-        self._interval_loss.zero_()
+        self.tally.summed.zero_()
         at.begin_interval()
 
     def end_epoch(self) -> None:
@@ -260,7 +263,7 @@ class Trainer:
 
     def validate(self) -> float:
         """Measure the weights as they would be saved, print and log it; nats per token."""
-        self._watch.check()
+        self.tally.check()
         with self.evaluated_weights():
             loss = self.ranks.from_leader(self._evaluate() if self.ranks.leader else 0.0)
         self._stopwatch.lap()
@@ -343,7 +346,7 @@ class Trainer:
 
     def checkpoint(self) -> None:
         """Write all that an exact resume needs."""
-        self._watch.check()
+        self.tally.check()
         self._stopwatch.lap()
         state = self.state_dict()
         if self.ranks.leader:
@@ -353,7 +356,7 @@ class Trainer:
 
     def state_dict(self) -> dict[str, Any]:
         """Tensors and plain values from which load_state_dict continues."""
-        self.at.interval_loss = float(self._interval_loss)
+        self.at.interval_loss = float(self.tally.summed)
         return dict(
             self.identity,
             model=self.model.state_dict(),
@@ -362,7 +365,7 @@ class Trainer:
             hidden=self.ranks.gather_hidden(repackage_hidden(self.hidden)),
             position=asdict(self.at),
             loss_scale=self.loss_scale.state_dict() if self.loss_scale else {},
-            filters=[gate.statistics for gate in self.model.gradient_filters],
+            filters=[gate.statistics.clone() for gate in self.model.gradient_filters],
             random=random_state(self.device),
             tracking=self.tracker.state_dict(),
         )
@@ -375,11 +378,12 @@ class Trainer:
         hidden = self.ranks.share_hidden(state["hidden"])
         self.hidden = [(h.to(self.device), c.to(self.device)) for h, c in hidden]
         for gate, statistics in zip(self.model.gradient_filters, state["filters"], strict=True):
-            gate.statistics = statistics
+            gate.statistics.copy_(statistics)
         if self.loss_scale:
             self.loss_scale.load_state_dict(state["loss_scale"])
+        self.updater.restore()
         self.at = Position(**state["position"])
-        self._interval_loss.fill_(self.at.interval_loss)
+        self.tally.summed.fill_(self.at.interval_loss)
         restore_random_state(state["random"], self.device)
 
     def _describe_divergence(self, what: str, update: int) -> str:

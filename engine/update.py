@@ -19,13 +19,14 @@ class Step:
     loss: mean cross-entropy of the counted rows without the penalties, nats per token.
     norm: the gradient's global norm before clipping; None if neither clipped nor wanted.
     hidden: the states that the next window starts from.
-    skipped: its gradients overflowed, and the weights are as they were.
+    overflow: 1 if its gradients overflowed and the weights are as they were, else 0; None: its
+        loss was not scaled.
     """
 
     loss: Tensor
     norm: Tensor | None
     hidden: Hidden
-    skipped: bool = False
+    overflow: Tensor | None = None
 
 
 class Updater:
@@ -33,6 +34,7 @@ class Updater:
 
     Args:
         model: in training mode when called.
+        rows: word ids of the text, (N, B), on the model's device.
         optimizer: over the model's parameters, with the learning rates of an update in which
             bptt rows count.
         bptt: how many rows the learning rate is meant for.
@@ -40,6 +42,7 @@ class Updater:
         alpha: weight of AR, 0: off.
         beta: weight of TAR, 0: off.
         loss_scale: factor on the loss while gradients are taken; None: 1, and nothing is skipped.
+            Whoever calls adapts it, before the next update.
         ranks: the processes that share the batch, whose losses and gradients are averaged; None:
             there is one.
     """
@@ -47,6 +50,7 @@ class Updater:
     def __init__(
         self,
         model: RNNModel,
+        rows: Tensor,
         optimizer: torch.optim.Optimizer,
         *,
         bptt: int,
@@ -57,6 +61,7 @@ class Updater:
         ranks: Ranks | None = None,
     ) -> None:
         self.model = model
+        self.rows = rows
         self.optimizer = optimizer
         self.bptt = bptt
         self.clip = clip
@@ -64,24 +69,34 @@ class Updater:
         self.ranks = ranks or Ranks()
         self.gradient = WindowGradient(model, alpha=alpha, beta=beta, ranks=ranks)
 
+    @property
+    def waits(self) -> bool:
+        """Whether each update was waited for, since the next one's scale depends on it."""
+        return self.loss_scale is not None
+
     def __call__(
-        self, window: Window, rows: Tensor, hidden: Hidden, want_norm: bool = False
+        self,
+        window: Window,
+        hidden: Hidden,
+        want_norm: bool = False,
+        want_gradients: bool = False,
     ) -> Step:
         """Update the weights once.
 
         Args:
             window: how its text is run.
-            rows: the window's word ids and those of one row more, (T + 1, B).
             hidden: states before the window; their history is cut off.
             want_norm: the gradient's norm is wanted even if nothing is clipped.
+            want_gradients: the parameters' grad is looked at afterwards; here it always can be.
 
         Returns:
             See Step. Nothing is read back from the device, unless the loss is scaled: whether
-            this update overflowed decides on the next one's scale.
+            this update is to be skipped.
         """
         self.optimizer.zero_grad(set_to_none=True)
         scale = 1.0 if self.loss_scale is None else self.loss_scale.value
-        loss, hidden = self.gradient(window, rows, hidden, scale)
+        text = self.rows[window.start : window.start + window.length + 1]
+        loss, hidden = self.gradient(window, text, hidden, scale)
         gradients = [p.grad for p in self.model.parameters() if p.grad is not None]
         self.ranks.average([loss, *gradients])
         if self.loss_scale is None:
@@ -92,13 +107,18 @@ class Updater:
         norm = self._clip_gradients(True)
         assert norm is not None
         # A loss that is not finite is no matter of scale: it was taken before scaling.
-        overflowed = bool(torch.isfinite(loss) & ~torch.isfinite(norm))
-        if skipped := overflowed and not self.loss_scale.hopeless:
+        overflow = torch.isfinite(loss) & ~torch.isfinite(norm)
+        if overflow:
             self.optimizer.zero_grad(set_to_none=True)
         else:
             self._step(window.counted / self.bptt)
-        self.loss_scale.note(overflowed)
-        return Step(loss, norm, hidden, skipped)
+        return Step(loss, norm, hidden, overflow)
+
+    def settle(self, overflow: bool) -> None:
+        """Learn what became of an update; there is nothing to be done about it here."""
+
+    def restore(self) -> None:
+        """What was loaded into optimizer and loss scale is used as it is."""
 
     def _clip_gradients(self, want_norm: bool) -> Tensor | None:
         parameters = list(self.model.parameters())

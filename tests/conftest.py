@@ -14,6 +14,7 @@ import pytest
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 import torch
+from cudnn_on_cpu import cudnn_on_cpu
 
 import main
 
@@ -45,6 +46,13 @@ def _fresh_random_state() -> Iterator[None]:
 @pytest.fixture(params=["cpu", pytest.param("cuda", marks=pytest.mark.gpu)])
 def device(request: pytest.FixtureRequest) -> torch.device:
     return torch.device(request.param)
+
+
+@pytest.fixture
+def with_cudnn() -> Iterator[None]:
+    """cuDNN's LSTM is there, on a CPU, too."""
+    with cudnn_on_cpu():
+        yield
 
 
 @pytest.fixture

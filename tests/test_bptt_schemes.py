@@ -27,7 +27,6 @@ from engine.run_folder import RunFolder
 from engine.tracking import Tracker, WandbOptions
 from engine.trainer import Trainer
 from engine.training_state import TrainingOptions
-from engine.update import Updater
 from gradient_filter import GradientFilter
 from model import Masks, RNNModel, repackage_hidden
 from nt_asgd import NTASGD
@@ -236,8 +235,8 @@ def assert_same_epoch(trainer: Trainer, updates: list[Update]) -> None:
         trainer.update(window)
         loss = reference.run(update, masks)
         n = len(update.counted) * BATCH
-        assert float(trainer._interval_loss) == pytest.approx(loss * n, rel=1e-10)
-        trainer._interval_loss.zero_()
+        assert float(trainer.tally.summed) == pytest.approx(loss * n, rel=1e-10)
+        trainer.tally.summed.zero_()
         weights = {n: p.detach() for n, p in trainer.model.named_parameters()}
         torch.testing.assert_close(weights, reference.weights, rtol=1e-8, atol=1e-11)
         if number < len(updates) - 1:
@@ -483,8 +482,8 @@ def test_fixed_and_variable_are_the_plain_loop_bit_for_bit(
     other = trainers[1]
     for window in other.scheme.windows(ROWS):
         other.update(window)
-    assert float(other._interval_loss) == float(total)
-    assert torch.equal(other._grad_norm, norms[-1])
+    assert float(other.tally.summed) == float(total)
+    assert torch.equal(other.tally.grad_norm, norms[-1])
     assert len(norms) == other.at.update
     for a, b in zip(one.model.parameters(), other.model.parameters(), strict=True):
         assert torch.equal(a, b)
@@ -498,7 +497,7 @@ def test_activations_of_one_segment_are_held_at_a_time(make_trainer: MakeTrainer
     def peak(window: Window, rows: int) -> int:
         trainer = make_trainer(FixedWindows(ROWS), ROWS)
         trainer.num_steps = rows
-        updater: Updater = trainer.updater
+        updater = trainer.updater
         alive, most = 0, 0
 
         class Held:
@@ -512,9 +511,9 @@ def test_activations_of_one_segment_are_held_at_a_time(make_trainer: MakeTrainer
                 nonlocal alive
                 alive -= self.tensor.numel()
 
-        ids = torch.randint(0, trainer.model.ntoken, (rows + 1, BATCH))
+        updater.rows = torch.randint(0, trainer.model.ntoken, (rows + 1, BATCH))
         with torch.autograd.graph.saved_tensors_hooks(Held, lambda held: held.tensor):
-            updater(window, ids, trainer.hidden)
+            updater(window, trainer.hidden)
         assert most > 0
         return most
 

@@ -4,11 +4,16 @@ import warnings
 
 import pytest
 import torch
+from cudnn_on_cpu import cudnn_on_cpu
 
+import assembly
+import cli
 from engine.device import peak_memory, random_state, restore_random_state, select_device
-from engine.errors import DivergenceError
-from engine.finite_watch import FiniteWatch
+from engine.late_look import LateLook
+from engine.precision import choose_kernel
 from engine.provenance import versions
+from engine.ranks import Ranks
+from model import RNNModel
 
 CUDA = torch.device("cuda")
 
@@ -65,16 +70,55 @@ def test_random_states_and_memory(fake_cuda: list[str]) -> None:
 
 
 @pytest.mark.parametrize("device", ["cpu", "cuda"])
-def test_divergence_is_noticed_an_update_later(fake_cuda: list[str], device: str) -> None:
-    watch = FiniteWatch(lambda what, update: f"{what} at {update}", torch.device(device))
-    watch.push(1, torch.tensor(2.0), torch.tensor(1.0))
-    watch.push(2, torch.tensor(2.0), torch.tensor(float("inf")))
-    with pytest.raises(DivergenceError, match="gradient norm is inf at 2"):
-        watch.push(3, torch.tensor(2.0), None)
-    watch.push(4, torch.tensor(float("nan")), None)
-    with pytest.raises(DivergenceError, match="loss is nan at 4"):
-        watch.check()
-    watch.check()
+def test_an_updates_values_are_looked_at_one_update_later(
+    fake_cuda: list[str], device: str
+) -> None:
+    seen: list[tuple[int, list[float]]] = []
+    look = LateLook[int](lambda what, values: seen.append((what, values)), torch.device(device))
+    look.push(1, [torch.tensor(2.0), torch.tensor(1.0)])
+    assert seen == []
+    look.push(2, [torch.tensor(2.0), torch.tensor(float("inf")), torch.tensor(True)])
+    assert seen == [(1, [2.0, 1.0])]
+    look.push(3, [torch.tensor(5.0)])
+    look.check()
+    look.check()
+    assert seen[1:] == [(2, [2.0, float("inf"), 1.0]), (3, [5.0])]
     # the wait for an update comes after the next one has been recorded
-    expected = ["record", "record", "synchronize", "record", "synchronize", "record"]
+    expected = ["record", "record", "synchronize", "record", "synchronize"]
     assert fake_cuda == ([*expected, "synchronize"] if device == "cuda" else [])
+
+
+@pytest.mark.parametrize(
+    ("flags", "processes", "expected"),
+    [
+        ("", 1, "cudnn kernel, over weights of its own | updates are recorded as CUDA graphs"),
+        ("--kernel eager", 1, "of its own | updates are not recorded: as asked"),
+        (
+            "--optimizer adam --lr 0.1",
+            1,
+            "of its own | updates are not recorded: --optimizer adam steps by itself",
+        ),
+        ("", 2, "of its own | updates are not recorded: there are 2 processes"),
+        ("--kernel plain", 1, "plain kernel, as asked"),
+    ],
+)
+def test_what_a_gpu_computes_with_is_said(
+    monkeypatch: pytest.MonkeyPatch, flags: str, processes: int, expected: str
+) -> None:
+    args, _ = cli.parse_training(flags.split())
+    model = RNNModel("LSTM", 9, 4, 4, 1, tie_weights=True)
+    monkeypatch.setattr(assembly, "choose_precision", lambda *_: "tf32")
+    monkeypatch.setattr(assembly, "choose_kernel", lambda *_: choose_kernel("tf32", CUDA))
+    monkeypatch.setattr(torch.backends.cudnn, "is_available", lambda: True)
+    monkeypatch.setattr(assembly, "CudaRecorder", lambda device: device)
+    with cudnn_on_cpu():
+        _, line = assembly.set_precision(args, model)
+    recorder, more = assembly.build_recorder(args, model, CUDA, Ranks(0, processes))
+    assert (line + more).endswith(expected)
+    assert (recorder is not None) == expected.endswith("CUDA graphs")
+    assert assembly.build_recorder(args, model, torch.device("cpu"), Ranks()) == (None, "")
+
+
+def test_without_cudnn_the_kernel_is_plain(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.backends.cudnn, "is_available", lambda: False)
+    assert choose_kernel("bf16", CUDA) == ("plain", "this PyTorch has no cuDNN")

@@ -271,9 +271,9 @@ def test_gate_figures_count() -> None:
 def updated(model: RNNModel, rows: Tensor, hidden: Any, clip: float) -> tuple[Tensor, Tensor]:
     """Loss and norm of training's own update, whose gradients stay in the model."""
     optimizer = NTASGD(model.parameters(), 1e-9)
-    updater = Updater(model, optimizer, bptt=STEPS, clip=clip, alpha=2.0, beta=1.0)
+    updater = Updater(model, rows, optimizer, bptt=STEPS, clip=clip, alpha=2.0, beta=1.0)
     torch.manual_seed(6)
-    step = updater(Window(0, len(rows) - 1), rows, hidden, want_norm=True)
+    step = updater(Window(0, len(rows) - 1), hidden, want_norm=True)
     assert step.norm is not None
     return step.loss, step.norm
 

@@ -3,6 +3,7 @@
 import json
 import math
 import random
+import re
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -13,6 +14,7 @@ from conftest import TINY, Result, write_corpus
 from torch import Tensor, nn
 
 from bptt import Window
+from engine.fused_update import FusedUpdater
 from engine.gradient import WindowGradient
 from engine.loss_scale import MOST_IN_A_ROW, LossScale
 from engine.precision import choose_precision
@@ -53,26 +55,29 @@ def loss_and_gradients(
     return float(loss), grads
 
 
+@pytest.mark.usefixtures("with_cudnn")
 @pytest.mark.parametrize(
-    ("dtype", "fast", "tolerance"),
+    ("dtype", "kernel", "tolerance"),
     [
-        (torch.bfloat16, False, 0.03),
-        (torch.bfloat16, True, 0.03),
-        (torch.float16, False, 0.004),
-        (None, False, 1e-5),
-        (torch.float32, True, 1e-5),
+        (torch.bfloat16, "plain", 0.03),
+        (torch.bfloat16, "cpu", 0.03),
+        (torch.bfloat16, "cudnn", 0.03),
+        (torch.float16, "plain", 0.004),
+        (None, "plain", 1e-5),
+        (torch.float32, "cpu", 1e-5),
+        (None, "cudnn", 1e-5),
     ],
 )
 @pytest.mark.parametrize(
     "changes", [{}, dict(grad_filter=0.5), dict(tie_weights=False, wdrop=0, nlayers=1)]
 )
 def test_loss_and_gradients_against_float64(
-    dtype: torch.dtype | None, fast: bool, tolerance: float, changes: dict[str, Any]
+    dtype: torch.dtype | None, kernel: str, tolerance: float, changes: dict[str, Any]
 ) -> None:
     model, exact = make_model(**changes), make_model(**changes).double()
     rows = torch.randint(0, 40, (12, 6))
     masks = model.draw_masks(6)
-    model.compute_in(dtype, fast)
+    model.compute_in(dtype, kernel)
     scale = 1024.0 if dtype == torch.float16 else 1.0
     loss, grads = loss_and_gradients(model, rows, masks, scale)
     expected, exact_grads = loss_and_gradients(exact, rows, cast(masks, torch.float64))
@@ -86,7 +91,7 @@ def test_evaluation_stays_in_full_precision() -> None:
     model = make_model().eval()
     words = torch.randint(0, 40, (9, 4))
     expected, _ = model(words, model.init_hidden(4))
-    model.compute_in(torch.bfloat16, fast=True)
+    model.compute_in(torch.bfloat16, kernel="cpu")
     found, hidden = model(words, model.init_hidden(4))
     assert torch.equal(found, expected)
     assert found.dtype == hidden[0][0].dtype == torch.float32
@@ -140,22 +145,35 @@ class Planted(nn.Module):
         return grad * math.inf if self.update in self.when else grad
 
 
-def test_an_overflowing_update_changes_neither_weights_nor_average() -> None:
+UPDATERS = {"plain": Updater, "cudnn": FusedUpdater}
+
+
+@pytest.mark.usefixtures("with_cudnn")
+@pytest.mark.parametrize("kernel", list(UPDATERS))
+def test_an_overflowing_update_changes_neither_weights_nor_average(kernel: str) -> None:
     model = make_model()
+    model.compute_in(None, kernel)
     optimizer = NTASGD(model.parameters(), lr=1.0, nonmono=0)
     optimizer.averaging = True
-    scale = LossScale(2.0**10, window=3)
-    updater = Updater(model, optimizer, bptt=6, clip=0.25, alpha=2, beta=1, loss_scale=scale)
+    scale, rows = LossScale(2.0**10, window=3), torch.randint(0, 40, (7, 5))
+    options: dict[str, Any] = dict(bptt=6, clip=0.25, alpha=2, beta=1, loss_scale=scale)
+    updater = UPDATERS[kernel](model, rows, optimizer, **options)
     Planted(model.decoder.bias, {3, 4})
-    hidden, rows = model.init_hidden(5), torch.randint(0, 40, (7, 5))
+    hidden = model.init_hidden(5)
     scales, counts = [], []
     for update in range(1, 9):
         before = [p.detach().clone() for p in model.parameters()]
-        step = updater(Window(0, 6), rows, hidden)
+        step = updater(Window(0, 6), hidden)
         hidden = step.hidden
-        assert step.skipped == (update in (3, 4))
+        assert step.overflow is not None
+        assert bool(step.overflow) == (update in (3, 4))
         same = all(torch.equal(a, b) for a, b in zip(before, model.parameters(), strict=True))
-        assert same == step.skipped
+        assert same == bool(step.overflow)
+        updater.settle(bool(step.overflow))
+        scale.note(bool(step.overflow))
+        if isinstance(updater, FusedUpdater):  # which goes by its own
+            assert float(updater.step.scale) == scale.value
+            assert float(updater.step.count) == optimizer.num_averaged
         scales.append(scale.value)
         counts.append(optimizer.num_averaged)
     assert scales == [1024, 1024, 512, 256, 256, 256, 512, 512]
@@ -165,17 +183,15 @@ def test_an_overflowing_update_changes_neither_weights_nor_average() -> None:
     assert all(torch.isfinite(average).all() for average in averages)
 
 
-def test_overflows_without_end_are_divergence() -> None:
-    model = make_model()
-    optimizer = NTASGD(model.parameters(), lr=1.0)
-    scale = LossScale()
-    updater = Updater(model, optimizer, bptt=6, clip=0, alpha=0, beta=0, loss_scale=scale)
-    Planted(model.decoder.bias, set(range(1, 100)))
-    rows = torch.randint(0, 40, (7, 5))
-    steps = [updater(Window(0, 6), rows, model.init_hidden(5)) for _ in range(MOST_IN_A_ROW + 1)]
-    assert [step.skipped for step in steps] == [True] * MOST_IN_A_ROW + [False]
-    assert steps[-1].norm is not None
-    assert not torch.isfinite(steps[-1].norm)  # which the trainer's watch makes an error of
+def test_overflows_without_end_are_divergence(run: Run, tmp_path: Path, flags: list[str]) -> None:
+    """Such a scale overflows float16 whatever the weights are."""
+    extra = ["--precision", "fp16", "--loss-scale", "1e12", "--epochs", "9"]
+    result = run(*flags, *extra, "--save", tmp_path / "a.pt")
+    assert result.code == 1
+    assert re.search(rf"gradient norm is (inf|nan) at update {MOST_IN_A_ROW + 1} ", result.err)
+    found = [event for event in events(tmp_path / "a") if event["event"] == "loss_scale"]
+    assert len(found) == MOST_IN_A_ROW + 1
+    assert all(event["overflow"] for event in found)
 
 
 # Through main.py

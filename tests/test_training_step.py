@@ -174,14 +174,14 @@ SETTINGS = [
 ]
 
 
-@pytest.mark.parametrize("fast", [False, True])
+@pytest.mark.usefixtures("with_cudnn")
+@pytest.mark.parametrize("kernel", ["plain", "cpu", "cudnn"])
 @pytest.mark.parametrize("setting", SETTINGS)
 def test_two_updates_equal_the_equations(
-    make_trainer: MakeTrainer, setting: Setting, fast: bool
+    make_trainer: MakeTrainer, setting: Setting, kernel: str
 ) -> None:
     trainer = make_trainer(setting, torch.device("cpu"))
-    if fast:
-        trainer.model.compute_in(torch.float64, fast=True)
+    trainer.model.compute_in(None if kernel == "plain" else torch.float64, kernel)
     trainer.model.train()
     hidden = [tuple(s.clone() for s in pair) for pair in trainer.hidden]
     for start in (0, STEPS):
@@ -191,16 +191,16 @@ def test_two_updates_equal_the_equations(
         trainer.update(Window(start, STEPS))
         torch.set_rng_state(random_state)
         loss, norm, states, new = update_by_hand(weights, rows, hidden, setting, STEPS / BPTT)
-        assert float(trainer._interval_loss) == pytest.approx(loss * STEPS * BATCH, rel=1e-10)
+        assert float(trainer.tally.summed) == pytest.approx(loss * STEPS * BATCH, rel=1e-10)
         if setting.clip:
-            assert float(trainer._grad_norm) == pytest.approx(norm, rel=1e-9)
+            assert float(trainer.tally.grad_norm) == pytest.approx(norm, rel=1e-9)
         for name, parameter in trainer.model.named_parameters():
             torch.testing.assert_close(parameter.detach(), new[name], rtol=1e-9, atol=1e-11)
         for (h, c), (h2, c2) in zip(trainer.hidden, states, strict=True):
             torch.testing.assert_close(h[0], h2, rtol=1e-9, atol=1e-11)
             torch.testing.assert_close(c[0], c2, rtol=1e-9, atol=1e-11)
         hidden = [(h.detach()[None], c.detach()[None]) for h, c in states]
-        trainer._interval_loss.zero_()
+        trainer.tally.summed.zero_()
 
 
 def test_gradients_of_a_window_do_not_reach_the_one_before(make_trainer: MakeTrainer) -> None:

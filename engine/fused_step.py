@@ -1,0 +1,135 @@
+"""Clipping, weight decay, SGD and averaging in a few kernels, with nothing read back."""
+
+from itertools import accumulate
+
+import torch
+from torch import Tensor
+
+from engine.loss_scale import LossScale
+from nt_asgd import NTASGD
+
+# Parameters start at multiples of so many numbers in the flat buffer.
+ALIGNMENT = 64
+# As in torch.nn.utils.clip_grad_norm_.
+NORM_EPS = 1e-6
+
+
+class FusedStep:
+    """NTASGD's step after clipping, for gradients whose loss may have been scaled.
+
+    With S the scale, N the norm of the gradients over S, and lr, wd the optimizer's:
+
+        w <- w - lr (g / (S max(1, (N + 1e-6) / clip)) + wd w)
+
+    by one kernel over all parameters, and the average of the iterates by one more. The parameters
+    are moved into one flat buffer, their averages into another; gradients may lie anywhere. What
+    changes from update to update (learning rate, scale, count of the average) lies on the device,
+    where an overflow is found, the update skipped and the scale adapted, by LossScale's rules. So
+    a captured graph of it stays right, and no update waits for the one before.
+
+    N is taken of the scaled gradients, in their dtype: float32 overflows where S N does at 1.8e19,
+    which counts as an overflow, too.
+
+    The optimizer and the loss scale stay what a checkpoint is made of: `settle` keeps up theirs,
+    once the caller has learned what became of an update, and `restore` takes it over.
+
+    Args:
+        optimizer: with one group of parameters, all of a floating dtype and on one device.
+        clip: largest global norm of the gradient; 0: any.
+        loss_scale: the scale to start from, and its rules; None: 1, and nothing is skipped.
+    """
+
+    def __init__(self, optimizer: NTASGD, clip: float, loss_scale: LossScale | None = None) -> None:
+        (group,) = optimizer.param_groups
+        self.optimizer = optimizer
+        self.clip = clip
+        self.loss_scale = loss_scale
+        self.params: list[Tensor] = group["params"]
+        self.weight_decay: float = group["weight_decay"]
+        sizes = [-(-p.numel() // ALIGNMENT) * ALIGNMENT for p in self.params]
+        self.starts = [0, *accumulate(sizes)]
+        like = self.params[0].detach()
+        self.values = like.new_zeros(self.starts[-1])
+        for p, view in zip(self.params, self._views(self.values), strict=True):
+            p.data = view.copy_(p.detach())
+        self.averages: Tensor | None = None
+        self.averaging = False
+        zero = torch.zeros((), device=like.device)
+        self.rate, self.norm = zero.clone(), zero.clone().to(like.dtype)
+        self.overflow = None if loss_scale is None else zero.clone()
+        self.scale, self.clean = zero.clone(), zero.clone().int()
+        self.count = zero.clone().to(like.dtype)
+        self.restore()
+
+    def _views(self, flat: Tensor) -> list[Tensor]:
+        """The parameters' places in a flat buffer."""
+        return [
+            flat[start : start + p.numel()].view(p.shape)
+            for start, p in zip(self.starts, self.params, strict=False)
+        ]
+
+    def restore(self) -> None:
+        """Take over what the optimizer and the loss scale say: at the start and after loading."""
+        if self.loss_scale is not None:
+            self.scale.fill_(self.loss_scale.value)
+            self.clean.fill_(self.loss_scale.clean)
+        else:
+            self.scale.fill_(1)
+        self.restore_averages()
+
+    def restore_averages(self) -> None:
+        """Take over the optimizer's averages: also where it has just started to average."""
+        self.averaging = self.optimizer.averaging
+        self.count.fill_(self.optimizer.num_averaged)
+        if not self.averaging:
+            return
+        if self.averages is None:
+            self.averages = self.values.clone()
+        for p, view in zip(self.params, self._views(self.averages), strict=True):
+            # Before its first iterate, the average is taken for the weights themselves.
+            view.copy_(self.optimizer.state[p].get("average", p.detach()))
+            self.optimizer.state[p]["average"] = view
+
+    def set_rate(self, lr: float) -> None:
+        """The learning rate of the next update."""
+        self.rate.fill_(lr)
+
+    @torch.no_grad()
+    def __call__(self, loss: Tensor) -> None:
+        """Step by the parameters' gradients; leaves norm, and overflow (1 or 0) if loss is scaled.
+
+        Args:
+            loss: the update's loss, not scaled. One that is not finite is no overflow.
+        """
+        values, gradients = [], []
+        for p, value in zip(self.params, self._views(self.values), strict=True):
+            if p.grad is not None:
+                values.append(value)
+                gradients.append(p.grad)
+        self.norm.copy_(torch.nn.utils.get_total_norm(gradients) / self.scale)
+        divisor = self.scale
+        if self.clip:
+            divisor = divisor * ((self.norm + NORM_EPS) / self.clip).clamp(min=1).to(divisor.dtype)
+        if self.overflow is not None:
+            self.overflow.copy_(torch.isfinite(loss) & ~torch.isfinite(self.norm))
+        torch._fused_sgd_(
+            values, gradients, [], weight_decay=self.weight_decay, momentum=0.0, lr=self.rate,
+            dampening=0.0, nesterov=False, maximize=False, is_first_step=False,
+            grad_scale=divisor, found_inf=self.overflow,
+        )  # fmt: skip
+        if self.averages is not None and self.averaging:
+            self._average(self.averages)
+        rules = self.loss_scale
+        if rules is not None and rules.dynamic and self.overflow is not None:
+            torch._amp_update_scale_(self.scale, self.clean, self.overflow, 2.0, 0.5, rules.window)
+            self.scale.clamp_(rules.low, rules.high)
+
+    def _average(self, averages: Tensor) -> None:
+        kept = 1.0 if self.overflow is None else 1 - self.overflow.to(self.count.dtype)
+        self.count += kept
+        # m_k = m_(k-1) + (w_k - m_(k-1)) / k, and nothing where the update was skipped.
+        averages.lerp_(self.values, kept / self.count.clamp(min=1))
+
+    def settle(self, overflow: bool) -> None:
+        """Note in the optimizer what became of an update; the loss scale is the caller's."""
+        self.optimizer.num_averaged += self.averaging and not overflow

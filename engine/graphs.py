@@ -1,0 +1,91 @@
+"""Work on a GPU that is recorded once and replayed: one launch for all of its kernels."""
+
+from collections.abc import Callable, Hashable
+from typing import Protocol
+
+import torch
+
+Work = Callable[[], None]
+
+
+class Recorder(Protocol):
+    """How work is recorded."""
+
+    def run(self, work: Work) -> None:
+        """Do the work once, in a way that makes ready for recording it."""
+
+    def record(self, work: Work) -> Work:
+        """Record the work, without doing it; what is returned does it, any number of times.
+
+        The work reads what changes from memory that stays where it is, and leaves its results
+        there; numbers of Python are recorded as they are.
+
+        Raises:
+            RuntimeError: it cannot be recorded.
+        """
+
+
+class CudaRecorder:
+    """Records CUDA graphs, which share one pool of memory and never run at the same time.
+
+    Args:
+        device: the GPU.
+    """
+
+    def __init__(self, device: torch.device) -> None:
+        self.stream = torch.cuda.Stream(device)
+        self.pool = torch.cuda.graph_pool_handle()
+
+    def run(self, work: Work) -> None:
+        """On the stream that is recorded from: libraries keep their workspaces by stream."""
+        self.stream.wait_stream(torch.cuda.current_stream(self.stream.device))
+        with torch.cuda.stream(self.stream):
+            work()
+        torch.cuda.current_stream(self.stream.device).wait_stream(self.stream)
+
+    def record(self, work: Work) -> Work:
+        """Random numbers are drawn anew by each replay, as if the work were done as it is."""
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph, pool=self.pool, stream=self.stream):
+            work()
+        return graph.replay
+
+
+class Graphs:
+    """Runs work of many kinds: of each the first as it is, the second while recording it.
+
+    A kind that comes once is so never recorded, and by the time that one is, the libraries it
+    calls have loaded what they need. Where recording fails once, everything runs as it is from
+    then on.
+
+    Args:
+        recorder: how to record.
+        failed: told why recording failed.
+    """
+
+    def __init__(self, recorder: Recorder, failed: Callable[[str], None]) -> None:
+        self.recorder = recorder
+        self.failed = failed
+        self.works = True
+        self.seen: set[Hashable] = set()
+        self.replays: dict[Hashable, Work] = {}
+
+    def run(self, kind: Hashable, work: Work) -> None:
+        """Do the work, recorded if it can be.
+
+        Args:
+            kind: work of the same kind is the same but for what it reads from memory.
+            work: see Recorder.record.
+        """
+        if self.works and kind in self.seen and kind not in self.replays:
+            try:
+                self.replays[kind] = self.recorder.record(work)
+            except RuntimeError as error:
+                self.works = False
+                self.replays.clear()
+                self.failed(" ".join(str(error).split())[:200])
+        self.seen.add(kind)
+        if self.works and kind in self.replays:
+            self.replays[kind]()
+        else:
+            self.recorder.run(work)
