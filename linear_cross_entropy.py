@@ -30,10 +30,10 @@ def linear_cross_entropy(hidden: Tensor, weight: Tensor, bias: Tensor, targets: 
     for the two products that take it. Weight and bias may (and should) be float32: they are cast
     here and their gradients come back in float32. In float32 and float64 nothing is rounded down.
 
-    In float16 a softmax below 2**-25 counts as 0, and scores above 65,504 are infinite. Nothing
-    else can overflow here, whatever factor the loss is scaled by, but the sum for the gradient of
-    W: of at most FLOAT16_ROWS rows of hidden, each in [-1, 1] times; |hidden| < 8 is safe. On a GPU
-    it is float32. The gradient of hidden is float16, and scaled with the loss.
+    In float16 a softmax below 2**-25 counts as 0, and scores above 65,504 are infinite. The sums
+    for the gradient of W are float32 on a GPU; elsewhere they are float16, over FLOAT16_ROWS rows
+    of hidden at most, which are weighted by no more than 1 each: |hidden| < 8 is safe. A factor on
+    the loss comes after them, in float32; only the gradient of hidden is float16 under it, too.
 
     Args:
         hidden: what is decoded, (N, E), bfloat16, float16, float32 or float64; N = T·B, say.

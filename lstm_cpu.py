@@ -114,16 +114,18 @@ class _LSTMLayer(torch.autograd.Function):
         h = x.new_empty(steps + 1, batch, units)
         h[0] = h0
         # Per step: f; what dL/dz is a multiple of, in forward the gates; o r (1 - r).
-        saved = x.new_empty(steps if training else 1, 6, batch, units, dtype=state)
-        saved = saved.expand(steps, -1, -1, -1) if not training else saved
-        factors = torch.empty_like(saved[0, 1:5])
+        # (A block of memory for each step: larger ones malloc may get from the system each time.)
+        shape = (6, batch, units)
+        saved = [x.new_empty(shape, dtype=state) for _ in range(steps if training else 1)]
+        factors = torch.empty_like(saved[0][1:5])
         two_g, k, four_i, tanh_c = factors
         r, scratch = torch.empty_like(k), torch.empty_like(k)
         minus_one, minus_two = k.new_tensor(-1.0), k.new_tensor(-2.0)
         torch.mul(c0.to(state), 2, out=k)
-        # Slices of every step at once: one by one they cost as much as small operations.
-        turns = zip(z, h[:-1], h[1:], saved[:, 1:5], *saved.unbind(1), strict=True)
-        for z_t, h_t, h_next, gates, kept_f, i, f, s, o, kept_r in turns:
+        turns = zip(z, h[:-1], h[1:], saved if training else saved * steps, strict=True)
+        for z_t, h_t, h_next, kept in turns:
+            gates = kept[1:5]
+            kept_f, i, f, s, o, kept_r = kept
             gates.copy_(_by_gate(recur(z_t, h_t), units)).sigmoid_()
             torch.add(minus_two, s, alpha=4, out=two_g)
             next_k = torch.mul(f, k, out=scratch).addcmul_(i, two_g)
@@ -138,7 +140,7 @@ class _LSTMLayer(torch.autograd.Function):
                 _sigmoid_backward(factors, gates, gates)
             k.copy_(next_k)
 
-        ctx.save_for_backward(rows, w_ih, w_hh, h, saved)
+        ctx.save_for_backward(rows, w_ih, w_hh, h, *saved)
         ctx.set_materialize_grads(False)
         # Copies: the last states outlive the window, what is saved for backward does not.
         return h[1:], h[-1].to(h0.dtype, copy=True), (k / 2).to(c0.dtype)
@@ -148,8 +150,9 @@ class _LSTMLayer(torch.autograd.Function):
     def backward(
         ctx: Any, grad_output: Tensor | None, grad_h: Tensor | None, grad_c: Tensor | None
     ) -> tuple[Tensor | None, ...]:
-        rows, w_ih, w_hh, h, saved = ctx.saved_tensors
-        (steps, _, batch, units), dtype, wanted = saved.shape, rows.dtype, ctx.needs_input_grad
+        rows, w_ih, w_hh, h, *saved = ctx.saved_tensors
+        (_, batch, units), steps = saved[0].shape, len(saved)
+        dtype, wanted = rows.dtype, ctx.needs_input_grad
         if grad_output is None:
             grad_output = h.new_zeros(()).expand(steps, batch, units)
         dh_next = torch.zeros_like(h[0]) if grad_h is None else grad_h.to(dtype, copy=True)
@@ -158,19 +161,18 @@ class _LSTMLayer(torch.autograd.Function):
         # What goes on to the step before; dL/dz; what is added to e
         products = torch.zeros_like(saved[0])
         if grad_c is not None:
-            torch.div(grad_c.to(saved.dtype), 2, out=products[0])
+            torch.div(grad_c.to(products.dtype), 2, out=products[0])
         by_e, by_dh, dz_t = products[:4], products[4:], products[1:5]
         d_bias = torch.zeros_like(dz_t)
         dh, e = torch.empty_like(products[0]), torch.empty_like(products[0])
-        dz = saved.new_empty(steps, batch, 4 * units, dtype=dtype)
+        dz = rows.new_empty(steps, batch, 4 * units)
         # As w_hh.t().contiguous(), but that takes a third longer.
         recur = _product(torch.cat([w.t() for w in w_hh.chunk(4)], dim=1), batch)
-        kept_by_e, kept_by_dh = saved[:, :4].unbind(), saved[:, 4:].unbind()
         e_next, e_more = products[0], products[5]
         for t in reversed(range(steps)):
-            torch.mul(kept_by_dh[t], dh.copy_(dh_next), out=by_dh)
+            torch.mul(saved[t][4:], dh.copy_(dh_next), out=by_dh)
             torch.add(e_next, e_more, alpha=2, out=e)
-            torch.mul(kept_by_e[t], e, out=by_e)
+            torch.mul(saved[t][:4], e, out=by_e)
             d_bias += dz_t
             _by_gate(dz[t], units).copy_(dz_t)
             if t or wanted[1]:

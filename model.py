@@ -237,7 +237,8 @@ class RNNModel(nn.Module):
         weights: dict[str, Tensor] = {}
         if isinstance(lstm, WeightDrop):
             if kernel != "cudnn" or self.filters:
-                weights, masks = lstm.masked(masks, dtype), {}
+                cast_to = None if kernel == "cudnn" else dtype
+                weights, masks = lstm.masked(masks, cast_to), {}
             else:  # the layer masks them on their way into its buffer
                 weights = lstm.masked({})
             lstm = lstm.module
