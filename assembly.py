@@ -101,6 +101,7 @@ def build_recorder(
     for no, reason in (
         (model.kernel == "plain", "the kernel is plain"),
         (args.kernel == "eager", "as asked"),
+        (args.bptt_scheme == "full", "--bptt-scheme full makes one an epoch"),
         (args.optimizer != "sgd", f"--optimizer {args.optimizer} steps by itself"),
         (ranks.size > 1, f"there are {ranks.size} processes"),
     ):

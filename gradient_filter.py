@@ -111,7 +111,10 @@ class _Filter(torch.autograd.Function):
         mean = all_masks.mean()
         owner.note(1 / all_masks, 1 / mean)
         filtered = (x_grad / inv_mask).to(x_grad.dtype)
-        return (None, filtered, *((g / mean).to(g.dtype) for g in param_grads))
+        # With no dimension, mean would be rounded to the gradients' dtype before the division.
+        means = (mean.reshape([1] * g.dim()) for g in param_grads)
+        params = ((g / m).to(g.dtype) for g, m in zip(param_grads, means, strict=True))
+        return (None, filtered, *params)
 
 
 def inverse_mask(x_grad: Tensor, batch_dim: int, threshold: float) -> Tensor:

@@ -27,7 +27,8 @@ def linear_cross_entropy(hidden: Tensor, weight: Tensor, bias: Tensor, targets: 
 
     In bfloat16 and float16 the scores W h are rounded (their sums are accumulated in float32);
     bias, softmax, logarithm and the sum of the losses are float32. Then softmax - onehot is rounded
-    for the two products that take it. Weight and bias may (and should) be float32: they are cast
+    for the two products that take it (on a GPU softmax first, and the bias's gradient is of the
+    rounded ones). Weight and bias may (and should) be float32: they are cast
     here and their gradients come back in float32. In float32 and float64 nothing is rounded down.
 
     In float16 a softmax below 2**-25 counts as 0, and scores above 65,504 are infinite. The sums
@@ -98,8 +99,14 @@ class _LinearCrossEntropy(torch.autograd.Function):
     def backward(ctx: Any, grad_loss: Tensor) -> tuple[Tensor | None, ...]:
         scale = grad_loss / ctx.count
         pairs = zip(ctx.saved_tensors, ctx.dtypes, strict=True)
-        grads = [None if g is None else (g * scale).to(dtype) for g, dtype in pairs]
+        grads = [None if g is None else _scaled(g, scale, dtype) for g, dtype in pairs]
         return (*grads, None, None)
+
+
+def _scaled(x: Tensor, scale: Tensor, dtype: torch.dtype) -> Tensor:
+    """x * scale, rounded once. With no dimension a scale would be rounded to x's dtype first."""
+    wide = scale.reshape([1] * x.dim())
+    return torch.mul(x, wide, out=torch.empty_like(x, dtype=dtype))
 
 
 def _wide_product(a: Tensor, b: Tensor, wide: torch.dtype) -> Tensor:
@@ -121,9 +128,12 @@ def _softmax(
         training: a gradient is wanted.
         d_bias: (V,) or None.
     """
+    if not _has_caches(scores):
+        return _softmax_at_once(scores, bias, targets, training, d_bias)
     loss = bias.new_zeros(())
-    step = SOFTMAX_ROWS if scores.device.type == "cpu" else len(scores)
-    for rows, wanted in zip(scores.split(step), targets[:, None].split(step), strict=True):
+    for rows, wanted in zip(
+        scores.split(SOFTMAX_ROWS), targets[:, None].split(SOFTMAX_ROWS), strict=True
+    ):
         wide = rows.to(bias.dtype, copy=True).add_(bias)
         share = wide.softmax(dim=1)
         # Of the largest score, whose share is at least 1 / V: its logarithm is safe. (To compute
@@ -136,3 +146,23 @@ def _softmax(
             if d_bias is not None:
                 d_bias += share.sum(0)
     return loss
+
+
+def _softmax_at_once(
+    scores: Tensor, bias: Tensor, targets: Tensor, training: bool, d_bias: Tensor | None
+) -> Tensor:
+    """The same by few kernels, each over all rows: on a GPU memory is what they wait for."""
+    wanted = targets[:, None]
+    log_share = torch.add(scores, bias[None]).log_softmax(dim=1)
+    loss = -log_share.gather(1, wanted).sum()
+    if training:
+        torch.exp(log_share, out=scores)
+        scores.scatter_add_(1, wanted, scores.new_full((), -1.0).expand_as(wanted))
+        if d_bias is not None:
+            d_bias += scores.sum(0, dtype=bias.dtype)
+    return loss
+
+
+def _has_caches(x: Tensor) -> bool:
+    """It lies where a part that was just written is read fast."""
+    return x.device.type == "cpu"

@@ -56,6 +56,8 @@ def train_and_test(argv: Sequence[str]) -> None:
     device = cli.device_of(args)
     if device.type == "cpu":
         keep_freed_memory()
+    elif device.index is not None:
+        torch.cuda.set_device(device)
     with launched_ranks(device) as ranks, ExitStack() as stack:
         try:
             ranks.share(args.batch_size)

@@ -134,10 +134,12 @@ class RNNModel(nn.Module):
         Args:
             dtype: what their weights and inputs are cast to, bfloat16 or float16; None: they stay
                 as they are. Weights, their gradients, states, penalties and the loss stay
-                float32 in any case, and evaluation does not change.
+                float32 in any case, and evaluation computes in float32 (by a GPU's settings for
+                float32 products).
             kernel: "plain": nn.LSTM and F.cross_entropy; "cpu": lstm_cpu and
                 linear_cross_entropy; "cudnn": lstm_cudnn, for the device and the dtype that the
-                weights have now, and linear_cross_entropy.
+                weights have now, and linear_cross_entropy. What was recorded as a CUDA graph
+                before must not be replayed afterwards.
         """
         self.compute_dtype = dtype
         self.kernel = kernel

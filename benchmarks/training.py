@@ -22,6 +22,7 @@ import torch
 from benchmarks.baseline import BaselineModel, BaselineStep
 from bptt import VariableWindows, Window
 from data.corpus import Corpus, Vocabulary
+from data.files import atomic_write
 from engine.device import keep_freed_memory, peak_memory, select_device
 from engine.graphs import CudaRecorder
 from engine.interrupt import Interrupt
@@ -245,10 +246,10 @@ def table(args: argparse.Namespace, results: dict[str, Any], device: torch.devic
     ]
     for name in paths_on(device):
         r = results[name]
+        memory = f"{r['memory'] / 2**20:,.0f}" if "memory" in r else ""
         lines.append(
             f"| {name} | {r['tokens_per_second']:,.0f} | {r['ratio']:.2f} | {r['ms']:,.1f} "
-            f"| {r['ms_p90']:,.1f} | {r['seconds_per_epoch']:,.1f} "
-            f"| {r['memory'] / 2**20:,.0f} |"
+            f"| {r['ms_p90']:,.1f} | {r['seconds_per_epoch']:,.1f} | {memory} |"
         )
     return "\n".join([*lines, ""])
 
@@ -273,14 +274,23 @@ def main() -> int:
         print(json.dumps(measure(recipe, [args.only], args.updates, device)))
         return 0
     results = measure(recipe, paths_on(device), args.updates, device)
+    write(args, results, device)  # what follows takes as long again
     for name in paths_on(device):
         results[name]["memory"] = memory_alone(args.recipe, name, str(device))
-    text = table(args, results, device)
-    print(text)
-    if args.output:
-        args.output.write_text(text)
-        args.output.with_suffix(".json").write_text(json.dumps(results, indent=2) + "\n")
+    write(args, results, device)
+    print(table(args, results, device))
     return 0
+
+
+def write(args: argparse.Namespace, results: dict[str, Any], device: torch.device) -> None:
+    """Write the Markdown and the JSON to where they are wanted."""
+    if args.output:
+        for path, text in (
+            (args.output, table(args, results, device)),
+            (args.output.with_suffix(".json"), json.dumps(results, indent=2) + "\n"),
+        ):
+            with atomic_write(path) as file:
+                file.write(text.encode())
 
 
 if __name__ == "__main__":

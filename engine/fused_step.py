@@ -1,4 +1,4 @@
-"""Clipping, weight decay, SGD and averaging in a few kernels, with nothing read back."""
+"""Clipping, weight decay, SGD and averaging in a few kernels that nothing waits for."""
 
 from itertools import accumulate
 

@@ -1,4 +1,4 @@
-"""The update of a GPU: the fused step, recorded as one graph a length of window."""
+"""The update of the fast kernels: the fused step; on a GPU recorded, a graph a kind of window."""
 
 from dataclasses import replace
 from typing import Any
@@ -21,7 +21,7 @@ MOST_PIECES = 8
 
 
 class FusedUpdater(Updater):
-    """The same update by FusedStep, without reading anything back.
+    """The same update by FusedStep, so that nothing is waited for.
 
     Where graphs are given, a whole update is one of them: masks, forward, backward, norm, step,
     average. Everything that differs between updates of a kind is read from memory of the device:
@@ -132,7 +132,8 @@ def make_updater(
         recorder: None: updates are not recorded; nor are they where several processes share them.
         options: what both updaters take.
     """
-    if model.kernel != "cudnn" or not isinstance(optimizer, NTASGD):
+    one_group = len(optimizer.param_groups) == 1
+    if model.kernel == "plain" or not (isinstance(optimizer, NTASGD) and one_group):
         return Updater(model, rows, optimizer, ranks=ranks, **options)
     graphs = None
     if recorder is not None and ranks.size == 1:

@@ -5,6 +5,8 @@ from typing import Protocol
 
 import torch
 
+from engine.errors import RunError
+
 Work = Callable[[], None]
 
 
@@ -45,9 +47,16 @@ class CudaRecorder:
 
     def record(self, work: Work) -> Work:
         """Random numbers are drawn anew by each replay, as if the work were done as it is."""
-        graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graph, pool=self.pool, stream=self.stream):
-            work()
+        graph, before = torch.cuda.CUDAGraph(), torch.cuda.current_stream(self.stream.device)
+        try:
+            with torch.cuda.graph(graph, pool=self.pool, stream=self.stream):
+                work()
+        except RuntimeError:
+            # The end of a recording that has failed fails as well, before it has put things back.
+            torch.cuda.set_stream(before)
+            generator = torch.cuda.default_generators[self.stream.device.index]
+            generator.graphsafe_set_state(generator.clone_state())
+            raise
         return graph.replay
 
 
@@ -56,7 +65,7 @@ class Graphs:
 
     A kind that comes once is so never recorded, and by the time that one is, the libraries it
     calls have loaded what they need. Where recording fails once, everything runs as it is from
-    then on.
+    then on, if the device still lets it.
 
     Args:
         recorder: how to record.
@@ -76,6 +85,9 @@ class Graphs:
         Args:
             kind: work of the same kind is the same but for what it reads from memory.
             work: see Recorder.record.
+
+        Raises:
+            RunError: recording failed, and the work fails since.
         """
         if self.works and kind in self.seen and kind not in self.replays:
             try:
@@ -83,9 +95,21 @@ class Graphs:
             except RuntimeError as error:
                 self.works = False
                 self.replays.clear()
-                self.failed(" ".join(str(error).split())[:200])
+                # What ends a recording in an exception may fail itself, by way of its end.
+                self._work_after(error.__context__ or error, kind, work)
+                return
         self.seen.add(kind)
         if self.works and kind in self.replays:
             self.replays[kind]()
         else:
             self.recorder.run(work)
+
+    def _work_after(self, cause: BaseException, kind: Hashable, work: Work) -> None:
+        """Do the work as it is, after a recording of it has failed."""
+        reason = " ".join(str(cause).split())[:200]
+        self.failed(reason)
+        try:
+            self.recorder.run(work)
+        except RuntimeError:
+            what = f"a CUDA graph could not be recorded, nor anything computed since: {reason}"
+            raise RunError(f"{what}; --kernel eager does without graphs") from None

@@ -32,7 +32,7 @@ class LateLook(Generic[What]):
         event = None
         if self._device.type == "cuda":
             event = torch.cuda.Event()
-            event.record()
+            event.record(torch.cuda.current_stream(self._device))
         self.check()
         self._pending = (what, common, event)
 

@@ -4,6 +4,7 @@ import torch
 from torch import nn
 
 from lstm_cpu import can_pack
+from lstm_cudnn import CudnnLSTM
 
 DTYPES = {"fp32": None, "tf32": None, "bf16": torch.bfloat16, "fp16": torch.float16}
 
@@ -37,6 +38,9 @@ def choose_precision(name: str, device: torch.device) -> str:
     if gpu:
         torch.set_float32_matmul_precision("highest" if name == "fp32" else "high")
         torch.backends.cudnn.allow_tf32 = name != "fp32"
+        # Sums of products of 16 bits are float32 throughout.
+        torch.backends.cuda.matmul.allow_bf16_reduced_precision_reduction = False
+        torch.backends.cuda.matmul.allow_fp16_reduced_precision_reduction = False
     if (dtype := DTYPES[name]) is not None:
         _try_out(name, dtype, device)
     return name
@@ -55,14 +59,16 @@ def choose_kernel(precision: str, device: torch.device) -> tuple[str, str]:
 
 
 def _try_out(name: str, dtype: torch.dtype, device: torch.device) -> None:
-    """Run a small LSTM and a product forward and backward."""
-    state = torch.get_rng_state()
-    try:
-        x = torch.zeros(2, 3, 8, dtype=dtype, device=device, requires_grad=True)
-        output, _ = nn.LSTM(8, 8, device=device, dtype=dtype)(x)
-        (output @ output.transpose(1, 2)).float().sum().backward()
-    except RuntimeError as error:
-        reason = " ".join(str(error).split())[:120]
-        raise ValueError(f"{device} cannot train an LSTM in {name}: {reason}") from None
-    finally:
-        torch.set_rng_state(state)
+    """Run small layers and a product forward and backward."""
+    gpus = [device] if device.type == "cuda" else []
+    with torch.random.fork_rng(gpus):
+        try:
+            x = torch.zeros(2, 3, 8, dtype=dtype, device=device, requires_grad=True)
+            lstm = nn.LSTM(8, 8, device=device, dtype=dtype)
+            output, state = lstm(x)
+            if choose_kernel(name, device)[0] == "cudnn":
+                output, _ = CudnnLSTM(8, 8, dtype, device)(output, state, list(lstm.parameters()))
+            (output @ output.transpose(1, 2)).float().sum().backward()
+        except RuntimeError as error:
+            reason = " ".join(str(error).split())[:120]
+            raise ValueError(f"{device} cannot train an LSTM in {name}: {reason}") from None

@@ -357,6 +357,7 @@ class Trainer:
     def state_dict(self) -> dict[str, Any]:
         """Tensors and plain values from which load_state_dict continues."""
         self.at.interval_loss = float(self.tally.summed)
+        self.at.grad_norm = float(self.tally.grad_norm)
         return dict(
             self.identity,
             model=self.model.state_dict(),
@@ -384,6 +385,7 @@ class Trainer:
         self.updater.restore()
         self.at = Position(**state["position"])
         self.tally.summed.fill_(self.at.interval_loss)
+        self.tally.grad_norm = torch.full_like(self.tally.grad_norm, self.at.grad_norm)
         restore_random_state(state["random"], self.device)
 
     def _describe_divergence(self, what: str, update: int) -> str:

@@ -30,7 +30,8 @@ class Position:
 
     epoch counts from 1; row, batch and epoch_seconds are those of the epoch; update, tokens,
     training_seconds and seconds are totals over all sessions of a run; interval_* belong to the
-    logging interval under way, whose summed loss is in nats. Losses are in nats per token.
+    logging interval under way, whose summed loss is in nats; grad_norm is the last update's.
+    Losses are in nats per token.
     """
 
     epoch: int = 1
@@ -39,6 +40,7 @@ class Position:
     update: int = 0
     tokens: int = 0
     interval_loss: float = 0.0
+    grad_norm: float = 0.0
     interval_tokens: int = 0
     interval_updates: int = 0
     interval_skipped: int = 0

@@ -12,6 +12,8 @@ import pytest
 # Tiny models gain nothing from a second thread, and lose much where the cores are shared. Before
 # torch is imported, and inherited by the programs that tests start.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
+# Without it cuDNN's recurrent layers need not give the same twice.
+os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:2")
 
 import torch
 from cudnn_on_cpu import cudnn_on_cpu
@@ -41,6 +43,17 @@ def _fresh_random_state() -> Iterator[None]:
     torch.manual_seed(0)
     yield
     torch.set_rng_state(state)
+
+
+@pytest.fixture(autouse=True)
+def _exact_float32() -> Iterator[None]:
+    """A GPU's products of float32 are IEEE's, unless a test or a program says otherwise."""
+    before = torch.get_float32_matmul_precision(), torch.backends.cudnn.allow_tf32
+    torch.set_float32_matmul_precision("highest")
+    torch.backends.cudnn.allow_tf32 = False
+    yield
+    torch.set_float32_matmul_precision(before[0])
+    torch.backends.cudnn.allow_tf32 = before[1]
 
 
 @pytest.fixture(params=["cpu", pytest.param("cuda", marks=pytest.mark.gpu)])

@@ -15,7 +15,9 @@ class CpuRecorder:
 
     As with a CUDA graph, a replay reads and writes the memory of the recording: numbers of Python
     are baked in, and so is everything that was allocated, while random numbers are drawn anew. To
-    read a value back while recording is an error. Unlike there the work is done once while it is
+    read a value back by item() or to ask which ones are not zero is an error while recording. What
+    else CUDA refuses, copies between devices above all, cannot be seen here, and nothing that was
+    recorded is ever freed. Unlike there the work is done once while it is
     recorded, so that everything it wrote to is put back afterwards.
     """
 

@@ -23,7 +23,7 @@ class FakeEvent:
 
     calls: list[str]
 
-    def record(self) -> None:
+    def record(self, stream: object = None) -> None:
         self.calls.append("record")
 
     def synchronize(self) -> None:
@@ -35,6 +35,7 @@ def fake_cuda(monkeypatch: pytest.MonkeyPatch) -> list[str]:
     calls: list[str] = []
     monkeypatch.setattr(FakeEvent, "calls", calls, raising=False)
     monkeypatch.setattr(torch.cuda, "Event", FakeEvent)
+    monkeypatch.setattr(torch.cuda, "current_stream", lambda device: None)
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
     monkeypatch.setattr(torch.cuda, "get_rng_state", lambda device: torch.tensor([7]))
@@ -97,6 +98,11 @@ def test_an_updates_values_are_looked_at_one_update_later(
             "--optimizer adam --lr 0.1",
             1,
             "of its own | updates are not recorded: --optimizer adam steps by itself",
+        ),
+        (
+            "--bptt-scheme full",
+            1,
+            "updates are not recorded: --bptt-scheme full makes one an epoch",
         ),
         ("", 2, "of its own | updates are not recorded: there are 2 processes"),
         ("--kernel plain", 1, "plain kernel, as asked"),

@@ -15,6 +15,7 @@ import assembly
 import main
 from bptt import FixedWindows, FullWindows, RandomizedWindows, Scheme, VariableWindows, Window
 from data.corpus import load_corpus
+from engine.errors import RunError
 from engine.fused_step import FusedStep
 from engine.fused_update import FusedUpdater
 from engine.graphs import CudaRecorder, Graphs, Recorder, Work
@@ -136,9 +137,10 @@ def build_trainer(
     device: str = "cpu",
     compute: torch.dtype | None = None,
     processes: int = 1,
+    lines: int = 300,
     **changes: Any,
 ) -> Trainer:
-    corpus = load_corpus(write_corpus(tmp_path / "corpus", lines=300))
+    corpus = load_corpus(write_corpus(tmp_path / "corpus", lines=lines))
     torch.manual_seed(5)
     words = len(corpus.vocabulary)
     model = RNNModel("LSTM", words, 5, 7, nlayers, **dict(RATES, **changes), tie_weights=tied)
@@ -167,10 +169,14 @@ def train(trainer: Trainer, updates: int = 40) -> list[Tensor]:
         if number == updates:
             break
         if number == updates // 2:
+            trainer.tally.check()
             trainer.optimizer.averaging = True  # type: ignore[attr-defined]
         trainer.update(window)
         losses.append(trainer.tally.summed.clone())
+    assert len(losses) == min(updates, number + 1)
     trainer.tally.check()
+    if isinstance(trainer.updater, FusedUpdater):
+        assert float(trainer.updater.step.count) == trainer.optimizer.num_averaged  # type: ignore[attr-defined]
     found = [*losses, *(p.detach().clone() for p in trainer.model.parameters())]
     with trainer.evaluated_weights():
         found += [p.detach().clone() for p in trainer.model.parameters()]
@@ -268,6 +274,50 @@ def test_what_cannot_be_recorded_is_said_and_done_as_it_is(
     assert recorder.ran == 40
 
 
+class Broken(Refusing):
+    """And leaves the device unfit for anything."""
+
+    def run(self, work: Work) -> None:
+        if self.ran == 3:
+            raise RuntimeError("unspecified launch failure")
+        super().run(work)
+
+    def record(self, work: Work) -> Work:
+        try:
+            raise RuntimeError("cudaMalloc while capturing")
+        finally:
+            self.ran = 3
+            raise RuntimeError("failed due to a previous error during capture")
+
+
+def test_where_nothing_works_after_it_the_first_cause_is_named() -> None:
+    reasons: list[str] = []
+    graphs = Graphs(Broken(), reasons.append)
+    graphs.run("a", lambda: None)
+    with pytest.raises(RunError, match="cudaMalloc while capturing; --kernel eager does without"):
+        graphs.run("a", lambda: None)
+    assert reasons == ["cudaMalloc while capturing"]
+
+
+@pytest.mark.gpu
+def test_after_a_failed_recording_a_gpu_goes_on(capsys: pytest.CaptureFixture[str]) -> None:
+    """Random numbers are drawn on the same stream as before; the cause is the first one."""
+    x, reasons = torch.ones(3, device="cuda"), list[str]()
+    graphs = Graphs(CudaRecorder(torch.device("cuda")), reasons.append)
+    done: list[float] = []
+    stream = torch.cuda.current_stream()
+
+    def work() -> None:
+        x.add_(torch.rand(3, device="cuda"))
+        done.append(float(x.sum()))
+
+    for _ in range(4):
+        graphs.run("a", work)
+    assert len(done) == 4
+    assert len(reasons) == 1
+    assert torch.cuda.current_stream() == stream
+
+
 def test_first_as_it_is_then_recorded_then_replayed() -> None:
     recorder, done = CpuRecorder(), torch.zeros(())
     graphs = Graphs(recorder, lambda why: pytest.fail(why))
@@ -291,6 +341,7 @@ def test_graphs_of_a_gpu_are_the_updates_as_they_are(
 ) -> None:
     """Bit for bit, over 100 updates, and the plain updates' results within the precision."""
     same: dict[str, Any] = dict(changes, device="cuda", compute=compute, dtype=torch.float32)
+    same["lines"] = 600
     found = []
     for kernel, recorder in (
         ("plain", None),

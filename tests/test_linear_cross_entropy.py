@@ -36,6 +36,13 @@ def results(loss: Tensor, values: list[Tensor], factor: float) -> list[Tensor]:
     return [loss.detach(), *torch.autograd.grad(factor * loss, values)]
 
 
+@pytest.fixture(params=["as on a CPU", "as on a GPU"])
+def caches(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Both ways to a softmax."""
+    monkeypatch.setattr(module, "_has_caches", lambda x: request.param == "as on a CPU")
+
+
+@pytest.mark.usefixtures("caches")
 @pytest.mark.parametrize(("block", "softmax_rows"), [(2**26, 64), (3 * 13 * 8, 2), (1, 1)])
 def test_loss_and_gradients_in_blocks_of_any_size(
     monkeypatch: pytest.MonkeyPatch, block: int, softmax_rows: int
@@ -49,6 +56,7 @@ def test_loss_and_gradients_in_blocks_of_any_size(
     assert torch.autograd.gradcheck(lambda *v: fused(v, targets), values)
 
 
+@pytest.mark.usefixtures("caches")
 @pytest.mark.parametrize("dtype", list(ROUNDING))
 def test_sixteen_bits_are_within_their_error_and_the_loss_is_float32s(dtype: torch.dtype) -> None:
     values, targets = arguments(300, 64, 1000, 0.1)
