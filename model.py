@@ -216,8 +216,9 @@ class RNNModel(nn.Module):
             new_hidden.append(state)
             units, mask = state[0].size(-1), masks.locked[layer + 1]
             raw_outputs.append(unpad_last(x, units))
-            if self._kernel == "cudnn" and layer < self.nlayers - 1 and mask is not None:
-                x = apply_mask(x, pad_last(mask, x.size(-1)))  # stays padded, and in its dtype
+            if self._kernel == "cudnn" and layer < self.nlayers - 1:
+                if mask is not None:  # x stays padded, and in its dtype
+                    x = apply_mask(x, pad_last(mask, x.size(-1)))
             else:
                 x = drop(raw_outputs[-1], mask)
             outputs.append(unpad_last(x, units))
