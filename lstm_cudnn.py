@@ -93,29 +93,71 @@ class CudnnLSTM:
 
     def fill(self, weights: Sequence[Tensor], mask: Tensor | None) -> None:
         """Write weights into the buffer, cast, the recurrent ones under mask; padding stays 0."""
-        for k, (part, weight) in enumerate(zip(self.parts, weights, strict=True)):
-            place = self._without_padding(part, weight.size(-1))
+        for part, weight, factors in zip(self.parts, weights, _masks(mask), strict=True):
             gates = weight.unflatten(0, (4, self.units))
-            if k == 1 and mask is not None:
-                torch.mul(gates, mask.unflatten(0, (4, self.units)), out=place)
-            else:
-                place.copy_(gates)
+            self._write(gates, factors, self._without_padding(part, weight.size(-1)))
 
     def gradients(
         self, d_parts: Sequence[Tensor], weights: Sequence[Tensor], mask: Tensor | None
     ) -> list[Tensor]:
         """The weights' gradients from those of the buffer's parts, in the weights' dtype."""
         grads = []
-        for k, (d_part, weight) in enumerate(zip(d_parts, weights, strict=True)):
+        for d_part, weight, factors in zip(d_parts, weights, _masks(mask), strict=True):
+            grads.append(torch.empty_like(weight, memory_format=torch.contiguous_format))
             gates = self._without_padding(d_part, weight.size(-1))
-            grad = torch.empty_like(weight, memory_format=torch.contiguous_format)
-            place = grad.unflatten(0, (4, self.units))
-            if k == 1 and mask is not None:
-                torch.mul(gates, mask.unflatten(0, (4, self.units)), out=place)
-            else:
-                place.copy_(gates)
-            grads.append(grad)
+            self._write(gates, factors, grads[-1].unflatten(0, (4, self.units)))
         return grads
+
+    def forward(self, x: Tensor, h: Tensor, c: Tensor) -> tuple[Tensor, ...]:
+        """cuDNN's forward over the buffer as it is, without autograd.
+
+        Args:
+            x: (T, B, padded_width), contiguous, in dtype; like all that follow.
+            h: (1, B, padded_units).
+            c: (1, B, padded_units).
+
+        Returns:
+            Outputs (T, B, padded_units), last h and c, and the reserve, which backward uses up.
+        """
+        found = torch.ops.aten._cudnn_rnn(x, self.parts, WEIGHTS, self.buffer, h, c, *self._options)
+        return tuple(found[:4])
+
+    def backward(
+        self,
+        inputs: tuple[Tensor, Tensor, Tensor],
+        output: Tensor,
+        d_output: Tensor,
+        d_states: Sequence[Tensor | None],
+        reserve: Tensor,
+        of_weights: bool = True,
+    ) -> tuple[Tensor, Tensor, Tensor, list[Tensor]]:
+        """cuDNN's backward: gradients of x, h and c, and, if wanted, of the buffer's parts.
+
+        Args:
+            inputs: forward's.
+            output: forward's outputs.
+            d_output: their gradient.
+            d_states: gradients of the last h and c.
+            reserve: forward's.
+            of_weights: those of the parts are wanted; the others are computed in any case.
+        """
+        found: tuple[Tensor, Tensor, Tensor, list[Tensor]] = torch.ops.aten._cudnn_rnn_backward(
+            inputs[0], self.parts, WEIGHTS, self.buffer, *inputs[1:], output, d_output, *d_states,
+            *self._options, reserve, [True, True, True, of_weights],
+        )  # fmt: skip
+        return found
+
+    @property
+    def _options(self) -> list[Any]:
+        """What follows the tensors in both calls: one layer, time first, no dropout."""
+        return [LSTM_MODE, self.padded_units, 0, 1, False, 0.0, True, False, [], None]
+
+    def _write(self, gates: Tensor, mask: Tensor | None, place: Tensor) -> None:
+        """Put numbers of a weight into a place, both by gate; cast, and under mask."""
+        if mask is None:
+            place.copy_(gates)
+        else:
+            torch.mul(gates, mask.unflatten(0, (4, self.units)), out=place)
 
     def _without_padding(self, part: Tensor, columns: int) -> Tensor:
         """A view of a weight's own numbers, (4, H, columns) or (4, H)."""
@@ -138,9 +180,7 @@ class _Layer(torch.autograd.Function):
         x = x.contiguous()
         h, c = (pad_last(state.to(layer.dtype), layer.padded_units) for state in (h0, c0))
         h, c = h.contiguous(), c.contiguous()
-        output, h_n, c_n, reserve, _ = torch.ops.aten._cudnn_rnn(
-            x, layer.parts, WEIGHTS, layer.buffer, h, c, *_options(layer)
-        )
+        output, h_n, c_n, reserve = layer.forward(x, h, c)
         ctx.layer = layer
         ctx.save_for_backward(x, h, c, output, reserve, *weights, mask)
         ctx.state_dtypes = h0.dtype, c0.dtype
@@ -162,27 +202,25 @@ class _Layer(torch.autograd.Function):
         if grad_output is None:
             grad_output = torch.zeros_like(output)
         wanted = ctx.needs_input_grad
-        # The first three are computed in any case.
-        which = [True, wanted[2], wanted[3], any(wanted[4:8])]
-        d_x, d_h, d_c, d_parts = torch.ops.aten._cudnn_rnn_backward(
-            x, layer.parts, WEIGHTS, layer.buffer, h, c, output, grad_output.contiguous(),
-            *states, *_options(layer), reserve, which,
-        )  # fmt: skip
+        of_weights = any(wanted[4:8])
+        d_x, d_h, d_c, d_parts = layer.backward(
+            (x, h, c), output, grad_output.contiguous(), states, reserve, of_weights
+        )
         grads: list[Tensor | None] = [None] * 9
         if wanted[1]:
             grads[1] = d_x
         for k, (grad, dtype) in enumerate(zip((d_h, d_c), ctx.state_dtypes, strict=True), 2):
             if wanted[k]:
                 grads[k] = grad[..., : layer.units].to(dtype)
-        if which[3]:
+        if of_weights:
             found = layer.gradients(d_parts, weights, mask)
             grads[4:8] = [g if w else None for g, w in zip(found, wanted[4:8], strict=True)]
         return tuple(grads)
 
 
-def _options(layer: CudnnLSTM) -> list[Any]:
-    """What follows the tensors in PyTorch's calls of cuDNN: one layer, time first, no dropout."""
-    return [LSTM_MODE, layer.padded_units, 0, 1, False, 0.0, True, False, [], None]
+def _masks(mask: Tensor | None) -> list[Tensor | None]:
+    """A mask for each weight: only the recurrent ones have one."""
+    return [None, mask, None, None]
 
 
 def pad_last(x: Tensor, size: int) -> Tensor:

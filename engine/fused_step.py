@@ -50,8 +50,9 @@ class FusedStep:
         self.starts = [0, *accumulate(sizes)]
         like = self.params[0].detach()
         self.values = like.new_zeros(self.starts[-1])
-        for p, view in zip(self.params, self._views(self.values), strict=True):
-            p.data = view.copy_(p.detach())
+        self.places = self._views(self.values)
+        for p, place in zip(self.params, self.places, strict=True):
+            p.data = place.copy_(p.detach())
         self.averages: Tensor | None = None
         self.averaging = False
         zero = torch.zeros((), device=like.device)
@@ -101,11 +102,9 @@ class FusedStep:
         Args:
             loss: the update's loss, not scaled. One that is not finite is no overflow.
         """
-        values, gradients = [], []
-        for p, value in zip(self.params, self._views(self.values), strict=True):
-            if p.grad is not None:
-                values.append(value)
-                gradients.append(p.grad)
+        pairs = zip(self.places, self.params, strict=True)
+        there = [(place, p.grad) for place, p in pairs if p.grad is not None]
+        values, gradients = [place for place, _ in there], [gradient for _, gradient in there]
         self.norm.copy_(torch.nn.utils.get_total_norm(gradients) / self.scale)
         divisor = self.scale
         if self.clip:

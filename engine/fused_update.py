@@ -82,12 +82,10 @@ class FusedUpdater(Updater):
         def work() -> None:
             self._update(anywhere)
 
-        recorded = self.graphs is not None and len(pieces_of(window)) <= MOST_PIECES
-        if self.graphs is None or not recorded or want_gradients:
+        if self.graphs is None or want_gradients or len(pieces_of(window)) > MOST_PIECES:
             work()
         else:
-            kind = (anywhere, self.step.averaging)
-            self.graphs.run(kind, work)
+            self.graphs.run((anywhere, self.step.averaging), work)
         return Step(self.loss, self.step.norm, self.hidden, self.step.overflow)
 
     def _update(self, window: Window) -> None:

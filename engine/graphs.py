@@ -96,7 +96,7 @@ class Graphs:
                 self.works = False
                 self.replays.clear()
                 # What ends a recording in an exception may fail itself, by way of its end.
-                self._work_after(error.__context__ or error, kind, work)
+                self._work_after(error.__context__ or error, work)
                 return
         self.seen.add(kind)
         if self.works and kind in self.replays:
@@ -104,7 +104,7 @@ class Graphs:
         else:
             self.recorder.run(work)
 
-    def _work_after(self, cause: BaseException, kind: Hashable, work: Work) -> None:
+    def _work_after(self, cause: BaseException, work: Work) -> None:
         """Do the work as it is, after a recording of it has failed."""
         reason = " ".join(str(cause).split())[:200]
         self.failed(reason)

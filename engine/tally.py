@@ -36,7 +36,7 @@ class Tally:
     def __init__(
         self,
         device: torch.device,
-        at: Callable[[], Position],
+        at: Position,
         loss_scale: LossScale | None,
         settled: Callable[[bool], None],
         log: Callable[..., None],
@@ -88,8 +88,8 @@ class Tally:
             self.loss_scale.note(overflow)
             if overflow and not hopeless:
                 self.skipped = update
-                self.at().interval_skipped += 1
-                self.at().interval_skipped_tokens += tokens
+                self.at.interval_skipped += 1
+                self.at.interval_skipped_tokens += tokens
                 found.clear()
             if overflow or self.loss_scale.value != scale:
                 now: dict[str, Any] = dict(scale=self.loss_scale.value, overflow=overflow)

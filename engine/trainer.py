@@ -105,7 +105,7 @@ class Trainer:
         )
         self.tally = Tally(
             self.device,
-            lambda: self.at,
+            self.at,
             loss_scale,
             self.updater.settle,
             lambda event, **values: self.tracker.log(event, **values),
@@ -383,7 +383,7 @@ class Trainer:
         if self.loss_scale:
             self.loss_scale.load_state_dict(state["loss_scale"])
         self.updater.restore()
-        self.at = Position(**state["position"])
+        vars(self.at).update(vars(Position(**state["position"])))
         self.tally.summed.fill_(self.at.interval_loss)
         self.tally.grad_norm = torch.full_like(self.tally.grad_norm, self.at.grad_norm)
         restore_random_state(state["random"], self.device)

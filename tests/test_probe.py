@@ -48,7 +48,7 @@ def test_a_wavefront_is_whole_windows(chunks: int, with_cudnn: None) -> None:
     ]
     lstms = []
     for raw, start in zip(raws, starts, strict=True):
-        lstm: Any = nn.LSTM(raw.layer.width, raw.layer.units, dtype=torch.float64)
+        lstm: Any = nn.LSTM(raw.width, raw.units, dtype=torch.float64)
         for parameter, value in zip(lstm.parameters(), raw.weights, strict=True):
             parameter.data.copy_(value)
         y, _ = lstm(y, tuple(start))
@@ -59,7 +59,7 @@ def test_a_wavefront_is_whole_windows(chunks: int, with_cudnn: None) -> None:
     for raw, start, lstm, d_pair, d_layer in zip(
         raws, starts, lstms, d_states, d_weights, strict=True
     ):
-        units = raw.layer.units
+        units = raw.units
         pairs += [(d[..., :units], s.grad) for d, s in zip(d_pair, start, strict=True)]
         pairs += [(d, p.grad) for d, p in zip(d_layer, lstm.parameters(), strict=True)]
     for ours, theirs in pairs:

@@ -1,6 +1,6 @@
 """How long cuDNN takes for one layer, and by which kernels."""
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 
 from torch import Tensor
 
@@ -20,19 +20,20 @@ def cases(sizes: Sizes) -> list[Case]:
 
 def rows(sizes: Sizes, clock: Clock) -> Iterator[Row]:
     """Forward and backward as PyTorch calls them, and their kernels."""
-    for case in cases(sizes):
-        row: Row = _described(case)
-        with noted(row):
-            _measure_calls(case, sizes.steps, clock, row)
-        yield row
+    return _rows(sizes, clock, _measure_calls)
 
 
 def graph_rows(sizes: Sizes, clock: Clock) -> Iterator[Row]:
     """The same calls replayed from CUDA graphs: without the host's share."""
+    return _rows(sizes, clock, _measure_graphs)
+
+
+def _rows(sizes: Sizes, clock: Clock, measure: Callable[..., None]) -> Iterator[Row]:
     for case in cases(sizes):
-        row: Row = _described(case)
+        width, units, batch, precision = case
+        row: Row = dict(layer=f"{width} → {units}", batch=batch, precision=precision)
         with noted(row):
-            _measure_graphs(case, sizes.steps, clock, row)
+            measure(case, sizes.steps, clock, row)
         yield row
 
 
@@ -48,11 +49,6 @@ def headline(rows: list[Row]) -> str:
         f"{best['layer']}, batch {batch}: {best['precision']} is fastest, "
         f"{best['forward ms']:.2f} + {best['backward ms']:.2f} ms"
     )
-
-
-def _described(case: Case) -> Row:
-    width, units, batch, precision = case
-    return dict(layer=f"{width} → {units}", batch=batch, precision=precision)
 
 
 def _measure_calls(case: Case, steps: int, clock: Clock, row: Row) -> None:

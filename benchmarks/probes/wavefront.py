@@ -122,7 +122,7 @@ class Wavefront:
         d_x = torch.cat([made[0, k][0][0] for k in range(self.chunks)])
         firsts = [made[number, 0][0] for number in range(top + 1)]
         weights = [
-            raw.layer.gradients(first[3], raw.weights, None)
+            raw.gradients(first[3], raw.weights, None)
             for raw, first in zip(self.layers, firsts, strict=True)
         ]
         # made is kept until here: memory of one lane must not be reused while another reads it.

@@ -5,6 +5,7 @@ import sys
 import time
 from typing import TextIO
 
+from engine.ablation.report import number
 from engine.ablation.runs import FINISHED, Run, State, counted, read_state
 
 
@@ -72,12 +73,7 @@ class Board:
     def _describe(self, name: str) -> str:
         state, planned = self._states[name], self._runs[name].flags["epochs"]
         if state.kind == "done":
-            ppl = state.summary["test_ppl"]
-            return (
-                f"{name}: done, test ppl {ppl:.2f}"
-                if ppl < 1e6
-                else f"{name}: done, test ppl {ppl:.2g}"
-            )
+            return f"{name}: done, test ppl {number(state.summary['test_ppl'])}"
         if state.cause:
             return f"{name}: {state.kind}: {state.cause}"
         validations = state.of("valid")

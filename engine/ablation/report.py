@@ -40,7 +40,8 @@ def write_report(figures: dict[str, Any], folder: Path, curves: bool) -> list[Pa
 # Cells
 
 
-def _number(value: float | None, digits: int = 2, sign: str = "") -> str:
+def number(value: float | None, digits: int = 2, sign: str = "") -> str:
+    """A perplexity, or a difference of two, as tables show it."""
     if value is None:
         return MISSING
     return f"{value:{sign}.{digits}f}" if abs(value) < HUGE else f"{value:{sign}.2g}"
@@ -49,8 +50,8 @@ def _number(value: float | None, digits: int = 2, sign: str = "") -> str:
 def _mean_and_sd(spread: dict[str, Any]) -> str:
     if spread["mean"] is None:
         return "-"
-    sd = "" if spread["sd"] is None else f" ± {_number(spread['sd'])}"
-    return f"{_number(spread['mean'])}{sd}"
+    sd = "" if spread["sd"] is None else f" ± {number(spread['sd'])}"
+    return f"{number(spread['mean'])}{sd}"
 
 
 def _difference(difference: dict[str, Any] | None) -> str:
@@ -58,9 +59,9 @@ def _difference(difference: dict[str, Any] | None) -> str:
         return "base"
     if difference["mean"] is None:
         return "-"
-    low, high = (_number(difference[end], 2, "+") for end in ("low", "high"))
+    low, high = (number(difference[end], 2, "+") for end in ("low", "high"))
     reach = f"[{low}, {high}]" if difference["low"] is not None else f"[{MISSING}]"
-    return f"{_number(difference['mean'], 2, '+')} {reach}"
+    return f"{number(difference['mean'], 2, '+')} {reach}"
 
 
 def _p(difference: dict[str, Any] | None) -> str:
@@ -82,7 +83,7 @@ def _seeds(row: dict[str, Any]) -> str:
 
 
 def _pair(values: dict[str, float], sign: str = "") -> str:
-    return " / ".join(_number(values.get(split), 2, sign) for split in ("valid", "test"))
+    return " / ".join(number(values.get(split), 2, sign) for split in ("valid", "test"))
 
 
 MAIN: dict[str, Callable[[dict[str, Any]], str]] = {
