@@ -53,7 +53,7 @@ def choose_kernel(precision: str, device: torch.device) -> tuple[str, str]:
             return "plain", "this PyTorch has no cuDNN"
         return "cudnn", "over weights of its own"
     if precision != "bf16":
-        return "plain", f"on a CPU the fast one is for bf16, not {precision}"
+        return "plain", "a CPU has a faster one for bf16 only"
     packed = "" if can_pack(torch.bfloat16) else "; this CPU or PyTorch cannot pack its weights"
     return "cpu", f"for bf16{packed}"
 
