@@ -15,7 +15,9 @@ FLOAT16_ROWS = 8192
 DTYPES = (torch.bfloat16, torch.float16, torch.float32, torch.float64)
 
 
-def linear_cross_entropy(hidden: Tensor, weight: Tensor, bias: Tensor, targets: Tensor) -> Tensor:
+def linear_cross_entropy(
+    hidden: Tensor, weight: Tensor, bias: Tensor, targets: Tensor, cast: Tensor | None = None
+) -> Tensor:
     """Mean cross-entropy of softmax(W h + b), with products in the dtype of hidden.
 
     F.cross_entropy(F.linear(hidden, weight, bias), targets) for a large vocabulary: rows go
@@ -41,6 +43,8 @@ def linear_cross_entropy(hidden: Tensor, weight: Tensor, bias: Tensor, targets: 
         weight: decoder's matrix, (V, E), of any floating dtype.
         bias: decoder's bias, (V,), of any floating dtype.
         targets: ids of the words to predict, (N,).
+        cast: weight in the dtype of hidden, from a caller that has several uses for it; None: it
+            is cast here.
 
     Returns:
         Scalar float32 (float64 for float64 input), nats per token. Gradients have the dtype of
@@ -59,19 +63,30 @@ def linear_cross_entropy(hidden: Tensor, weight: Tensor, bias: Tensor, targets: 
     for (name, shape), given in zip(expected.items(), (weight, bias, targets), strict=True):
         if tuple(given.shape) != shape or not given.numel():
             raise ValueError(f"{name} is {tuple(given.shape)}; it must be {shape}")
-    loss: Tensor = _LinearCrossEntropy.apply(hidden, weight, bias, targets, torch.is_grad_enabled())
+    if cast is not None and (cast.shape, cast.dtype) != (weight.shape, hidden.dtype):
+        raise ValueError(
+            f"cast is {tuple(cast.shape)} in {cast.dtype}; it must be weight's in {hidden.dtype}"
+        )
+    training = torch.is_grad_enabled()
+    loss: Tensor = _LinearCrossEntropy.apply(hidden, weight, bias, targets, training, cast)
     return loss
 
 
 class _LinearCrossEntropy(torch.autograd.Function):
     @staticmethod
     def forward(
-        ctx: Any, hidden: Tensor, weight: Tensor, bias: Tensor, targets: Tensor, training: bool
+        ctx: Any,
+        hidden: Tensor,
+        weight: Tensor,
+        bias: Tensor,
+        targets: Tensor,
+        training: bool,
+        cast: Tensor | None,
     ) -> Tensor:
         ctx.dtypes = [v.dtype for v in (hidden, weight, bias)]
         dtype = hidden.dtype
         wide = torch.float64 if dtype == torch.float64 else torch.float32
-        weight, bias = weight.to(dtype), bias.to(wide)
+        weight, bias = weight.to(dtype) if cast is None else cast, bias.to(wide)
         wanted = [training and w for w in ctx.needs_input_grad[:3]]
         loss = hidden.new_zeros((), dtype=wide)
         d_hidden = torch.empty_like(hidden) if wanted[0] else None
@@ -100,7 +115,7 @@ class _LinearCrossEntropy(torch.autograd.Function):
         scale = grad_loss / ctx.count
         pairs = zip(ctx.saved_tensors, ctx.dtypes, strict=True)
         grads = [None if g is None else _scaled(g, scale, dtype) for g, dtype in pairs]
-        return (*grads, None, None)
+        return (*grads, None, None, None)
 
 
 def _scaled(x: Tensor, scale: Tensor, dtype: torch.dtype) -> Tensor:

@@ -63,11 +63,11 @@ class CudnnLSTM:
         hidden: tuple[Tensor, Tensor],
         weights: Sequence[Tensor],
         mask: Tensor | None = None,
+        filled: bool = False,
     ) -> tuple[Tensor, tuple[Tensor, Tensor]]:
         """Run the layer.
 
-        The buffer is filled anew by each call; between a call and its backward no other may come
-        with other weights or another mask.
+        Between a call and its backward no other may come with other weights or another mask.
 
         Args:
             x: input, (T, B, E), or padded, (T, B, padded_width), with zeros in the padding. It is
@@ -76,6 +76,7 @@ class CudnnLSTM:
             weights: as nn.LSTM has them: of the input, (4·H, E), the gates in the order i, f, g,
                 o; recurrent, (4·H, H); two biases, (4·H,) each. float32 may (and should) stay so.
             mask: factors on the recurrent weights, (4·H, H) or (4·H, 1); None: none.
+            filled: fill has been called with these weights under their mask; else it is here.
 
         Returns:
             Outputs (T, B, padded_units) in dtype, zeros in the padding, and the states after the
@@ -88,9 +89,10 @@ class CudnnLSTM:
         if x.size(-1) not in (self.width, self.padded_width):
             raise ValueError(f"x is {tuple(x.shape)}; its last dimension must be {self.width}")
         x = pad_last(x.to(self.dtype), self.padded_width)
-        output, h, c = _Layer.apply(self, x, *hidden, *weights, mask)
+        output, h, c = _Layer.apply(self, filled, x, *hidden, *weights, mask)
         return output, (h, c)
 
+    @torch.no_grad()
     def fill(self, weights: Sequence[Tensor], mask: Tensor | None) -> None:
         """Write weights into the buffer, cast, the recurrent ones under mask; padding stays 0."""
         for part, weight, factors in zip(self.parts, weights, _masks(mask), strict=True):
@@ -170,13 +172,15 @@ class _Layer(torch.autograd.Function):
     def forward(
         ctx: Any,
         layer: CudnnLSTM,
+        filled: bool,
         x: Tensor,
         h0: Tensor,
         c0: Tensor,
         *weights_and_mask: Any,
     ) -> tuple[Tensor, Tensor, Tensor]:
         *weights, mask = weights_and_mask
-        layer.fill(weights, mask)
+        if not filled:
+            layer.fill(weights, mask)
         x = x.contiguous()
         h, c = (pad_last(state.to(layer.dtype), layer.padded_units) for state in (h0, c0))
         h, c = h.contiguous(), c.contiguous()
@@ -202,19 +206,19 @@ class _Layer(torch.autograd.Function):
         if grad_output is None:
             grad_output = torch.zeros_like(output)
         wanted = ctx.needs_input_grad
-        of_weights = any(wanted[4:8])
+        of_weights = any(wanted[5:9])
         d_x, d_h, d_c, d_parts = layer.backward(
             (x, h, c), output, grad_output.contiguous(), states, reserve, of_weights
         )
-        grads: list[Tensor | None] = [None] * 9
-        if wanted[1]:
-            grads[1] = d_x
-        for k, (grad, dtype) in enumerate(zip((d_h, d_c), ctx.state_dtypes, strict=True), 2):
+        grads: list[Tensor | None] = [None] * 10
+        if wanted[2]:
+            grads[2] = d_x
+        for k, (grad, dtype) in enumerate(zip((d_h, d_c), ctx.state_dtypes, strict=True), 3):
             if wanted[k]:
                 grads[k] = grad[..., : layer.units].to(dtype)
         if of_weights:
             found = layer.gradients(d_parts, weights, mask)
-            grads[4:8] = [g if w else None for g, w in zip(found, wanted[4:8], strict=True)]
+            grads[5:9] = [g if w else None for g, w in zip(found, wanted[5:9], strict=True)]
         return tuple(grads)
 
 

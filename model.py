@@ -1,5 +1,7 @@
 """The AWD-LSTM language model."""
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from itertools import pairwise
 from typing import Any
@@ -17,6 +19,8 @@ from lstm_cudnn import CudnnLSTM, pad_last, unpad_last
 from weight_drop import WeightDrop, lend_weights
 
 Hidden = list[tuple[Tensor, Tensor]]
+# An LSTM's weights in the order in which kernels take them.
+WEIGHTS = ("weight_ih_l0", "weight_hh_l0", "bias_ih_l0", "bias_hh_l0")
 
 
 @dataclass
@@ -143,6 +147,8 @@ class RNNModel(nn.Module):
         """
         self.compute_dtype = dtype
         self.kernel = kernel
+        self._cast_decoder: Tensor | None = None
+        self._layers_filled = False
         self.cudnn_layers: list[CudnnLSTM] = []
         if kernel == "cudnn":
             weight = self.encoder.weight
@@ -150,6 +156,28 @@ class RNNModel(nn.Module):
                 CudnnLSTM(width, units, dtype or weight.dtype, weight.device)
                 for width, units in pairwise(self.layer_sizes)
             ]
+
+    @contextmanager
+    def weights_held(self, masks: Masks) -> Iterator[None]:
+        """While this lasts no weight changes, and training runs under these masks alone.
+
+        So the fast kernels need not cast weights for each call: the decoder's, and where cuDNN
+        computes the layers theirs, are cast once.
+        """
+        kernel, weight = self._kernel, self.decoder.weight.detach()
+        if kernel != "plain":
+            self._cast_decoder = weight.to(self.compute_dtype or weight.dtype)
+        if kernel == "cudnn":
+            for layer, rnn, dropped in zip(
+                self.cudnn_layers, self.rnns, masks.weights, strict=True
+            ):
+                weights = _raw_weights(rnn)
+                layer.fill([weights[name] for name in WEIGHTS], dropped.get("weight_hh_l0"))
+            self._layers_filled = True
+        try:
+            yield
+        finally:
+            self._cast_decoder, self._layers_filled = None, False
 
     def config(self) -> dict[str, Any]:
         """The keywords that build this model again, plain numbers and strings."""
@@ -235,19 +263,15 @@ class RNNModel(nn.Module):
         self, layer: int, x: Tensor, hidden: tuple[Tensor, Tensor], masks: dict[str, Tensor]
     ) -> Any:
         """One LSTM over (T, B, units) with its weights under their masks, behind its filter."""
-        lstm: Any = self.rnns[layer]
+        rnn: Any = self.rnns[layer]
         kernel, dtype = self._kernel, self.compute_dtype if self.training else None
         weights: dict[str, Tensor] = {}
-        if isinstance(lstm, WeightDrop):
-            if kernel != "cudnn" or self.filters:
-                cast_to = None if kernel == "cudnn" else dtype
-                weights, masks = lstm.masked(masks, cast_to), {}
-            else:  # the layer masks them on their way into its buffer
-                weights = lstm.masked({})
-            lstm = lstm.module
+        # cuDNN's layer masks weights on their way into its buffer; a filter comes after the masks.
+        if isinstance(rnn, WeightDrop) and (kernel != "cudnn" or self.filters):
+            weights, masks = rnn.masked(masks, None if kernel == "cudnn" else dtype), {}
+        lstm: Any = rnn.module if isinstance(rnn, WeightDrop) else rnn
         if self.filters or kernel != "plain" or dtype is not None:
-            weights.update(lstm.named_parameters())
-            weights = {name: w for name, w in weights.items() if not name.endswith("_raw")}
+            weights = _raw_weights(rnn) | weights
         if dtype is not None:
             x = x.to(dtype)
             if kernel == "plain":  # the others cast them themselves
@@ -257,10 +281,10 @@ class RNNModel(nn.Module):
             weights = dict(zip(weights, filtered, strict=True))
         h, c = hidden
         if kernel != "plain":
-            names = ("weight_ih_l0", "weight_hh_l0", "bias_ih_l0", "bias_hh_l0")
-            listed = [weights[name] for name in names]
+            listed = [weights[name] for name in WEIGHTS]
             if kernel == "cudnn":
-                return self.cudnn_layers[layer](x, hidden, listed, masks.get("weight_hh_l0"))
+                mask, filled = masks.get("weight_hh_l0"), self._layers_filled
+                return self.cudnn_layers[layer](x, hidden, listed, mask, filled)
             output, h, c = lstm_layer(x, h[0], c[0], *listed)
             return output, (h[None], c[None])
         with lend_weights(lstm, weights):
@@ -277,11 +301,18 @@ class RNNModel(nn.Module):
         weight, bias = self.decoder.weight, self.decoder.bias
         dtype = self.compute_dtype if self.training else None
         if self._kernel != "plain":
-            return linear_cross_entropy(result.to(dtype or result.dtype), weight, bias, targets)
+            result = result.to(dtype or result.dtype)
+            return linear_cross_entropy(result, weight, bias, targets, self._cast_decoder)
         if dtype is None:
             return F.cross_entropy(self.decoder(result), targets)
         logits = F.linear(result.to(dtype), weight.to(dtype), bias.to(dtype))
         return F.cross_entropy(logits.float(), targets)
+
+
+def _raw_weights(rnn: nn.Module) -> dict[str, Tensor]:
+    """An LSTM's weights as they are trained, by nn.LSTM's names for them."""
+    lstm = rnn.module if isinstance(rnn, WeightDrop) else rnn
+    return {name.removesuffix("_raw"): w for name, w in lstm.named_parameters()}
 
 
 def drop(x: Tensor, mask: Tensor | None) -> Tensor:

@@ -130,10 +130,11 @@ class WindowGradient:
             masks = masks.columns(self.ranks.share(columns))
         pieces = pieces_of(window)
         states, losses = [hidden], []
-        for chain in [pieces] if window.crossing else [[piece] for piece in pieces]:
-            afters, chain_losses = self._chain(window, chain, rows, states[-1], masks, scale)
-            states += afters
-            losses += chain_losses
+        with self.model.weights_held(masks):
+            for chain in [pieces] if window.crossing else [[piece] for piece in pieces]:
+                afters, chain_losses = self._chain(window, chain, rows, states[-1], masks, scale)
+                states += afters
+                losses += chain_losses
         ends = [0, *(piece.stop for piece in pieces)]
         advance = window.length if window.advance is None else window.advance
         return sum(losses[1:], start=losses[0]), states[ends.index(advance)]
