@@ -37,23 +37,23 @@ TRAINING_PARTS: dict[str, type] = {
 
 
 def save_model(path: Path, model: RNNModel, vocabulary: Vocabulary, **details: Any) -> None:
-    """Write a model: weights, configuration and vocabulary, enough for every other program.
+    """Write a model; see model_payload and write_checkpoint."""
+    write_checkpoint(path, model_payload(model, vocabulary, **details))
+
+
+def model_payload(model: RNNModel, vocabulary: Vocabulary, **details: Any) -> dict[str, Any]:
+    """What a model's file holds: weights, configuration, vocabulary, all that programs need.
 
     Args:
-        path: where to; what was there is replaced once the new file is complete.
         details: plain values that are kept along, e.g. epoch and valid_loss.
-
-    Raises:
-        CheckpointError: it could not be written; what was there before is untouched.
     """
-    payload = dict(
+    return dict(
         format=MODEL_FORMAT,
         config=model.config(),
         vocabulary=vocabulary.to_text(),
         weights=model.state_dict(),
         details=details,
     )
-    _write(path, payload)
 
 
 def load_model(path: str | Path, device: str | torch.device = "cpu") -> tuple[RNNModel, Vocabulary]:
@@ -75,17 +75,13 @@ def load_model(path: str | Path, device: str | torch.device = "cpu") -> tuple[RN
     return model.to(device).eval(), vocabulary
 
 
-def save_training_state(path: Path, state: dict[str, Any]) -> None:
-    """Write the state that an exact resume needs, plain values and tensors.
-
-    Raises:
-        CheckpointError: it could not be written; what was there before is untouched.
-    """
-    _write(path, dict(state, format=TRAINING_FORMAT))
+def training_payload(state: dict[str, Any]) -> dict[str, Any]:
+    """What a training state's file holds: all that an exact resume needs, TRAINING_PARTS."""
+    return dict(state, format=TRAINING_FORMAT)
 
 
 def load_training_state(path: Path) -> dict[str, Any]:
-    """Read what save_training_state wrote, tensors on the CPU.
+    """Read what training_payload makes, tensors on the CPU.
 
     Raises:
         CheckpointError: no such file, or not a training state of this project.
@@ -108,7 +104,16 @@ def damage_reported(path: Path) -> Iterator[None]:
         raise CheckpointError(f"{path}: damaged checkpoint: {reason}") from error
 
 
-def _write(path: Path, payload: dict[str, Any]) -> None:
+def write_checkpoint(path: Path, payload: dict[str, Any]) -> None:
+    """Write tensors and plain values.
+
+    Args:
+        path: where to; what was there is replaced once the new file is complete.
+        payload: from model_payload or training_payload.
+
+    Raises:
+        CheckpointError: it could not be written; what was there before is untouched.
+    """
     try:
         with atomic_write(path) as file:
             torch.save(payload, file)

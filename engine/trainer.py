@@ -12,7 +12,8 @@ from torch import Tensor
 
 from bptt import Scheme, Window
 from data.corpus import Corpus, batchify
-from engine.checkpoint import save_model, save_training_state
+from engine.checkpoint import model_payload, training_payload
+from engine.checkpoint_writer import CheckpointWriter
 from engine.device import random_state, restore_random_state
 from engine.errors import DivergenceError
 from engine.fused_update import make_updater
@@ -111,6 +112,7 @@ class Trainer:
             lambda event, **values: self.tracker.log(event, **values),
             self._describe_divergence,
         )
+        self.writer = CheckpointWriter(background=self.device.type == "cuda")
         self._stopwatch = Stopwatch(self.at)
         self._last_checkpoint = time.monotonic()
 
@@ -132,13 +134,16 @@ class Trainer:
         self.tracker = tracker
         self._stopwatch = Stopwatch(self.at)
         self._last_checkpoint = time.monotonic()
-        while self.at.epoch <= self.options.epochs:
-            reason = self.stop_reason() or self.train_epoch()
-            if reason is not None:
-                self.stop_early(reason)
-                return reason
-            self.end_epoch()
-        return "epochs"
+        try:
+            while self.at.epoch <= self.options.epochs:
+                reason = self.stop_reason() or self.train_epoch()
+                if reason is not None:
+                    self.stop_early(reason)
+                    return reason
+                self.end_epoch()
+            return "epochs"
+        finally:
+            self.writer.wait()
 
     def train_epoch(self) -> str | None:
         """The updates of an epoch, or what is left of them.
@@ -306,7 +311,8 @@ class Trainer:
             return
         details = dict(epoch=self.at.epoch, update=self.at.update, valid_loss=loss)
         with self.evaluated_weights():
-            save_model(path, self.model, self.corpus.vocabulary, **details)
+            payload = model_payload(self.model, self.corpus.vocabulary, **details)
+            self.writer.write(path, payload)
 
     def stop_reason(self) -> str | None:
         """Why training should end here, if it should; what one process is asked for ends all."""
@@ -329,6 +335,7 @@ class Trainer:
             loss = self.validate()
             if loss < self.at.best_loss:
                 if self.ranks.leader:
+                    self.writer.wait()
                     self.folder.keep_epoch_best()
                 self.save_best(loss)
         if self.at.best_epoch is None and not self.interrupt.terminated:
@@ -350,7 +357,7 @@ class Trainer:
         self._stopwatch.lap()
         state = self.state_dict()
         if self.ranks.leader:
-            save_training_state(self.folder.last_path, state)
+            self.writer.write(self.folder.last_path, training_payload(state))
         self._last_checkpoint = time.monotonic()
         self._stopwatch.lap()
 

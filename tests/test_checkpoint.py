@@ -2,6 +2,7 @@
 
 import os
 import pickle
+import threading
 from pathlib import Path
 from typing import Any
 
@@ -10,7 +11,15 @@ import torch
 from torch import nn
 
 from data.corpus import Vocabulary
-from engine.checkpoint import load_model, load_training_state, save_model, save_training_state
+from engine.checkpoint import (
+    load_model,
+    load_training_state,
+    model_payload,
+    save_model,
+    training_payload,
+    write_checkpoint,
+)
+from engine.checkpoint_writer import CheckpointWriter
 from engine.errors import CheckpointError
 from model import RNNModel
 
@@ -114,7 +123,7 @@ def bad_file(kind: str, folder: Path) -> Path:
     elif kind == "vocabulary":
         torch.save({**payload, "vocabulary": "the\nnaïve"}, path)
     elif kind == "training state":
-        save_training_state(path, {"model": {}})
+        write_checkpoint(path, training_payload({"model": {}}))
     return path
 
 
@@ -166,3 +175,48 @@ def test_load_state_dict_of_the_original() -> None:
     model.load_state_dict(state)
     raw = model.get_parameter("rnns.0.module.weight_hh_l0_raw")
     assert torch.equal(raw, state["rnns.0.module.weight_hh_l0_raw"])
+
+
+def test_in_the_background_it_writes_what_there_was(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Whatever becomes of it meanwhile, and in the memory in which another one was."""
+    may, save, writer = threading.Event(), torch.save, CheckpointWriter(True)
+
+    def slow(payload: object, file: Any) -> None:
+        assert may.wait(60)
+        save(payload, file)
+
+    monkeypatch.setattr(torch, "save", slow)
+    models = [small_model(**changes) for changes in ({}, {}, dict(nlayers=3, tie_weights=False))]
+    expected = [{k: v.clone() for k, v in m.state_dict().items()} for m in models]
+    paths = [tmp_path / f"{number}.pt" for number in range(3)]
+    for number, (model, path) in enumerate(zip(models, paths, strict=True)):
+        position = {"n": number}
+        if number == 1:  # for which there is memory only once the first one is written
+            threading.Timer(0.1, may.set).start()
+        writer.write(path, model_payload(model, WORDS, position=position))
+        writer.write(tmp_path / "last.pt", training_payload(dict(position=position)))
+        position["n"] = -1
+        with torch.no_grad():
+            for p in model.parameters():
+                p.zero_()
+        assert may.is_set() == (number > 0)
+    writer.wait()
+    for number, path in enumerate(paths):
+        payload = torch.load(path, weights_only=True)
+        assert payload["details"] == {"position": {"n": number}}
+        assert payload["weights"].keys() == expected[number].keys()
+        assert all(torch.equal(payload["weights"][k], v) for k, v in expected[number].items())
+    save_model(tmp_path / "now.pt", models[0], WORDS, position={"n": 0})
+    assert paths[0].stat().st_size <= (tmp_path / "now.pt").stat().st_size  # a tied matrix once
+
+
+def test_what_fails_in_the_background_is_said_by_the_next_call(tmp_path: Path) -> None:
+    writer, payload = CheckpointWriter(True), model_payload(small_model(), WORDS)
+    writer.write(tmp_path / "gone" / "m.pt", payload)
+    with pytest.raises(CheckpointError, match=r"m\.pt: cannot write: No such file"):
+        writer.wait()
+    writer.write(tmp_path / "m.pt", payload)
+    writer.wait()
+    assert (tmp_path / "m.pt").exists()

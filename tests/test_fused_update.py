@@ -12,9 +12,11 @@ from record_on_cpu import CpuRecorder
 from torch import Tensor, nn
 
 import assembly
+import engine.trainer
 import main
 from bptt import FixedWindows, FullWindows, RandomizedWindows, Scheme, VariableWindows, Window
 from data.corpus import load_corpus
+from engine.checkpoint_writer import CheckpointWriter
 from engine.errors import RunError
 from engine.fused_step import FusedStep
 from engine.fused_update import FusedUpdater
@@ -368,10 +370,13 @@ def test_graphs_of_a_gpu_are_the_updates_as_they_are(
 
 @pytest.fixture
 def as_on_a_gpu(monkeypatch: pytest.MonkeyPatch) -> CpuRecorder:
-    """main.py takes the kernel that it takes on a GPU, and records."""
+    """main.py takes the kernel that it takes on a GPU, records, and writes in the background."""
     recorder = CpuRecorder()
     monkeypatch.setattr(assembly, "choose_kernel", lambda *_: ("cudnn", "for a test"))
     monkeypatch.setattr(main, "build_recorder", lambda *_: (recorder, " | recorded"))
+    monkeypatch.setattr(
+        engine.trainer, "CheckpointWriter", lambda background: CheckpointWriter(True)
+    )
     return recorder
 
 
@@ -399,3 +404,19 @@ def test_main_trains_and_resumes_exactly(
             for path in (name, tmp_path / "whole")
         )
         assert all(torch.equal(ours[key], theirs[key]) for key in theirs)
+
+
+def test_a_full_disk_ends_the_run_though_it_writes_in_the_background(
+    run: Run, tmp_path: Path, as_on_a_gpu: CpuRecorder, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    corpus = write_corpus(tmp_path / "corpus")
+
+    def full(payload: object, file: Any) -> None:
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(torch, "save", full)
+    result = run(*TINY, "--data", corpus, "--epochs", 1, "--save", tmp_path / "run.pt")
+    assert result.code == 1
+    last = result.err.splitlines()[-1]
+    assert last == f"error: {tmp_path / 'run.pt'}: cannot write: No space left on device"
+    assert not (tmp_path / "run.pt").exists()
