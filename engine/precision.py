@@ -51,6 +51,8 @@ def choose_kernel(precision: str, device: torch.device) -> tuple[str, str]:
     if device.type == "cuda":
         if not torch.backends.cudnn.is_available():
             return "plain", "this PyTorch has no cuDNN"
+        if failure := cudnn_failure(DTYPES[precision] or torch.float32, device):
+            return "plain", f"cuDNN's layer fails: {failure}"
         return "cudnn", "over weights of its own"
     if precision != "bf16":
         return "plain", "a CPU has a faster one for bf16 only"
@@ -58,17 +60,30 @@ def choose_kernel(precision: str, device: torch.device) -> tuple[str, str]:
     return "cpu", f"for bf16{packed}"
 
 
+def cudnn_failure(dtype: torch.dtype, device: torch.device) -> str:
+    """Why our layer over cuDNN does not work, found by running a small one; "": it does."""
+    try:
+        x = torch.zeros(2, 8, 8, dtype=dtype, device=device, requires_grad=True)
+        weights = [x.new_zeros(32, 8) for _ in range(2)] + [x.new_zeros(32) for _ in range(2)]
+        output, _ = CudnnLSTM(8, 8, dtype, device)(x, (x[:1], x[:1]), weights)
+        output.float().sum().backward()
+        return "" if bool(output.isfinite().all()) else "what it computes is not finite"
+    except RuntimeError as error:
+        return _in_a_line(error)
+
+
 def _try_out(name: str, dtype: torch.dtype, device: torch.device) -> None:
-    """Run small layers and a product forward and backward."""
+    """Run a small layer and a product forward and backward."""
     gpus = [device] if device.type == "cuda" else []
     with torch.random.fork_rng(gpus):
         try:
             x = torch.zeros(2, 3, 8, dtype=dtype, device=device, requires_grad=True)
-            lstm = nn.LSTM(8, 8, device=device, dtype=dtype)
-            output, state = lstm(x)
-            if choose_kernel(name, device)[0] == "cudnn":
-                output, _ = CudnnLSTM(8, 8, dtype, device)(output, state, list(lstm.parameters()))
+            output, _ = nn.LSTM(8, 8, device=device, dtype=dtype)(x)
             (output @ output.transpose(1, 2)).float().sum().backward()
         except RuntimeError as error:
-            reason = " ".join(str(error).split())[:120]
+            reason = _in_a_line(error)
             raise ValueError(f"{device} cannot train an LSTM in {name}: {reason}") from None
+
+
+def _in_a_line(error: Exception) -> str:
+    return " ".join(str(error).split())[:120]

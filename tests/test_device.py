@@ -8,9 +8,10 @@ from cudnn_on_cpu import cudnn_on_cpu
 
 import assembly
 import cli
+from engine import precision
 from engine.device import peak_memory, random_state, restore_random_state, select_device
 from engine.late_look import LateLook
-from engine.precision import choose_kernel
+from engine.precision import choose_kernel, cudnn_failure
 from engine.provenance import versions
 from engine.ranks import Ranks
 from model import RNNModel
@@ -116,6 +117,7 @@ def test_what_a_gpu_computes_with_is_said(
     monkeypatch.setattr(assembly, "choose_precision", lambda *_: "tf32")
     monkeypatch.setattr(assembly, "choose_kernel", lambda *_: choose_kernel("tf32", CUDA))
     monkeypatch.setattr(torch.backends.cudnn, "is_available", lambda: True)
+    monkeypatch.setattr(precision, "cudnn_failure", lambda *_: "")
     monkeypatch.setattr(assembly, "CudaRecorder", lambda device: device)
     with cudnn_on_cpu():
         _, line = assembly.set_precision(args, model)
@@ -128,3 +130,15 @@ def test_what_a_gpu_computes_with_is_said(
 def test_without_cudnn_the_kernel_is_plain(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch.backends.cudnn, "is_available", lambda: False)
     assert choose_kernel("bf16", CUDA) == ("plain", "this PyTorch has no cuDNN")
+
+
+def test_where_cudnn_fails_the_kernel_is_plain(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Here it does, unless its operators are written out."""
+    cpu, failure = torch.device("cpu"), cudnn_failure
+    monkeypatch.setattr(torch.backends.cudnn, "is_available", lambda: True)
+    monkeypatch.setattr(precision, "cudnn_failure", lambda dtype, _: failure(dtype, cpu))
+    kernel, reason = choose_kernel("fp16", CUDA)
+    assert kernel == "plain"
+    assert reason.startswith("cuDNN's layer fails: Could not run 'aten::_cudnn_rnn")
+    with cudnn_on_cpu():
+        assert choose_kernel("tf32", CUDA) == ("cudnn", "over weights of its own")
