@@ -42,9 +42,12 @@ class LossScale:
         self.clean = 0  # updates since the last overflow or change
         self.in_a_row = 0
         self.overflows = 0
+        # Of each update that overflowed or changed it: its number, the factor since, overflowed.
+        self.history: list[tuple[int, float, bool]] = []
 
-    def note(self, overflowed: bool) -> None:
-        """Count an update, and adapt to it."""
+    def note(self, update: int, overflowed: bool) -> bool:
+        """Count an update, and adapt to it; returns whether the history is longer for it."""
+        before = self.value
         if overflowed:
             self.overflows += 1
             self.in_a_row += 1
@@ -57,6 +60,9 @@ class LossScale:
             if self.dynamic and self.clean == self.window:
                 self.clean = 0
                 self.value = min(self.value * 2, self.high)
+        if there := overflowed or self.value != before:
+            self.history.append((update, self.value, overflowed))
+        return there
 
     @property
     def hopeless(self) -> bool:
@@ -66,9 +72,10 @@ class LossScale:
     def state_dict(self) -> dict[str, Any]:
         """What a resumed run goes on from."""
         names = ("value", "clean", "in_a_row", "overflows")
-        return {name: getattr(self, name) for name in names}
+        return dict({name: getattr(self, name) for name in names}, history=list(self.history))
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Continue from what state_dict returned."""
         for name in self.state_dict():
             setattr(self, name, state[name])
+        self.history = list(self.history)

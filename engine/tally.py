@@ -84,14 +84,14 @@ class Tally:
         overflow = bool(found.pop("overflow", 0))
         self.settled(overflow)
         if self.loss_scale is not None:
-            scale, hopeless = self.loss_scale.value, self.loss_scale.hopeless
-            self.loss_scale.note(overflow)
+            hopeless = self.loss_scale.hopeless
+            notable = self.loss_scale.note(update, overflow)
             if overflow and not hopeless:
                 self.skipped = update
                 self.at.interval_skipped += 1
                 self.at.interval_skipped_tokens += tokens
                 found.clear()
-            if overflow or self.loss_scale.value != scale:
+            if notable:
                 now: dict[str, Any] = dict(scale=self.loss_scale.value, overflow=overflow)
                 self.log("loss_scale", step=update, **now)
         for name, value in found.items():

@@ -108,21 +108,24 @@ def test_trajectory_is_that_of_the_rules() -> None:
     draw = random.Random(5)
     scale = LossScale(2.0**6, low=2.0, high=2.0**8, window=4)
     value, clean, overflows, restored = 2.0**6, 0, 0, LossScale()
-    for _ in range(400):
-        overflowed = draw.random() < 0.25
-        scale.note(overflowed)
+    history = []
+    for update in range(400):
+        overflowed, before = draw.random() < 0.25, value
+        scale.note(update, overflowed)
         if overflowed:
             value, clean, overflows = max(2.0, value / 2), 0, overflows + 1
         else:
             clean += 1
             if clean == 4:
                 value, clean = min(2.0**8, value * 2), 0
+        if overflowed or value != before:
+            history.append((update, value, overflowed))
         restored.load_state_dict(scale.state_dict())
-        assert (scale.value, scale.overflows) == (value, overflows)
+        assert (scale.value, scale.overflows, scale.history) == (value, overflows, history)
         assert restored.state_dict() == scale.state_dict()
     static = LossScale(3.0, dynamic=False)
     for overflowed in [True] * 5 + [False] * 3000:
-        static.note(overflowed)
+        static.note(0, overflowed)
     assert (static.value, static.overflows) == (3.0, 5)
 
 
@@ -170,7 +173,7 @@ def test_an_overflowing_update_changes_neither_weights_nor_average(kernel: str) 
         same = all(torch.equal(a, b) for a, b in zip(before, model.parameters(), strict=True))
         assert same == bool(step.overflow)
         updater.settle(bool(step.overflow))
-        scale.note(bool(step.overflow))
+        scale.note(update, bool(step.overflow))
         if isinstance(updater, FusedUpdater):  # which goes by its own
             assert float(updater.step.scale) == scale.value
             assert float(updater.step.count) == optimizer.num_averaged
@@ -256,18 +259,19 @@ def test_scale_and_its_history_are_logged(run: Run, tmp_path: Path, flags: list[
     extra = ["--precision", "fp16", "--loss-scale-bounds", "1", "1e9", "--loss-scale-window", "4"]
     assert run(*flags, *extra, "--save", tmp_path / "a.pt").code == 0
     scale, skipped = 2.0**16, 0
-    shown = 0
+    shown, history = 0, []
     for line in events(tmp_path / "a"):
         if line["event"] == "loss_scale":
             assert line["scale"] == scale / 2 if line["overflow"] else scale * 2
             scale, skipped = line["scale"], skipped + line["overflow"]
+            history.append((line["step"], scale, line["overflow"]))
         elif line["event"] == "train":
             assert line["loss_scale"] == scale
             shown += line["overflows"]
             assert line["loss"] is None or line["loss"] < 20  # of updates that counted
     assert shown == skipped > 0
     state = torch.load(tmp_path / "a" / "last.pt", weights_only=True)["loss_scale"]
-    assert (state["value"], state["overflows"]) == (scale, skipped)
+    assert (state["value"], state["overflows"], state["history"]) == (scale, skipped, history)
 
 
 def test_the_scale_changes_nothing_else(run: Run, tmp_path: Path, flags: list[str]) -> None:
