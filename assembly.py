@@ -88,7 +88,12 @@ def set_precision(args: argparse.Namespace, model: RNNModel) -> tuple[str, str]:
     kernel, reason = choose_kernel(precision, device)
     if args.kernel == "plain":
         kernel, reason = "plain", "as asked"
-    model.compute_in(DTYPES[precision], kernel)
+    try:
+        model.compute_in(DTYPES[precision], kernel, args.wavefront)
+    except ValueError as error:
+        raise UsageError(f"argument --wavefront: {error}") from None
+    if args.wavefront > 1:
+        reason += f", windows in {args.wavefront} chunks"
     return precision, f"| precision {precision} | {kernel} kernel, {reason}"
 
 

@@ -167,6 +167,11 @@ def _add_precision(group: Any) -> None:
         "recorded as CUDA graphs; plain: torch's own layers and step, the reference"
     )
     add_choice(group, "--kernel", ["auto", "eager", "plain"], what)
+    what = (
+        "on a GPU: cut windows into so many chunks of time, so that a layer is at one while the "
+        "layer above is at the one before; 1: not"
+    )
+    add_flag(group, "--wavefront", 1, what, positive_int, "CHUNKS")
     what = "factor on the loss while gradients are taken (dynamic for fp16; else none)"
     add_flag(group, "--loss-scale", None, what, loss_scale, "dynamic|X")
     what = "where the dynamic loss scale stays between"

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from embed_regularize import embedded_dropout
 from gradient_filter import GradientFilter
+from lanes import Lanes
 from linear_cross_entropy import linear_cross_entropy
 from locked_dropout import apply_mask, draw_mask
 from lstm_cpu import lstm_layer
@@ -132,7 +133,7 @@ class RNNModel(nn.Module):
         """The gradient filters, one a layer; none where they are off."""
         return [gate for gate in self.filters if isinstance(gate, GradientFilter)]
 
-    def compute_in(self, dtype: torch.dtype | None, kernel: str = "plain") -> None:
+    def compute_in(self, dtype: torch.dtype | None, kernel: str = "plain", chunks: int = 1) -> None:
         """Say in what training computes its layers and its decoder; no checkpoint knows of it.
 
         Args:
@@ -144,14 +145,26 @@ class RNNModel(nn.Module):
                 linear_cross_entropy; "cudnn": lstm_cudnn, for the device and the dtype that the
                 weights have now, and linear_cross_entropy. What was recorded as a CUDA graph
                 before must not be replayed afterwards.
+            chunks: of time that a window is cut into by "cudnn", so that layers overlap (see
+                Lanes). Its result is that of whole windows, but for the order of sums and, in 16
+                bits, cells that are rounded between chunks. Not with gradient filters, which
+                look at whole windows.
+
+        Raises:
+            ValueError: several chunks with another kernel, or gradient filters.
         """
+        if chunks > 1 and (kernel != "cudnn" or self.filters):
+            what = "gradient filters" if self.filters else f"the {kernel} kernel"
+            raise ValueError(f"layers cannot overlap with {what}")
         self.compute_dtype = dtype
         self.kernel = kernel
         self._cast_decoder: Tensor | None = None
         self._layers_filled = False
         self.cudnn_layers: list[CudnnLSTM] = []
+        self.chunks = chunks
+        weight = self.encoder.weight
+        self.lanes = Lanes(self.nlayers if chunks > 1 else 0, weight.device)
         if kernel == "cudnn":
-            weight = self.encoder.weight
             self.cudnn_layers = [
                 CudnnLSTM(width, units, dtype or weight.dtype, weight.device)
                 for width, units in pairwise(self.layer_sizes)
@@ -238,18 +251,7 @@ class RNNModel(nn.Module):
         masks = masks or self.draw_masks(input.size(1))
         x = embedded_dropout(self.encoder, input, 0, masks.words)
         x = drop(x, masks.locked[0])
-        new_hidden, raw_outputs, outputs = [], [], []
-        for layer in range(self.nlayers):
-            x, state = self._run_layer(layer, x, hidden[layer], masks.weights[layer])
-            new_hidden.append(state)
-            units, mask = state[0].size(-1), masks.locked[layer + 1]
-            raw_outputs.append(unpad_last(x, units))
-            if self._kernel == "cudnn" and layer < self.nlayers - 1:
-                if mask is not None:  # x stays padded, and in its dtype
-                    x = apply_mask(x, pad_last(mask, x.size(-1)))
-            else:
-                x = drop(raw_outputs[-1], mask)
-            outputs.append(unpad_last(x, units))
+        new_hidden, raw_outputs, outputs = self._run_layers(x, hidden, masks)
         result = outputs[-1].flatten(0, 1)
         if return_h:
             return result, new_hidden, raw_outputs, outputs
@@ -258,6 +260,34 @@ class RNNModel(nn.Module):
     @property
     def _kernel(self) -> str:
         return self.kernel if self.training else "plain"
+
+    def _run_layers(
+        self, x: Tensor, hidden: Hidden, masks: Masks
+    ) -> tuple[Hidden, list[Tensor], list[Tensor]]:
+        """The stack over (T, B, E): of each layer the last states, the output, and that dropped."""
+        chunks = self.chunks if self._kernel == "cudnn" else 1
+        parts = x.split(-(-len(x) // chunks)) if chunks > 1 else [x]
+        states = list(hidden)
+        raw_outputs: list[list[Tensor]] = [[] for _ in states]
+        outputs: list[list[Tensor]] = [[] for _ in states]
+        with self.lanes.opened():
+            for part in parts:
+                for layer, state in enumerate(states):
+                    with self.lanes.lane(layer, part):
+                        output, states[layer] = self._run_layer(
+                            layer, part, state, masks.weights[layer]
+                        )
+                        units, mask = state[0].size(-1), masks.locked[layer + 1]
+                        raw_outputs[layer].append(unpad_last(output, units))
+                        part = self._drop(output, mask, units, last=layer == self.nlayers - 1)
+                        outputs[layer].append(unpad_last(part, units))
+        return states, [_join(parts) for parts in raw_outputs], [_join(parts) for parts in outputs]
+
+    def _drop(self, output: Tensor, mask: Tensor | None, units: int, last: bool) -> Tensor:
+        """Output under its locked mask; between cuDNN's layers it keeps its dtype and padding."""
+        if last or self._kernel != "cudnn":
+            return drop(unpad_last(output, units), mask)
+        return output if mask is None else apply_mask(output, pad_last(mask, output.size(-1)))
 
     def _run_layer(
         self, layer: int, x: Tensor, hidden: tuple[Tensor, Tensor], masks: dict[str, Tensor]
@@ -313,6 +343,10 @@ def _raw_weights(rnn: nn.Module) -> dict[str, Tensor]:
     """An LSTM's weights as they are trained, by nn.LSTM's names for them."""
     lstm = rnn.module if isinstance(rnn, WeightDrop) else rnn
     return {name.removesuffix("_raw"): w for name, w in lstm.named_parameters()}
+
+
+def _join(parts: list[Tensor]) -> Tensor:
+    return parts[0] if len(parts) == 1 else torch.cat(parts)
 
 
 def drop(x: Tensor, mask: Tensor | None) -> Tensor:

@@ -71,19 +71,19 @@ def ours(
     device: torch.device,
     stack: ExitStack,
 ) -> Update:
-    """The trainer's own update, by the kernel that main.py would take, or by --kernel's.
+    """The trainer's own update, by the kernel that main.py would take, or by its flags.
 
     Args:
-        path: PRECISION or PRECISION-KERNEL.
+        path: PRECISION, PRECISION-KERNEL for --kernel's, PRECISION-wavefront for --wavefront 3.
     """
     precision, _, asked = path.partition("-")
     kernel = "plain" if asked == "plain" else choose_kernel(precision, device)[0]
-    recorded = device.type == "cuda" and not asked
+    recorded = device.type == "cuda" and asked in ("", "wavefront")
     model = RNNModel(
         "LSTM", recipe["ntoken"], recipe["ninp"], recipe["nhid"], recipe["nlayers"],
         **recipe["dropouts"], tie_weights=True,
     ).to(device)  # fmt: skip
-    model.compute_in(DTYPES[precision], kernel)
+    model.compute_in(DTYPES[precision], kernel, chunks=3 if asked == "wavefront" else 1)
     folder = stack.enter_context(
         RunFolder(Path(stack.enter_context(tempfile.TemporaryDirectory())) / "run.pt")
     )
@@ -141,7 +141,8 @@ def paths_on(device: torch.device) -> list[str]:
     ours = ["fp32", "bf16", "bf16-plain"]
     if device.type == "cuda":
         ours = ["fp32", "tf32", "bf16", "fp16"]
-        ours += ["bf16-eager", "fp16-eager", "tf32-plain", "bf16-plain", "fp16-plain"]
+        ours += ["tf32-wavefront", "bf16-wavefront", "bf16-eager", "fp16-eager"]
+        ours += ["tf32-plain", "bf16-plain", "fp16-plain"]
     return [*ours, "baseline-bf16", "baseline-fp32"]
 
 
@@ -239,7 +240,8 @@ def table(args: argparse.Namespace, results: dict[str, Any], device: torch.devic
         f"medians over {args.updates} updates, the paths in turn on the same windows; ratio: the "
         "float32 baseline's time over a path's own, median of the pairs; memory: peak of each path "
         "in a process of its own, median of three (one on a GPU). A path is a precision by the "
-        "fastest kernel, or by `--kernel eager` or `plain`; the baselines are stock parts.",
+        "fastest kernel, or by `--kernel eager` or `plain`, or with `--wavefront 3`; the baselines "
+        "are stock parts.",
         "",
         f"| {args.recipe} | tokens/s | ratio | ms/update | p90 | s/epoch | memory, MiB |",
         "|---|---:|---:|---:|---:|---:|---:|",

@@ -10,7 +10,7 @@ import pytest
 from conftest import ROOT
 
 GROUND = {"weight_drop", "locked_dropout", "embed_regularize", "gradient_filter"}
-GROUND |= {"lstm_cpu", "lstm_cudnn", "linear_cross_entropy"}
+GROUND |= {"lstm_cpu", "lstm_cudnn", "lanes", "linear_cross_entropy"}
 TECHNIQUES = {"model", "bptt", "nt_asgd", "activation_regularize"}
 PROGRAMS = {"main", "finetune", "pointer", "dynamiceval", "generate", "ablate", "diagnose"}
 # What a module may import of the project, by the first part of its name.

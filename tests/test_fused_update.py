@@ -139,6 +139,7 @@ def build_trainer(
     device: str = "cpu",
     compute: torch.dtype | None = None,
     processes: int = 1,
+    chunks: int = 1,
     lines: int = 300,
     **changes: Any,
 ) -> Trainer:
@@ -147,7 +148,7 @@ def build_trainer(
     words = len(corpus.vocabulary)
     model = RNNModel("LSTM", words, 5, 7, nlayers, **dict(RATES, **changes), tie_weights=tied)
     model = model.to(device, dtype)
-    model.compute_in(compute, kernel)
+    model.compute_in(compute, kernel, chunks if kernel == "cudnn" else 1)
     folder = RunFolder(tmp_path / f"{kernel} {recorder is not None}.pt")
     stack.enter_context(folder)
     tracker = stack.enter_context(closing(Tracker(folder.folder, {}, WandbOptions())))
@@ -198,7 +199,9 @@ CHANGES: list[dict[str, Any]] = [
     {}, dict(nlayers=1), dict(tied=False, nlayers=2), dict(grad_filter=2.0), *OFF,
     dict(zip(RATES, [0.0] * 5, strict=True), grad_filter=0.5, nlayers=1, tied=False),
     *(dict(scheme=name) for name in SCHEMES),
-    dict(processes=2, grad_filter=2.0),
+    dict(processes=2, grad_filter=2.0), dict(processes=2, chunks=2),
+    dict(chunks=3), dict(chunks=50), dict(chunks=2, nlayers=1), dict(chunks=2, tied=False),
+    dict(chunks=3, scheme="overlapping"), dict(chunks=2, scheme="full"),
 ]  # fmt: skip
 
 
@@ -337,7 +340,9 @@ def test_first_as_it_is_then_recorded_then_replayed() -> None:
 
 @pytest.mark.gpu
 @pytest.mark.parametrize("compute", [None, torch.bfloat16, torch.float16])
-@pytest.mark.parametrize("changes", [{}, dict(grad_filter=2.0), dict(nlayers=1, tied=False)])
+@pytest.mark.parametrize(
+    "changes", [{}, dict(grad_filter=2.0), dict(nlayers=1, tied=False), dict(chunks=3)], ids=str
+)
 def test_graphs_of_a_gpu_are_the_updates_as_they_are(
     make_trainer: MakeTrainer, compute: torch.dtype | None, changes: dict[str, Any]
 ) -> None:
@@ -380,18 +385,22 @@ def as_on_a_gpu(monkeypatch: pytest.MonkeyPatch) -> CpuRecorder:
     return recorder
 
 
-@pytest.mark.parametrize("precision", ["fp32", "fp16"])
+@pytest.mark.parametrize(
+    ("precision", "more"),
+    [("fp32", "--grad-filter 2"), ("fp16", "--grad-filter 2"), ("fp32", "--wavefront 2")],
+)
 def test_main_trains_and_resumes_exactly(
-    run: Run, tmp_path: Path, as_on_a_gpu: CpuRecorder, precision: str
+    run: Run, tmp_path: Path, as_on_a_gpu: CpuRecorder, precision: str, more: str
 ) -> None:
     corpus = write_corpus(tmp_path / "corpus", lines=120)
     flags: list[Any] = [*TINY, "--data", corpus, "--epochs", 4, "--nonmono", 0, "--lr", 9]
-    flags += ["--grad-filter", 2, "--diagnostics", 7, "--precision", precision]
+    flags += [*more.split(), "--diagnostics", 7, "--precision", precision]
     if precision == "fp16":
         flags += ["--loss-scale-bounds", 1, 1e9, "--loss-scale-window", 5]
     whole = run(*flags, "--save", tmp_path / "whole.pt")
     assert whole.code == 0, whole.err
-    assert "cudnn kernel, for a test | recorded" in whole.err
+    chunks = ", windows in 2 chunks" if "--wavefront" in more else ""
+    assert f"cudnn kernel, for a test{chunks} | recorded" in whole.err
     assert "Switching to ASGD" in whole.out
     assert as_on_a_gpu.replayed > 20
     for stop in (13, 29, 60):
@@ -420,3 +429,16 @@ def test_a_full_disk_ends_the_run_though_it_writes_in_the_background(
     last = result.err.splitlines()[-1]
     assert last == f"error: {tmp_path / 'run.pt'}: cannot write: No space left on device"
     assert not (tmp_path / "run.pt").exists()
+
+
+def test_layers_that_cannot_overlap_are_refused(
+    run: Run, tmp_path: Path, as_on_a_gpu: CpuRecorder
+) -> None:
+    flags = [*TINY, "--data", write_corpus(tmp_path / "corpus"), "--save", tmp_path / "run.pt"]
+    for more, what in (("--grad-filter 2", "gradient filters"), ("--kernel plain", "the plain")):
+        result = run(*flags, "--wavefront", 2, *more.split())
+        assert (result.code, result.out) == (2, "")
+        assert result.err.startswith(
+            f"error: argument --wavefront: layers cannot overlap with {what}"
+        )
+        assert result.err.count("\n") == 1
