@@ -8,8 +8,9 @@ from torch import Tensor
 
 from model import RNNModel
 
-# A window holds about this many tokens, and a block of logits this many values (32 MB).
-WINDOW_TOKENS = 2048
+# A window holds about this many tokens (a GPU, to which a call costs more, has larger ones), and a
+# block of logits this many values (32 MB).
+WINDOW_TOKENS, WINDOW_TOKENS_GPU = 2048, 8192
 BLOCK_LOGITS = 2**23
 
 
@@ -35,7 +36,8 @@ def evaluate(model: RNNModel, ids: Tensor, batch_size: int, window: int | None =
     device = model.encoder.weight.device
     inputs, targets = stretches(ids, batch_size)
     if window is None:
-        window = max(1, WINDOW_TOKENS // batch_size)
+        tokens = WINDOW_TOKENS_GPU if device.type == "cuda" else WINDOW_TOKENS
+        window = max(1, tokens // batch_size)
     training = model.training
     model.eval()
     try:
