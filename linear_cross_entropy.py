@@ -6,8 +6,9 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-# Bytes of scores that exist at a time; rows of them that a CPU handles at once, in its caches.
-BLOCK_BYTES = 64 * 2**20
+# Bytes of scores that exist at a time, on a CPU and on a GPU, to which each block costs a pass over
+# the decoder's gradient; rows of them that a CPU handles at once, in its caches.
+BLOCK_BYTES, BLOCK_BYTES_GPU = 64 * 2**20, 256 * 2**20
 SOFTMAX_ROWS = 64
 # Rows of a block in float16, whose sums over rows must stay below 65,504.
 FLOAT16_ROWS = 8192
@@ -92,7 +93,8 @@ class _LinearCrossEntropy(torch.autograd.Function):
         d_hidden = torch.empty_like(hidden) if wanted[0] else None
         d_weight = None
         d_bias = torch.zeros_like(bias) if wanted[2] else None
-        rows = max(1, BLOCK_BYTES // (len(bias) * hidden.itemsize))
+        most = BLOCK_BYTES_GPU if hidden.is_cuda else BLOCK_BYTES
+        rows = max(1, most // (len(bias) * hidden.itemsize))
         if dtype == torch.float16:
             rows = min(rows, FLOAT16_ROWS)
         for start in range(0, len(hidden), rows):

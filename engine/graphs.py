@@ -1,6 +1,7 @@
 """Work on a GPU that is recorded once and replayed: one launch for all of its kernels."""
 
 from collections.abc import Callable, Hashable
+from contextlib import suppress
 from typing import Protocol
 
 import torch
@@ -52,10 +53,14 @@ class CudaRecorder:
             with torch.cuda.graph(graph, pool=self.pool, stream=self.stream):
                 work()
         except RuntimeError:
-            # The end of a recording that has failed fails as well, before it has put things back.
+            # The end of a recording that has failed fails as well, before it has put things back:
+            # the stream, the generator, and where memory comes from.
             torch.cuda.set_stream(before)
-            generator = torch.cuda.default_generators[self.stream.device.index]
+            device = self.stream.device.index
+            generator = torch.cuda.default_generators[device]
             generator.graphsafe_set_state(generator.clone_state())
+            with suppress(RuntimeError):  # a PyTorch that has put this back already
+                torch._C._cuda_endAllocateToPool(device, self.pool)
             raise
         return graph.replay
 

@@ -6,6 +6,8 @@ from torch import nn
 from lstm_cpu import can_pack
 from lstm_cudnn import CudnnLSTM
 
+# Of a layer that is tried out: for smaller ones, up to 192, cuDNN has other kernels.
+TRIAL_UNITS = 200
 DTYPES = {"fp32": None, "tf32": None, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 
@@ -35,15 +37,24 @@ def choose_precision(name: str, device: torch.device) -> str:
     if name == "tf32" and not has_tf32:
         what = "this GPU is older" if gpu else "this is a CPU"
         raise ValueError(f"tf32 needs a GPU of compute capability 8.0 or more; {what}")
-    if gpu:
-        torch.set_float32_matmul_precision("highest" if name == "fp32" else "high")
-        torch.backends.cudnn.allow_tf32 = name != "fp32"
-        # Sums of products of 16 bits are float32 throughout.
-        torch.backends.cuda.matmul.allow_bf16_reduced_precision_reduction = False
-        torch.backends.cuda.matmul.allow_fp16_reduced_precision_reduction = False
+    allow_products(name, device)
     if (dtype := DTYPES[name]) is not None:
         _try_out(name, dtype, device)
     return name
+
+
+def allow_products(precision: str, device: torch.device) -> None:
+    """Set what a GPU's products of float32 and of 16 bits may be, for the whole process.
+
+    Args:
+        precision: fp32, tf32, bf16 or fp16.
+    """
+    if device.type == "cuda":
+        torch.set_float32_matmul_precision("highest" if precision == "fp32" else "high")
+        torch.backends.cudnn.allow_tf32 = precision != "fp32"
+        # Sums of products of 16 bits are float32 throughout.
+        torch.backends.cuda.matmul.allow_bf16_reduced_precision_reduction = False
+        torch.backends.cuda.matmul.allow_fp16_reduced_precision_reduction = False
 
 
 def choose_kernel(precision: str, device: torch.device) -> tuple[str, str]:
@@ -62,10 +73,11 @@ def choose_kernel(precision: str, device: torch.device) -> tuple[str, str]:
 
 def cudnn_failure(dtype: torch.dtype, device: torch.device) -> str:
     """Why our layer over cuDNN does not work, found by running a small one; "": it does."""
+    units = TRIAL_UNITS
     try:
-        x = torch.zeros(2, 8, 8, dtype=dtype, device=device, requires_grad=True)
-        weights = [x.new_zeros(32, 8) for _ in range(2)] + [x.new_zeros(32) for _ in range(2)]
-        output, _ = CudnnLSTM(8, 8, dtype, device)(x, (x[:1], x[:1]), weights)
+        x = torch.zeros(2, 8, units, dtype=dtype, device=device, requires_grad=True)
+        weights = [x.new_zeros(shape) for shape in [(4 * units, units)] * 2 + [(4 * units,)] * 2]
+        output, _ = CudnnLSTM(units, units, dtype, device)(x, (x[:1], x[:1]), weights)
         output.float().sum().backward()
         return "" if bool(output.isfinite().all()) else "what it computes is not finite"
     except RuntimeError as error:
@@ -77,8 +89,8 @@ def _try_out(name: str, dtype: torch.dtype, device: torch.device) -> None:
     gpus = [device] if device.type == "cuda" else []
     with torch.random.fork_rng(gpus):
         try:
-            x = torch.zeros(2, 3, 8, dtype=dtype, device=device, requires_grad=True)
-            output, _ = nn.LSTM(8, 8, device=device, dtype=dtype)(x)
+            x = torch.zeros(2, 3, TRIAL_UNITS, dtype=dtype, device=device, requires_grad=True)
+            output, _ = nn.LSTM(TRIAL_UNITS, TRIAL_UNITS, device=device, dtype=dtype)(x)
             (output @ output.transpose(1, 2)).float().sum().backward()
         except RuntimeError as error:
             reason = _in_a_line(error)

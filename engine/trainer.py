@@ -136,6 +136,7 @@ class Trainer:
         self._last_checkpoint = time.monotonic()
         try:
             while self.at.epoch <= self.options.epochs:
+                self.agree()
                 reason = self.stop_reason() or self.train_epoch()
                 if reason is not None:
                     self.stop_early(reason)
@@ -161,9 +162,11 @@ class Trainer:
                     self.log_interval(progress)
                 if self.at.row == self.num_steps:
                     break
+                due = self.agree()
                 if reason := self.stop_reason():
                     return reason
-                self.checkpoint_if_due()
+                if due:
+                    self.checkpoint()
         return None
 
     def update(self, window: Window) -> None:
@@ -314,11 +317,21 @@ class Trainer:
             payload = model_payload(self.model, self.corpus.vocabulary, **details)
             self.writer.write(path, payload)
 
-    def stop_reason(self) -> str | None:
-        """Why training should end here, if it should; what one process is asked for ends all."""
+    def agree(self) -> bool:
+        """Let all processes know what one is asked for; whether a checkpoint is due in one.
+
+        One is due every so many updates and every so many minutes.
+        """
+        every, minutes = self.options.checkpoint_every, self.options.checkpoint_minutes
+        waited = time.monotonic() - self._last_checkpoint
+        due = (every and self.at.update % every == 0) or waited >= 60 * minutes
         asked = self.interrupt.requested, self.interrupt.terminated
-        requested, terminated = self.ranks.largest(*asked)
+        requested, terminated, due_in_one = self.ranks.largest(*asked, bool(due))
         self.interrupt.requested, self.interrupt.terminated = bool(requested), bool(terminated)
+        return bool(due_in_one)
+
+    def stop_reason(self) -> str | None:
+        """Why training should end here, if it should; see agree."""
         if self.interrupt.requested:
             return "interrupted"
         if self.options.max_updates is not None and self.at.update >= self.options.max_updates:
@@ -342,14 +355,6 @@ class Trainer:
             self.save_model(self.folder.model_path, None)
 
     # Checkpoints
-
-    def checkpoint_if_due(self) -> None:
-        """Checkpoint every so many updates and every so many minutes."""
-        every, minutes = self.options.checkpoint_every, self.options.checkpoint_minutes
-        waited = time.monotonic() - self._last_checkpoint
-        due = (every and self.at.update % every == 0) or waited >= 60 * minutes
-        if self.ranks.largest(bool(due))[0]:
-            self.checkpoint()
 
     def checkpoint(self) -> None:
         """Write all that an exact resume needs."""

@@ -13,7 +13,7 @@ import pytest
 # torch is imported, and inherited by the programs that tests start.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 # Without it cuDNN's recurrent layers need not give the same twice.
-os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:2")
+os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
 
 import torch
 from cudnn_on_cpu import cudnn_on_cpu

@@ -23,6 +23,7 @@ from engine.fused_update import FusedUpdater
 from engine.graphs import CudaRecorder, Graphs, Recorder, Work
 from engine.interrupt import Interrupt
 from engine.loss_scale import LossScale
+from engine.precision import allow_products
 from engine.ranks import Ranks
 from engine.run_folder import RunFolder
 from engine.tracking import Tracker, WandbOptions
@@ -140,13 +141,15 @@ def build_trainer(
     compute: torch.dtype | None = None,
     processes: int = 1,
     chunks: int = 1,
+    sizes: tuple[int, int] = (5, 7),
     lines: int = 300,
     **changes: Any,
 ) -> Trainer:
     corpus = load_corpus(write_corpus(tmp_path / "corpus", lines=lines))
     torch.manual_seed(5)
     words = len(corpus.vocabulary)
-    model = RNNModel("LSTM", words, 5, 7, nlayers, **dict(RATES, **changes), tie_weights=tied)
+    rates = dict(RATES, **changes)
+    model = RNNModel("LSTM", words, *sizes, nlayers, **rates, tie_weights=tied)
     model = model.to(device, dtype)
     model.compute_in(compute, kernel, chunks if kernel == "cudnn" else 1)
     folder = RunFolder(tmp_path / f"{kernel} {recorder is not None}.pt")
@@ -338,17 +341,56 @@ def test_first_as_it_is_then_recorded_then_replayed() -> None:
         recorder.record(lambda: print(float(done)))
 
 
+PRECISIONS = {None: "fp32", torch.bfloat16: "bf16", torch.float16: "fp16"}
+
+
+@pytest.mark.parametrize("compute", list(PRECISIONS))
+def test_a_graph_is_its_update_whoever_used_memory_in_between(
+    device: torch.device, compute: torch.dtype | None
+) -> None:
+    """On a GPU at the paper's size."""
+    gpu = device.type == "cuda"
+    words, *sizes = (2000, 400, 1150) if gpu else (40, 10, 14)
+    allow_products(PRECISIONS[compute], device)
+    rows = torch.randint(0, words, (200, 20), device=device)
+    found = []
+    for recorder in (None, CudaRecorder(device) if gpu else CpuRecorder()):
+        torch.manual_seed(1)
+        model = RNNModel("LSTM", words, *sizes, 3, **RATES, tie_weights=True).to(device)
+        model.compute_in(compute, "cudnn")
+        updater = FusedUpdater(
+            model, rows, NTASGD(model.parameters(), 10.0), bptt=70, clip=0.25, alpha=2, beta=1,
+            graphs=None if recorder is None else Graphs(recorder, lambda why: pytest.fail(why)),
+            loss_scale=LossScale(2.0**12) if compute == torch.float16 else None,
+        )  # fmt: skip
+        hidden, losses = model.init_hidden(20), []
+        for number, length in enumerate([70, 41, 70, 41, 70, 70, 41, 70]):
+            step = updater(Window(10 * number, length), hidden)
+            hidden = step.hidden
+            losses.append(step.loss.clone())
+            torch.full((50_000_000 if gpu else 50_000,), torch.nan, device=device)
+        assert all(loss.isfinite() for loss in losses)
+        found.append([*losses, *(p.detach().clone() for p in model.parameters())])
+    assert all(torch.equal(a, b) for a, b in zip(*found, strict=True))
+
+
 @pytest.mark.gpu
-@pytest.mark.parametrize("compute", [None, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("compute", list(PRECISIONS))
 @pytest.mark.parametrize(
-    "changes", [{}, dict(grad_filter=2.0), dict(nlayers=1, tied=False), dict(chunks=3)], ids=str
-)
+    "changes",
+    [
+        {}, dict(grad_filter=2.0), dict(nlayers=1, tied=False), dict(chunks=3),
+        dict(sizes=(200, 200)),  # for less than 193 units cuDNN has kernels of their own
+    ],
+    ids=str,
+)  # fmt: skip
 def test_graphs_of_a_gpu_are_the_updates_as_they_are(
     make_trainer: MakeTrainer, compute: torch.dtype | None, changes: dict[str, Any]
 ) -> None:
     """Bit for bit, over 100 updates, and the plain updates' results within the precision."""
     same: dict[str, Any] = dict(changes, device="cuda", compute=compute, dtype=torch.float32)
     same["lines"] = 600
+    allow_products(PRECISIONS[compute], torch.device("cuda"))
     found = []
     for kernel, recorder in (
         ("plain", None),

@@ -4,6 +4,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+from engine.precision import allow_products
 from lstm_cudnn import CudnnLSTM
 
 # E, H: padded both, one of them, neither.
@@ -69,6 +70,7 @@ def test_it_is_torchs_lstm_with_a_masked_weight(
 def test_weights_stay_float32_and_errors_are_those_of_the_dtype(
     dtype: torch.dtype, device: torch.device
 ) -> None:
+    allow_products({2: "bf16", 4: "fp32"}[dtype.itemsize], device)
     exact = arguments(24, 30, device)
     mask = torch.empty_like(exact[4]).bernoulli_(0.5) * 2
     values = [v.detach().float().requires_grad_() for v in exact]

@@ -34,6 +34,7 @@ PYTHON = """#!/bin/bash
 echo "$@" >> {folder}/asked
 while [ $# -gt 0 ]; do
   case $1 in
+    pytest) echo "3 failed"; exit 1;;
     *wikitext-2) test -e {folder}/mended || exit 1;;
     *main.py) mkdir -p "$STATE/PTB"; echo '{{"valid": 1}}' >> "$STATE/PTB/metrics.jsonl"
       head -c 100000 /dev/zero > "$STATE/PTB.pt"; exit 1;;
@@ -57,6 +58,8 @@ def test_each_step_is_done_once_and_the_recipe_resumed(elsewhere: bool, tmp_path
         result = call(out, corpus, PYTHON=str(python), STATE=str(state))
         assert result.returncode == 0, result.stderr
         assert ("| training-wikitext-2 | failed" in result.stdout) == (turn == 1)
+        assert ("| gpu-tests | failed" in result.stdout) == (turn == 1)
+        assert "| gpu-tests | 3 failed |" in result.stdout
         (tmp_path / "mended").touch()
     asked = (tmp_path / "asked").read_text().splitlines()
     names = ["pytest -m gpu", "--recipe penn", "--recipe wikitext-2", "benchmarks.probe"]
