@@ -13,6 +13,7 @@ import tempfile
 import time
 from collections.abc import Callable
 from contextlib import ExitStack, closing
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -27,7 +28,7 @@ from engine.device import keep_freed_memory, peak_memory, select_device
 from engine.graphs import CudaRecorder
 from engine.interrupt import Interrupt
 from engine.loss_scale import LossScale
-from engine.precision import DTYPES, choose_kernel, choose_precision
+from engine.precision import DTYPES, allow_products, choose_kernel, choose_precision
 from engine.run_folder import RunFolder
 from engine.tracking import Tracker, WandbOptions
 from engine.trainer import Trainer
@@ -52,7 +53,11 @@ RECIPES: dict[str, dict[str, Any]] = {
 }  # fmt: skip
 LR, CLIP, WDECAY = 1.0, 0.25, 1.2e-6
 
-Update = Callable[[Window], float]
+# Does updates; the seconds of each.
+Updates = Callable[[list[Window]], list[float]]
+# Updates of a path that follow each other before the next path's; a GPU is waited for only after
+# them, since training does not wait for it either.
+IN_A_ROW, IN_A_ROW_GPU = 1, 10
 
 
 def zipf_corpus(ntoken: int, tokens: int) -> Corpus:
@@ -70,7 +75,7 @@ def ours(
     corpus: Corpus,
     device: torch.device,
     stack: ExitStack,
-) -> Update:
+) -> Updates:
     """The trainer's own update, by the kernel that main.py would take, or by its flags.
 
     Args:
@@ -98,12 +103,13 @@ def ours(
     )  # fmt: skip
     trainer.tracker = stack.enter_context(closing(Tracker(folder.folder, {}, WandbOptions())))
     model.train()
+    choose_precision(precision, device)
 
-    def update(window: Window) -> float:
-        choose_precision(precision, device)  # what float32 products may do is the process's
-        return _timed(device, lambda: trainer.update(window))
+    def updates(windows: list[Window]) -> list[float]:
+        allow_products(precision, device)  # is the process's
+        return _timed(device, trainer.update, windows)
 
-    return update
+    return updates
 
 
 def baseline(
@@ -112,7 +118,7 @@ def baseline(
     corpus: Corpus,
     device: torch.device,
     stack: ExitStack,
-) -> Update:
+) -> Updates:
     """The straightforward implementation's update: float32, or bf16 by autocast."""
     names = ("ntoken", "ninp", "nhid", "nlayers", "dropouts")
     model = BaselineModel(**{name: recipe[name] for name in names}).to(device)
@@ -129,11 +135,11 @@ def baseline(
             _, hidden = step(part[:-1], part[1:], hidden, window.length / recipe["bptt"])
         hidden = [(h.float(), c.float()) for h, c in hidden]
 
-    def update(window: Window) -> float:
-        choose_precision("fp32" if precision == "bf16" else precision, device)
-        return _timed(device, lambda: step_on(window))
+    def updates(windows: list[Window]) -> list[float]:
+        allow_products("fp32" if precision == "bf16" else precision, device)
+        return _timed(device, step_on, windows)
 
-    return update
+    return updates
 
 
 def paths_on(device: torch.device) -> list[str]:
@@ -146,26 +152,36 @@ def paths_on(device: torch.device) -> list[str]:
     return [*ours, "baseline-bf16", "baseline-fp32"]
 
 
-def start(path: str, *arguments: Any) -> Update:
+def start(path: str, *arguments: Any) -> Updates:
     """Set up a path by its name."""
     kind, _, precision = path.partition("-")
     return baseline(precision, *arguments) if kind == "baseline" else ours(path, *arguments)
 
 
-def _timed(device: torch.device, work: Callable[[], object]) -> float:
+def _timed(
+    device: torch.device, update: Callable[[Window], None], windows: list[Window]
+) -> list[float]:
     if device.type == "cuda":
         torch.cuda.synchronize(device)
-    start = time.perf_counter()
-    work()
-    if device.type == "cuda":
+        marks = [torch.cuda.Event(enable_timing=True) for _ in range(len(windows) + 1)]
+        marks[0].record()
+        for window, mark in zip(windows, marks[1:], strict=True):
+            update(window)
+            mark.record()
         torch.cuda.synchronize(device)
-    return time.perf_counter() - start
+        return [a.elapsed_time(b) / 1000 for a, b in pairwise(marks)]
+    seconds = []
+    for window in windows:
+        start = time.perf_counter()
+        update(window)
+        seconds.append(time.perf_counter() - start)
+    return seconds
 
 
 def measure(
     recipe: dict[str, Any], paths: list[str], updates: int, device: torch.device
 ) -> dict[str, Any]:
-    """Time the paths update by update in turn, over the same windows.
+    """Time the paths in turn, over the same windows.
 
     Returns:
         Per path: tokens_per_second and ms (medians over the updates), ms_p90, ratio (the last
@@ -180,13 +196,13 @@ def measure(
         if device.type == "cuda":  # graphs are recorded when a length comes a second time
             for window in {window.length: window for window in windows}.values():
                 for name in paths:
-                    for _ in range(2):
-                        steps[name](window)
+                    steps[name]([window] * 2)
         seconds: dict[str, list[float]] = {name: [] for name in paths}
-        for turn, window in enumerate(windows):
+        size = IN_A_ROW_GPU if device.type == "cuda" else IN_A_ROW
+        for turn, first in enumerate(range(0, len(windows), size)):
             shift = turn % len(paths)  # so that none always follows the same one
             for name in paths[shift:] + paths[:shift]:
-                seconds[name].append(steps[name](window))
+                seconds[name] += steps[name](windows[first : first + size])
         tokens = [window.length * recipe["batch_size"] for window in windows[2:]]
         results: dict[str, Any] = {}
         for name in paths:

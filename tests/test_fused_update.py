@@ -350,13 +350,14 @@ def test_a_graph_is_its_update_whoever_used_memory_in_between(
 ) -> None:
     """On a GPU at the paper's size."""
     gpu = device.type == "cuda"
-    words, *sizes = (2000, 400, 1150) if gpu else (40, 10, 14)
+    words, width, units = (2000, 400, 1150) if gpu else (40, 10, 14)
+    rates: dict[str, Any] = dict(RATES, tie_weights=True)
     allow_products(PRECISIONS[compute], device)
     rows = torch.randint(0, words, (200, 20), device=device)
     found = []
     for recorder in (None, CudaRecorder(device) if gpu else CpuRecorder()):
         torch.manual_seed(1)
-        model = RNNModel("LSTM", words, *sizes, 3, **RATES, tie_weights=True).to(device)
+        model = RNNModel("LSTM", words, width, units, 3, **rates).to(device)
         model.compute_in(compute, "cudnn")
         updater = FusedUpdater(
             model, rows, NTASGD(model.parameters(), 10.0), bptt=70, clip=0.25, alpha=2, beta=1,
