@@ -178,7 +178,7 @@ def test_load_state_dict_of_the_original() -> None:
 
 
 def test_in_the_background_it_writes_what_there_was(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, device: torch.device
 ) -> None:
     """Whatever becomes of it meanwhile, and in the memory in which another one was."""
     may, save, writer = threading.Event(), torch.save, CheckpointWriter(True)
@@ -188,8 +188,9 @@ def test_in_the_background_it_writes_what_there_was(
         save(payload, file)
 
     monkeypatch.setattr(torch, "save", slow)
-    models = [small_model(**changes) for changes in ({}, {}, dict(nlayers=3, tie_weights=False))]
-    expected = [{k: v.clone() for k, v in m.state_dict().items()} for m in models]
+    other: dict[str, Any] = dict(nlayers=3, tie_weights=False)
+    models = [small_model(**changes).to(device) for changes in ({}, {}, other)]
+    expected = [{k: v.cpu().clone() for k, v in m.state_dict().items()} for m in models]
     paths = [tmp_path / f"{number}.pt" for number in range(3)]
     for number, (model, path) in enumerate(zip(models, paths, strict=True)):
         position = {"n": number}
