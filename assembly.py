@@ -85,15 +85,18 @@ def set_precision(args: argparse.Namespace, model: RNNModel) -> tuple[str, str]:
         precision = choose_precision(args.precision, device)
     except ValueError as error:
         raise UsageError(f"argument --precision: {error}") from None
-    kernel, reason = choose_kernel(precision, device)
-    if args.kernel == "plain":
-        kernel, reason = "plain", "as asked"
+    kernel, reason = "plain", "as asked"
+    if args.kernel != "plain":
+        kernel, reason = choose_kernel(precision, device)
+    chunks = args.wavefront if kernel == "cudnn" else 1
     try:
-        model.compute_in(DTYPES[precision], kernel, args.wavefront)
+        model.compute_in(DTYPES[precision], kernel, chunks)
     except ValueError as error:
         raise UsageError(f"argument --wavefront: {error}") from None
-    if args.wavefront > 1:
-        reason += f", windows in {args.wavefront} chunks"
+    if chunks > 1:
+        reason += f" | windows in {chunks} chunks"
+    elif args.wavefront > 1:
+        reason += " | no --wavefront, which is for cuDNN's"
     return precision, f"| precision {precision} | {kernel} kernel, {reason}"
 
 

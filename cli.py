@@ -34,8 +34,8 @@ from flags import (
 # Flags that may differ between a run and its resumption; all others are part of what it is.
 MAY_CHANGE = frozenset(
     """
-    data device save resume dry_run epochs max_updates log_interval diagnostics checkpoint_every
-    checkpoint_minutes test_batch_size bigram samples
+    data device wavefront save resume dry_run epochs max_updates log_interval diagnostics
+    checkpoint_every checkpoint_minutes test_batch_size bigram samples
     wandb wandb_project wandb_name wandb_group wandb_job_type wandb_tags
     """.split()  # noqa: SIM905
 )

@@ -178,16 +178,16 @@ class RNNModel(nn.Module):
         computes the layers theirs, are cast once.
         """
         kernel, weight = self._kernel, self.decoder.weight.detach()
-        if kernel != "plain":
-            self._cast_decoder = weight.to(self.compute_dtype or weight.dtype)
-        if kernel == "cudnn":
-            for layer, rnn, dropped in zip(
-                self.cudnn_layers, self.rnns, masks.weights, strict=True
-            ):
-                weights = _raw_weights(rnn)
-                layer.fill([weights[name] for name in WEIGHTS], dropped.get("weight_hh_l0"))
-            self._layers_filled = True
         try:
+            if kernel != "plain":
+                self._cast_decoder = weight.to(self.compute_dtype or weight.dtype)
+            if kernel == "cudnn":
+                for layer, rnn, dropped in zip(
+                    self.cudnn_layers, self.rnns, masks.weights, strict=True
+                ):
+                    weights = _raw_weights(rnn)
+                    layer.fill([weights[name] for name in WEIGHTS], dropped.get("weight_hh_l0"))
+                self._layers_filled = True
             yield
         finally:
             self._cast_decoder, self._layers_filled = None, False
@@ -265,15 +265,16 @@ class RNNModel(nn.Module):
         self, x: Tensor, hidden: Hidden, masks: Masks
     ) -> tuple[Hidden, list[Tensor], list[Tensor]]:
         """The stack over (T, B, E): of each layer the last states, the output, and that dropped."""
-        chunks = self.chunks if self._kernel == "cudnn" else 1
-        parts = x.split(-(-len(x) // chunks)) if chunks > 1 else [x]
+        parts, lanes = [x], Lanes(0, x.device)
+        if self.chunks > 1 and self.training:
+            parts, lanes = list(x.split(-(-len(x) // self.chunks))), self.lanes
         states = list(hidden)
         raw_outputs: list[list[Tensor]] = [[] for _ in states]
         outputs: list[list[Tensor]] = [[] for _ in states]
-        with self.lanes.opened():
+        with lanes.opened():
             for part in parts:
                 for layer, state in enumerate(states):
-                    with self.lanes.lane(layer, part):
+                    with lanes.lane(layer, part):
                         output, states[layer] = self._run_layer(
                             layer, part, state, masks.weights[layer]
                         )

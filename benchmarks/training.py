@@ -53,10 +53,10 @@ RECIPES: dict[str, dict[str, Any]] = {
 }  # fmt: skip
 LR, CLIP, WDECAY = 1.0, 0.25, 1.2e-6
 
-# Does updates; the seconds of each.
+# Makes updates from windows; returns the seconds that each took.
 Updates = Callable[[list[Window]], list[float]]
-# Updates of a path that follow each other before the next path's; a GPU is waited for only after
-# them, since training does not wait for it either.
+# Paths take turns after so many updates. On a GPU they are timed by its own clock, since training
+# does not wait for it either.
 IN_A_ROW, IN_A_ROW_GPU = 1, 10
 
 
@@ -88,7 +88,8 @@ def ours(
         "LSTM", recipe["ntoken"], recipe["ninp"], recipe["nhid"], recipe["nlayers"],
         **recipe["dropouts"], tie_weights=True,
     ).to(device)  # fmt: skip
-    model.compute_in(DTYPES[precision], kernel, chunks=3 if asked == "wavefront" else 1)
+    chunks = 3 if asked == "wavefront" and kernel == "cudnn" else 1
+    model.compute_in(DTYPES[precision], kernel, chunks)
     folder = stack.enter_context(
         RunFolder(Path(stack.enter_context(tempfile.TemporaryDirectory())) / "run.pt")
     )
@@ -158,11 +159,16 @@ def start(path: str, *arguments: Any) -> Updates:
     return baseline(precision, *arguments) if kind == "baseline" else ours(path, *arguments)
 
 
+def turn_length(device: torch.device) -> int:
+    """Updates of a path before the next one's."""
+    return IN_A_ROW_GPU if device.type == "cuda" else IN_A_ROW
+
+
 def _timed(
     device: torch.device, update: Callable[[Window], None], windows: list[Window]
 ) -> list[float]:
     if device.type == "cuda":
-        torch.cuda.synchronize(device)
+        update(windows[0])  # so that the first one measured finds the queue filled
         marks = [torch.cuda.Event(enable_timing=True) for _ in range(len(windows) + 1)]
         marks[0].record()
         for window, mark in zip(windows, marks[1:], strict=True):
@@ -198,7 +204,7 @@ def measure(
                 for name in paths:
                     steps[name]([window] * 2)
         seconds: dict[str, list[float]] = {name: [] for name in paths}
-        size = IN_A_ROW_GPU if device.type == "cuda" else IN_A_ROW
+        size = turn_length(device)
         for turn, first in enumerate(range(0, len(windows), size)):
             shift = turn % len(paths)  # so that none always follows the same one
             for name in paths[shift:] + paths[:shift]:
@@ -253,7 +259,8 @@ def table(args: argparse.Namespace, results: dict[str, Any], device: torch.devic
         "",
         f"{hardware}, {torch.get_num_threads()} threads, torch {torch.__version__}; "
         f"{'malloc keeps freed memory; ' if args.keep_memory else ''}"
-        f"medians over {args.updates} updates, the paths in turn on the same windows; ratio: the "
+        f"medians over {args.updates} updates, the paths in turn on the same windows, each "
+        f"{turn_length(device)} at a time; ratio: the "
         "float32 baseline's time over a path's own, median of the pairs; memory: peak of each path "
         "in a process of its own, median of three (one on a GPU). A path is a precision by the "
         "fastest kernel, or by `--kernel eager` or `plain`, or with `--wavefront 3`; the baselines "

@@ -36,11 +36,6 @@ TRAINING_PARTS: dict[str, type] = {
 }
 
 
-def save_model(path: Path, model: RNNModel, vocabulary: Vocabulary, **details: Any) -> None:
-    """Write a model; see model_payload and write_checkpoint."""
-    write_checkpoint(path, model_payload(model, vocabulary, **details))
-
-
 def model_payload(model: RNNModel, vocabulary: Vocabulary, **details: Any) -> dict[str, Any]:
     """What a model's file holds: weights, configuration, vocabulary, all that programs need.
 

@@ -46,7 +46,7 @@ class LossScale:
         self.history: list[tuple[int, float, bool]] = []
 
     def note(self, update: int, overflowed: bool) -> bool:
-        """Count an update, and adapt to it; returns whether the history is longer for it."""
+        """Count an update, and adapt to it; returns whether it overflowed or changed the scale."""
         before = self.value
         if overflowed:
             self.overflows += 1
@@ -60,9 +60,9 @@ class LossScale:
             if self.dynamic and self.clean == self.window:
                 self.clean = 0
                 self.value = min(self.value * 2, self.high)
-        if there := overflowed or self.value != before:
+        if notable := overflowed or self.value != before:
             self.history.append((update, self.value, overflowed))
-        return there
+        return notable
 
     @property
     def hopeless(self) -> bool:
@@ -76,6 +76,6 @@ class LossScale:
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Continue from what state_dict returned."""
-        for name in self.state_dict():
+        for name in self.state_dict().keys() - {"history"}:
             setattr(self, name, state[name])
-        self.history = list(self.history)
+        self.history = list(state.get("history", []))  # older checkpoints have none

@@ -113,6 +113,7 @@ class Trainer:
             self._describe_divergence,
         )
         self.writer = CheckpointWriter(background=self.device.type == "cuda")
+        self.stop_requested = self.checkpoint_due = False
         self._stopwatch = Stopwatch(self.at)
         self._last_checkpoint = time.monotonic()
 
@@ -134,17 +135,15 @@ class Trainer:
         self.tracker = tracker
         self._stopwatch = Stopwatch(self.at)
         self._last_checkpoint = time.monotonic()
-        try:
+        with self.writer:
             while self.at.epoch <= self.options.epochs:
-                self.agree()
+                self.share_requests()
                 reason = self.stop_reason() or self.train_epoch()
                 if reason is not None:
                     self.stop_early(reason)
                     return reason
                 self.end_epoch()
-            return "epochs"
-        finally:
-            self.writer.wait()
+        return "epochs"
 
     def train_epoch(self) -> str | None:
         """The updates of an epoch, or what is left of them.
@@ -162,10 +161,10 @@ class Trainer:
                     self.log_interval(progress)
                 if self.at.row == self.num_steps:
                     break
-                due = self.agree()
+                self.share_requests()
                 if reason := self.stop_reason():
                     return reason
-                if due:
+                if self.checkpoint_due:
                     self.checkpoint()
         return None
 
@@ -317,22 +316,24 @@ class Trainer:
             payload = model_payload(self.model, self.corpus.vocabulary, **details)
             self.writer.write(path, payload)
 
-    def agree(self) -> bool:
-        """Let all processes know what one is asked for; whether a checkpoint is due in one.
+    def share_requests(self) -> None:
+        """Tell all processes that one is asked for an early end, or that its checkpoint is due.
 
-        One is due every so many updates and every so many minutes.
+        What comes in afterwards waits for the next time, so that all do the same. A checkpoint is
+        due every so many updates and every so many minutes.
         """
         every, minutes = self.options.checkpoint_every, self.options.checkpoint_minutes
         waited = time.monotonic() - self._last_checkpoint
         due = (every and self.at.update % every == 0) or waited >= 60 * minutes
         asked = self.interrupt.requested, self.interrupt.terminated
-        requested, terminated, due_in_one = self.ranks.largest(*asked, bool(due))
-        self.interrupt.requested, self.interrupt.terminated = bool(requested), bool(terminated)
-        return bool(due_in_one)
+        stop, terminate, checkpoint = self.ranks.largest(*asked, bool(due))
+        self.stop_requested, self.checkpoint_due = bool(stop), bool(checkpoint)
+        self.interrupt.requested |= bool(stop)
+        self.interrupt.terminated |= bool(terminate)
 
     def stop_reason(self) -> str | None:
-        """Why training should end here, if it should; see agree."""
-        if self.interrupt.requested:
+        """Why training should end here, if it should; see share_requests."""
+        if self.stop_requested:
             return "interrupted"
         if self.options.max_updates is not None and self.at.update >= self.options.max_updates:
             return "updates"

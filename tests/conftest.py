@@ -36,6 +36,13 @@ class Result(NamedTuple):
     err: str
 
 
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    for item in items:
+        if item.get_closest_marker("gpu"):  # masked weights are meant not to be
+            expected = "ignore:RNN module weights are not part of single"
+            item.add_marker(pytest.mark.filterwarnings(expected))
+
+
 @pytest.fixture(autouse=True)
 def _fresh_random_state() -> Iterator[None]:
     """Each test starts from the same random state, and leaves the one it found."""

@@ -2,7 +2,9 @@
 
 import os
 import pickle
+import signal
 import threading
+import time
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +17,6 @@ from engine.checkpoint import (
     load_model,
     load_training_state,
     model_payload,
-    save_model,
     training_payload,
     write_checkpoint,
 )
@@ -36,7 +37,7 @@ def small_model(**changes: Any) -> RNNModel:
 @pytest.mark.parametrize("changes", [{}, {"wdrop": 0}, {"tie_weights": False}, {"nlayers": 1}])
 def test_model_comes_back(tmp_path: Path, changes: dict, device: torch.device) -> None:
     model = small_model(**changes)
-    save_model(tmp_path / "m.pt", model, WORDS, epoch=3)
+    write_checkpoint(tmp_path / "m.pt", model_payload(model, WORDS, epoch=3))
     again, words = load_model(tmp_path / "m.pt", device)
     assert words == WORDS
     assert again.config() == model.config()
@@ -59,7 +60,7 @@ def test_parameters_are_named_as_in_the_original() -> None:
 
 def test_failed_write_leaves_the_old_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     path = tmp_path / "m.pt"
-    save_model(path, small_model(), WORDS)
+    write_checkpoint(path, model_payload(small_model(), WORDS))
     before = path.read_bytes()
 
     def full(payload: object, file: object) -> None:
@@ -68,7 +69,7 @@ def test_failed_write_leaves_the_old_file(tmp_path: Path, monkeypatch: pytest.Mo
 
     monkeypatch.setattr(torch, "save", full)
     with pytest.raises(CheckpointError, match=r"m\.pt: cannot write: No space left on device"):
-        save_model(path, small_model(), WORDS)
+        write_checkpoint(path, model_payload(small_model(), WORDS))
     assert path.read_bytes() == before
     assert list(tmp_path.iterdir()) == [path]
 
@@ -92,7 +93,7 @@ class _System:
 def bad_file(kind: str, folder: Path) -> Path:
     path = folder / "bad.pt"
     good = folder / "good.pt"
-    save_model(good, small_model(), WORDS)
+    write_checkpoint(good, model_payload(small_model(), WORDS))
     payload = torch.load(good, weights_only=True)
     if kind == "empty":
         path.write_bytes(b"")
@@ -209,15 +210,71 @@ def test_in_the_background_it_writes_what_there_was(
         assert payload["details"] == {"position": {"n": number}}
         assert payload["weights"].keys() == expected[number].keys()
         assert all(torch.equal(payload["weights"][k], v) for k, v in expected[number].items())
-    save_model(tmp_path / "now.pt", models[0], WORDS, position={"n": 0})
+    payload = model_payload(models[0], WORDS, position={"n": 0})
+    write_checkpoint(tmp_path / "now.pt", payload)
     assert paths[0].stat().st_size <= (tmp_path / "now.pt").stat().st_size  # a tied matrix once
 
 
-def test_what_fails_in_the_background_is_said_by_the_next_call(tmp_path: Path) -> None:
-    writer, payload = CheckpointWriter(True), model_payload(small_model(), WORDS)
-    writer.write(tmp_path / "gone" / "m.pt", payload)
-    with pytest.raises(CheckpointError, match=r"m\.pt: cannot write: No such file"):
+def test_after_a_file_that_could_not_be_written_none_is(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A best model and the state that knows of it belong together. Then it starts anew."""
+    may, save, writer = threading.Event(), torch.save, CheckpointWriter(True)
+
+    def fail(payload: object, file: Any) -> None:
+        assert may.wait(60)
+        monkeypatch.setattr(torch, "save", save)
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(torch, "save", fail)
+    model, state = model_payload(small_model(), WORDS), training_payload({"hidden": []})
+    writer.write(tmp_path / "m.pt", model)
+    writer.write(tmp_path / "last.pt", state)
+    may.set()
+    with pytest.raises(CheckpointError, match=r"m\.pt: cannot write: No space left"):
         writer.wait()
-    writer.write(tmp_path / "m.pt", payload)
+    assert not list(tmp_path.iterdir())
+    writer.write(tmp_path / "m.pt", model)
     writer.wait()
     assert (tmp_path / "m.pt").exists()
+
+
+def test_what_ends_training_is_not_hidden_by_a_file(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    payload = model_payload(small_model(), WORDS)
+
+    def train(diverges: bool) -> float:
+        with CheckpointWriter(True) as writer:
+            writer.write(tmp_path / "gone" / "m.pt", payload)
+            return 1 / (not diverges)
+
+    with pytest.raises(ZeroDivisionError):
+        train(diverges=True)
+    assert "gone/m.pt: cannot write: No such file" in capsys.readouterr().err
+    with pytest.raises(CheckpointError):
+        train(diverges=False)
+
+
+def test_ctrl_c_while_it_waits_ends_the_file_in_hand_and_begins_no_other(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    begun, save, writer = threading.Event(), torch.save, CheckpointWriter(True)
+
+    def slow(payload: object, file: Any) -> None:
+        begun.set()
+        time.sleep(0.3)
+        save(payload, file)
+
+    monkeypatch.setattr(torch, "save", slow)
+    writer.write(tmp_path / "m.pt", model_payload(small_model(), WORDS))
+    writer.write(tmp_path / "last.pt", training_payload({"hidden": []}))
+    assert begun.wait(60)
+    signal.setitimer(signal.ITIMER_REAL, 0.05)
+    handler = signal.signal(signal.SIGALRM, signal.default_int_handler)
+    try:
+        with pytest.raises(KeyboardInterrupt):
+            writer.wait()
+    finally:
+        signal.signal(signal.SIGALRM, handler)
+    assert [path.name for path in tmp_path.iterdir()] == ["m.pt"]

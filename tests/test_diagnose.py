@@ -17,7 +17,7 @@ import assembly
 import cli
 import diagnose
 from data.corpus import Corpus, load_corpus
-from engine.checkpoint import load_model, save_model
+from engine.checkpoint import load_model, model_payload, write_checkpoint
 from model import RNNModel
 
 Run = Callable[..., Result]
@@ -71,7 +71,7 @@ def planted(
             if "bias_hh" in name:
                 units = len(parameter) // 4
                 parameter[units : 2 * units] += forget_bias
-    save_model(path, model, corpus.vocabulary)
+    write_checkpoint(path, model_payload(model, corpus.vocabulary))
     return model
 
 
@@ -150,7 +150,7 @@ def test_fresh_weights_are_those_that_training_starts_from(
     assert start.config() == again.config()
     for one, other in zip(start.parameters(), again.parameters(), strict=True):
         assert torch.equal(one, other)
-    save_model(tmp_path / "start.pt", start, corpus.vocabulary)
+    write_checkpoint(tmp_path / "start.pt", model_payload(start, corpus.vocabulary))
     flags = ["--data", corpus_folder, "--seed", args.seed]
     assert look("--compare", save, save, "--fresh", *flags).code == 0
     assert look(tmp_path / "start.pt", *flags).code == 0
@@ -252,6 +252,6 @@ def test_files_that_cannot_be(
     broken = planted(tmp_path / "broken.pt", corpus, 1, 0)
     with torch.no_grad():
         broken.decoder.bias[3] = torch.nan
-    save_model(tmp_path / "broken.pt", broken, corpus.vocabulary)
+    write_checkpoint(tmp_path / "broken.pt", model_payload(broken, corpus.vocabulary))
     assert "its weights are not finite" in only_line(look(tmp_path / "broken.pt", *data), 1)
     assert not list(tmp_path.glob("*-diagnosis"))

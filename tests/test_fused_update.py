@@ -442,13 +442,17 @@ def test_main_trains_and_resumes_exactly(
         flags += ["--loss-scale-bounds", 1, 1e9, "--loss-scale-window", 5]
     whole = run(*flags, "--save", tmp_path / "whole.pt")
     assert whole.code == 0, whole.err
-    chunks = ", windows in 2 chunks" if "--wavefront" in more else ""
+    chunks = " | windows in 2 chunks" if "--wavefront" in more else ""
     assert f"cudnn kernel, for a test{chunks} | recorded" in whole.err
     assert "Switching to ASGD" in whole.out
     assert as_on_a_gpu.replayed > 20
     for stop in (13, 29, 60):
         name = tmp_path / f"part{stop}"
         assert run(*flags, "--save", f"{name}.pt", "--max-updates", stop).code == 0
+        if (kept := name / "best-at-epoch-end.pt").exists():
+            last = torch.load(name / "last.pt", weights_only=True)["position"]
+            best = torch.load(kept, weights_only=True)["details"]["epoch"]
+            assert best == last["best_epoch"]
         resumed = run("--resume", name, "--test-batch-size", 1)
         assert resumed.code == 0, resumed.err
         ours, theirs = (
@@ -478,10 +482,63 @@ def test_layers_that_cannot_overlap_are_refused(
     run: Run, tmp_path: Path, as_on_a_gpu: CpuRecorder
 ) -> None:
     flags = [*TINY, "--data", write_corpus(tmp_path / "corpus"), "--save", tmp_path / "run.pt"]
-    for more, what in (("--grad-filter 2", "gradient filters"), ("--kernel plain", "the plain")):
-        result = run(*flags, "--wavefront", 2, *more.split())
-        assert (result.code, result.out) == (2, "")
-        assert result.err.startswith(
-            f"error: argument --wavefront: layers cannot overlap with {what}"
-        )
-        assert result.err.count("\n") == 1
+    result = run(*flags, "--wavefront", 2, "--grad-filter", 2)
+    assert (result.code, result.out) == (2, "")
+    assert result.err == (
+        "error: argument --wavefront: layers cannot overlap with gradient filters\n"
+    )
+
+
+def test_a_wavefront_goes_on_elsewhere(run: Run, tmp_path: Path, with_cudnn: None) -> None:
+    """Where there is no cuDNN it says so; and it may be given up."""
+    flags = [*TINY, "--data", write_corpus(tmp_path / "corpus"), "--save", tmp_path / "run.pt"]
+    result = run(*flags, "--wavefront", 2, "--max-updates", 2)
+    assert result.code == 0, result.err
+    assert "plain kernel, a CPU has a faster one for bf16 only | no --wavefront" in result.err
+    result = run("--resume", tmp_path / "run.pt", "--wavefront", 1, "--max-updates", 3)
+    assert result.code == 0, result.err
+    assert "--wavefront" not in result.err
+
+
+def test_all_processes_do_what_one_is_asked_for(make_trainer: MakeTrainer) -> None:
+    """A signal that comes while they agree waits for the next time, on each of them."""
+    trainer = make_trainer("plain")
+    answers = [[0, 0, 1], [1, 1, 0]]
+
+    def largest(*values: int) -> list[int]:
+        trainer.interrupt.requested = True  # the signal
+        return answers.pop(0)
+
+    trainer.ranks.largest = largest  # type: ignore[method-assign]
+    trainer.share_requests()
+    assert trainer.checkpoint_due
+    assert trainer.stop_reason() is None
+    assert trainer.interrupt.requested
+    trainer.share_requests()
+    assert not trainer.checkpoint_due
+    assert trainer.stop_reason() == "interrupted"
+    assert trainer.interrupt.terminated
+
+
+def test_weights_are_held_no_longer_than_said() -> None:
+    """Afterwards, also after an error, a changed weight counts."""
+    rates: dict[str, Any] = dict(dict.fromkeys(RATES, 0.0), tie_weights=True)
+    model = RNNModel("LSTM", 30, 5, 7, 2, **rates).double()
+    model.compute_in(None, "cudnn")
+    words, hidden = torch.randint(0, 30, (4, 3)), model.init_hidden(3)
+
+    def loss() -> Tensor:
+        result, _ = model(words[:-1], hidden)
+        return model.loss(result, words[1:].flatten())
+
+    with model.weights_held(model.draw_masks(3)):
+        before = loss()
+    with pytest.raises(KeyError), model.weights_held(model.draw_masks(3)):
+        raise KeyError
+    with torch.no_grad():
+        for p in model.parameters():
+            p.mul_(3)
+    changed = loss()
+    model.compute_in(None)
+    torch.testing.assert_close(changed, loss())
+    assert not torch.allclose(changed, before)

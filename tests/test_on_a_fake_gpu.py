@@ -1,5 +1,6 @@
 """All of a GPU's update is on the GPU, and nothing waits for it: on one that is not there."""
 
+import os
 import shutil
 import subprocess
 import sys
@@ -13,6 +14,7 @@ from torch.utils.cpp_extension import include_paths, library_paths
 HERE = Path(__file__).parent
 
 
+@pytest.mark.skipif(sys.platform != "linux", reason="LD_PRELOAD is Linux's")
 @pytest.mark.skipif(torch.version.cuda is not None, reason="this PyTorch knows real GPUs")
 @pytest.mark.skipif(shutil.which("c++") is None, reason="there is no C++ compiler")
 def test_an_update_stays_on_the_gpu(tmp_path: Path) -> None:
@@ -25,7 +27,7 @@ def test_an_update_stays_on_the_gpu(tmp_path: Path) -> None:
     subprocess.run(command, check=True, capture_output=True, timeout=300)
     done = subprocess.run(
         [sys.executable, str(HERE / "on_fake_gpu.py")],
-        env={"PYTHONPATH": str(ROOT), "LD_PRELOAD": str(library)},
+        env={**os.environ, "PYTHONPATH": str(ROOT), "LD_PRELOAD": str(library)},
         capture_output=True,
         text=True,
         timeout=300,

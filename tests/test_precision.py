@@ -120,9 +120,13 @@ def test_trajectory_is_that_of_the_rules() -> None:
                 value, clean = min(2.0**8, value * 2), 0
         if overflowed or value != before:
             history.append((update, value, overflowed))
-        restored.load_state_dict(scale.state_dict())
+        state = scale.state_dict()
+        restored.load_state_dict(state)
         assert (scale.value, scale.overflows, scale.history) == (value, overflows, history)
         assert restored.state_dict() == scale.state_dict()
+        if update == 200:
+            kept, length = state, len(history)
+    assert len(kept["history"]) == length < len(history)
     static = LossScale(3.0, dynamic=False)
     for overflowed in [True] * 5 + [False] * 3000:
         static.note(0, overflowed)
