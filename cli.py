@@ -168,8 +168,8 @@ def _add_precision(group: Any) -> None:
     )
     add_choice(group, "--kernel", ["auto", "eager", "plain"], what)
     what = (
-        "on a GPU: cut windows into so many chunks of time, so that a layer is at one while the "
-        "layer above is at the one before; 1: not"
+        "on a GPU: pipeline the layers over so many chunks of each window's time steps; 1: one "
+        "layer after the other"
     )
     add_flag(group, "--wavefront", 1, what, positive_int, "CHUNKS")
     what = "factor on the loss while gradients are taken (dynamic for fp16; else none)"

@@ -42,8 +42,8 @@ class Lanes:
 
         Args:
             number: the lane's, from 0.
-            given: what it works on, from elsewhere: from where its memory is not given to anybody
-                else before this lane is done with it.
+            given: its input, made in another lane, where its memory is not used again before this
+                lane is done with it.
         """
         if not self.streams:
             yield

@@ -107,7 +107,7 @@ def ours(
     choose_precision(precision, device)
 
     def updates(windows: list[Window]) -> list[float]:
-        allow_products(precision, device)  # is the process's
+        allow_products(precision, device)  # a setting of the whole process
         return _timed(device, trainer.update, windows)
 
     return updates

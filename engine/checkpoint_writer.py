@@ -64,8 +64,7 @@ class CheckpointWriter:
             write_checkpoint(path, payload)
             return
         kind = payload["format"]
-        while any(kind == waiting for waiting, _ in self._waiting):  # its memory is in use
-            self._waiting.popleft()[1].result()
+        self._drain(kind)  # whose memory is in use
         self._raise()
         kept = self._memory.setdefault(kind, _Memory()).copy(payload)
         self._waiting.append((kind, self._pool.submit(self._write, path, kept)))
@@ -92,8 +91,9 @@ class CheckpointWriter:
             except BaseException as error:
                 self._error = error
 
-    def _drain(self) -> None:
-        while self._waiting:
+    def _drain(self, kind: str | None = None) -> None:
+        """Wait for all files, or until none of this format is left."""
+        while self._waiting and (kind is None or kind in (other for other, _ in self._waiting)):
             self._waiting[0][1].result()
             self._waiting.popleft()
 

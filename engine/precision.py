@@ -1,5 +1,7 @@
 """The number formats that training computes in."""
 
+from collections.abc import Callable
+
 import torch
 from torch import nn
 
@@ -9,6 +11,7 @@ from lstm_cudnn import CudnnLSTM
 # Of a layer that is tried out: for smaller ones, up to 192, cuDNN has other kernels.
 TRIAL_UNITS = 200
 TRIAL_TOLERANCE = 0.03  # outputs lie within 1, and bfloat16 has 8 bits
+Trial = Callable[[torch.dtype, torch.device], None]
 DTYPES = {"fp32": None, "tf32": None, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 
@@ -39,8 +42,9 @@ def choose_precision(name: str, device: torch.device) -> str:
         what = "this GPU is older" if gpu else "this is a CPU"
         raise ValueError(f"tf32 needs a GPU of compute capability 8.0 or more; {what}")
     allow_products(name, device)
-    if (dtype := DTYPES[name]) is not None:
-        _try_out(name, dtype, device)
+    dtype = DTYPES[name]
+    if dtype is not None and (failure := _failure(_try_out, dtype, device)):
+        raise ValueError(f"{device} cannot train an LSTM in {name}: {failure}")
     return name
 
 
@@ -74,33 +78,28 @@ def choose_kernel(precision: str, device: torch.device) -> tuple[str, str]:
 
 def cudnn_failure(dtype: torch.dtype, device: torch.device) -> str:
     """Why our layer over cuDNN does not work, found by trying a small one; "": it does."""
-    try:
-        lstm = _trial_layer(dtype, device)
-        x = torch.linspace(-1, 1, 16 * TRIAL_UNITS, device=device).view(2, 8, -1).to(dtype)
-        x.requires_grad_()
-        zero = x.new_zeros(1, 8, TRIAL_UNITS)
-        layer = CudnnLSTM(TRIAL_UNITS, TRIAL_UNITS, dtype, device)
-        output, _ = layer(x, (zero, zero), list(lstm.parameters()))
-        output.float().sum().backward()
-        difference = float((output - lstm(x)[0]).detach().abs().max())
-    except torch.OutOfMemoryError:
-        raise
-    except RuntimeError as error:
-        return _in_a_line(error)
-    return "" if difference < TRIAL_TOLERANCE else f"it is {difference:g} off"
+    return _failure(_try_cudnn, dtype, device)
 
 
-def _try_out(name: str, dtype: torch.dtype, device: torch.device) -> None:
+def _try_cudnn(dtype: torch.dtype, device: torch.device) -> None:
+    """Run our layer forward and backward, and nn.LSTM, which has to come to the same."""
+    lstm = _trial_layer(dtype, device)
+    x = torch.linspace(-1, 1, 16 * TRIAL_UNITS, device=device).view(2, 8, -1).to(dtype)
+    x.requires_grad_()
+    zero = x.new_zeros(1, 8, TRIAL_UNITS)
+    layer = CudnnLSTM(TRIAL_UNITS, TRIAL_UNITS, dtype, device)
+    output, _ = layer(x, (zero, zero), list(lstm.parameters()))
+    output.float().sum().backward()
+    difference = float((output - lstm(x)[0]).detach().abs().max())
+    if not difference < TRIAL_TOLERANCE:
+        raise RuntimeError(f"it is {difference:g} off")
+
+
+def _try_out(dtype: torch.dtype, device: torch.device) -> None:
     """Run a small layer and a product forward and backward."""
-    try:
-        x = torch.zeros(2, 3, TRIAL_UNITS, dtype=dtype, device=device, requires_grad=True)
-        output, _ = _trial_layer(dtype, device)(x)
-        (output @ output.transpose(1, 2)).float().sum().backward()
-    except torch.OutOfMemoryError:
-        raise
-    except RuntimeError as error:
-        reason = _in_a_line(error)
-        raise ValueError(f"{device} cannot train an LSTM in {name}: {reason}") from None
+    x = torch.zeros(2, 3, TRIAL_UNITS, dtype=dtype, device=device, requires_grad=True)
+    output, _ = _trial_layer(dtype, device)(x)
+    (output @ output.transpose(1, 2)).float().sum().backward()
 
 
 def _trial_layer(dtype: torch.dtype, device: torch.device) -> nn.LSTM:
@@ -108,5 +107,12 @@ def _trial_layer(dtype: torch.dtype, device: torch.device) -> nn.LSTM:
         return nn.LSTM(TRIAL_UNITS, TRIAL_UNITS, device=device, dtype=dtype)
 
 
-def _in_a_line(error: Exception) -> str:
-    return " ".join(str(error).split())[:120]
+def _failure(trial: Trial, dtype: torch.dtype, device: torch.device) -> str:
+    """What a trial fails with, in a line; "": it does not. A lack of memory is no answer."""
+    try:
+        trial(dtype, device)
+    except torch.OutOfMemoryError:
+        raise
+    except RuntimeError as error:
+        return " ".join(str(error).split())[:120]
+    return ""

@@ -256,25 +256,34 @@ def test_what_ends_training_is_not_hidden_by_a_file(
         train(diverges=False)
 
 
-def test_ctrl_c_while_it_waits_ends_the_file_in_hand_and_begins_no_other(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+@pytest.mark.parametrize("within", ["wait", "write"])
+def test_ctrl_c_leaves_no_file_half_written(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, within: str
 ) -> None:
+    """Within wait the file in hand is finished, and no other begun; within write, all are."""
     begun, save, writer = threading.Event(), torch.save, CheckpointWriter(True)
+    model = model_payload(small_model(), WORDS)
 
     def slow(payload: object, file: Any) -> None:
         begun.set()
         time.sleep(0.3)
         save(payload, file)
 
+    def train() -> None:
+        with writer:
+            writer.write(tmp_path / "m.pt", model)
+            writer.write(tmp_path / "last.pt", training_payload({"hidden": []}))
+            assert begun.wait(60)
+            signal.setitimer(signal.ITIMER_REAL, 0.05)
+            if within == "write":  # for which there is no memory yet
+                writer.write(tmp_path / "next.pt", model)
+
     monkeypatch.setattr(torch, "save", slow)
-    writer.write(tmp_path / "m.pt", model_payload(small_model(), WORDS))
-    writer.write(tmp_path / "last.pt", training_payload({"hidden": []}))
-    assert begun.wait(60)
-    signal.setitimer(signal.ITIMER_REAL, 0.05)
     handler = signal.signal(signal.SIGALRM, signal.default_int_handler)
     try:
         with pytest.raises(KeyboardInterrupt):
-            writer.wait()
+            train()
     finally:
         signal.signal(signal.SIGALRM, handler)
-    assert [path.name for path in tmp_path.iterdir()] == ["m.pt"]
+    expected = {"m.pt"} if within == "wait" else {"m.pt", "last.pt"}
+    assert {path.name for path in tmp_path.iterdir()} == expected

@@ -18,6 +18,9 @@ Given = tuple[Tensor, States, Tensor]  # input, states, gradient of the output
 class Lanes:
     """Queues of the device that work side by side: a CUDA stream each; on a CPU, one after another.
 
+    Training's (lanes.Lanes) leave backward to autograd, and so to its one thread. Here each can
+    have a thread, to see whether that is what holds them up.
+
     Args:
         count: how many.
         device: whose.
