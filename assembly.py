@@ -1,30 +1,49 @@
 """From main.py's flags to the objects of a run."""
 
 import argparse
+import inspect
 import sys
 from dataclasses import fields
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from bptt import FixedWindows, FullWindows, RandomizedWindows, Scheme, VariableWindows
 from data.corpus import Corpus, load_corpus
 from data.download import ensure_corpus
+from diagnostics.probe import probe
 from engine.checkpoint import damage_reported
 from engine.device import available_memory
 from engine.errors import RunError
-from engine.estimate import training_memory
-from engine.graphs import CudaRecorder
-from engine.loss_scale import LossScale
-from engine.precision import DTYPES, choose_kernel, choose_precision
+from engine.precision import DTYPES, choose_precision, set_products
 from engine.program import UsageError
 from engine.ranks import Ranks
 from engine.run_folder import RunFolder
 from engine.tracking import Tracker, WandbOptions, warn
-from engine.training_state import TrainingOptions
+from kernels.choose import Choice, choose_step, install
+from kernels.fused_step import FusedStep
+from kernels.graphs import CudaRecorder, Graphs
+from loss_scale import LossScale
 from model import RNNModel, count_parameters
+from noise import Noise
 from nt_asgd import NTASGD
+from training.callback import Callback
+from training.callbacks import (
+    FilterFigures,
+    GradientFigures,
+    LearningRateDrops,
+    LossScaling,
+    NonMonotonicTrigger,
+)
+from training.estimate import training_memory
+from training.objective import Objective, Penalty, paper_penalties
+from training.recorded import RecordedUpdater
+from training.state import TrainingOptions
+from training.step import PlainStep, Step
+from training.update import Updater
 
 
 def read_corpus(args: argparse.Namespace, ranks: Ranks) -> Corpus:
@@ -51,21 +70,17 @@ def read_corpus(args: argparse.Namespace, ranks: Ranks) -> Corpus:
 
 
 def build_model(args: argparse.Namespace, ntoken: int) -> RNNModel:
-    """The model that the flags describe, freshly initialised."""
-    return RNNModel(
-        args.model,
-        ntoken,
-        args.emsize,
-        args.nhid,
-        args.nlayers,
-        args.dropout,
-        args.dropouth,
-        args.dropouti,
-        args.dropoute,
-        args.wdrop,
-        tie_weights=not args.untied,
-        grad_filter=args.grad_filter,
+    """The model that the flags describe, freshly initialised.
+
+    A keyword of RNNModel is the flag of that name, but for a few whose flags the original named
+    differently.
+    """
+    renamed: dict[str, Any] = dict(
+        rnn_type=args.model, ntoken=ntoken, ninp=args.emsize, tie_weights=not args.untied
     )
+    names = inspect.signature(RNNModel).parameters
+    given = {name: getattr(args, name) for name in names if hasattr(args, name)}
+    return RNNModel(**given, **renamed)
 
 
 def build_optimizer(args: argparse.Namespace, model: RNNModel) -> torch.optim.Optimizer:
@@ -78,44 +93,81 @@ def build_optimizer(args: argparse.Namespace, model: RNNModel) -> torch.optim.Op
     return NTASGD(model.parameters(), args.lr, args.wdecay, nonmono, args.nonmono_decay or None)
 
 
-def set_precision(args: argparse.Namespace, model: RNNModel) -> tuple[str, str]:
-    """Make the model train in --precision, by --kernel; returns it, and a line about both."""
-    device = model.encoder.weight.device
+def resolve_precision(args: argparse.Namespace, device: torch.device) -> str:
+    """What --precision means on the device; also set for its products, in the whole process."""
     try:
         precision = choose_precision(args.precision, device)
     except ValueError as error:
         raise UsageError(f"argument --precision: {error}") from None
-    kernel, reason = "plain", "as asked"
-    if args.kernel != "plain":
-        kernel, reason = choose_kernel(precision, device)
-    chunks = args.wavefront if kernel == "cudnn" else 1
-    try:
-        model.compute_in(DTYPES[precision], kernel, chunks)
-    except ValueError as error:
-        raise UsageError(f"argument --wavefront: {error}") from None
-    if chunks > 1:
-        reason += f" | windows in {chunks} chunks"
-    elif args.wavefront > 1:
-        reason += " | no --wavefront, which is for cuDNN's"
-    return precision, f"| precision {precision} | {kernel} kernel, {reason}"
+    set_products(precision, device)
+    return precision
 
 
-def build_recorder(
-    args: argparse.Namespace, model: RNNModel, device: torch.device, ranks: Ranks
-) -> tuple[CudaRecorder | None, str]:
-    """What records updates on a GPU, and a line about it where the question arises."""
-    if device.type != "cuda" or args.kernel == "plain":
-        return None, ""
+def build_updater(
+    args: argparse.Namespace,
+    model: RNNModel,
+    optimizer: torch.optim.Optimizer,
+    rows: Tensor,
+    precision: str,
+    loss_scale: LossScale | None,
+    ranks: Ranks,
+) -> tuple[Updater | RecordedUpdater, dict[str, Choice]]:
+    """What makes the updates, by the fastest kernels that fit, and which these are."""
+    device, dtype, fast = rows.device, DTYPES[precision], args.kernel != "plain"
+    choices = install(model, dtype, device, fast)
+    choices["step"] = choose_step(optimizer, dtype, device, fast)
+    step: Step
+    if choices["step"].kernel == "plain" or not isinstance(optimizer, NTASGD):
+        step = PlainStep(optimizer, args.clip, loss_scale)
+    else:
+        step = FusedStep(optimizer, args.clip, loss_scale)
+    objective = Objective(model, build_penalties(args))
+    make_noise = partial(Noise, None, ranks.rank, ranks.size)
+    updater = Updater(objective, rows, step, bptt=args.bptt, make_noise=make_noise, ranks=ranks)
+    if device.type != "cuda":
+        return updater, choices
     for no, reason in (
-        (model.kernel == "plain", "the kernel is plain"),
-        (args.kernel == "eager", "as asked"),
+        (args.kernel != "auto", "as asked"),
+        (choices["step"].kernel == "plain", "the step is plain"),
         (args.bptt_scheme == "full", "--bptt-scheme full makes one an epoch"),
-        (args.optimizer != "sgd", f"--optimizer {args.optimizer} steps by itself"),
         (ranks.size > 1, f"there are {ranks.size} processes"),
     ):
         if no:
-            return None, f" | updates are not recorded: {reason}"
-    return CudaRecorder(device), " | updates are recorded as CUDA graphs"
+            choices["recording"] = Choice("none", reason)
+            return updater, choices
+    choices["recording"] = Choice("CUDA graphs")
+    graphs = Graphs(CudaRecorder(device), lambda why: warn(f"updates are not recorded: {why}"))
+    return RecordedUpdater(updater, graphs), choices
+
+
+def build_penalties(args: argparse.Namespace) -> list[Penalty]:
+    """The terms that the flags add to the cross-entropy."""
+    return paper_penalties(args.alpha, args.beta)
+
+
+def build_callbacks(
+    args: argparse.Namespace,
+    model: RNNModel,
+    optimizer: torch.optim.Optimizer,
+    loss_scale: LossScale | None,
+    ranks: Ranks,
+) -> list[Callback]:
+    """What takes part in training besides the loop."""
+    callbacks: list[Callback] = []
+    if isinstance(optimizer, NTASGD):
+        callbacks.append(NonMonotonicTrigger())
+    callbacks.append(LearningRateDrops(tuple(args.when)))
+    if loss_scale is not None:
+        callbacks.append(LossScaling(loss_scale))
+    filters = [layer.gradient_filter for layer in model.layers if layer.gradient_filter is not None]
+    if filters:
+        callbacks.append(FilterFigures(filters))
+        if ranks.size > 1:
+            for gradient_filter in filters:
+                gradient_filter.gather = lambda norms: ranks.gather(norms, 0)
+    if args.diagnostics:
+        callbacks.append(GradientFigures(partial(probe, model), args.diagnostics))
+    return callbacks
 
 
 def build_loss_scale(args: argparse.Namespace, precision: str) -> LossScale | None:
@@ -143,8 +195,7 @@ def build_scheme(args: argparse.Namespace) -> Scheme:
 def training_options(args: argparse.Namespace) -> TrainingOptions:
     """The flags that the training loop looks at."""
     names = [field.name for field in fields(TrainingOptions)]
-    options = {name: getattr(args, name) for name in names}
-    return TrainingOptions(**dict(options, when=tuple(args.when)))
+    return TrainingOptions(**{name: getattr(args, name) for name in names})
 
 
 def open_tracker(

@@ -23,6 +23,7 @@ from engine.checkpoint import load_model
 from engine.errors import RunError
 from engine.program import run_program
 from engine.tracking import warn
+from layers.lstm import LSTM
 from model import RNNModel, count_parameters
 
 
@@ -71,6 +72,11 @@ def read_model(path: Path, corpus: Corpus, data: str) -> RNNModel:
         raise RunError(
             f"{data}: its words ({len(corpus.vocabulary):,}) are not those of {path} "
             f"({len(vocabulary):,})"
+        )
+    if any(not isinstance(layer, LSTM) for layer in model.layers):
+        kind = type(model.layers[0]).__name__
+        raise RunError(
+            f"{path}: its layers are {kind}; diagnose.py knows the gates of an LSTM only"
         )
     if not all(p.isfinite().all() for p in model.parameters()):
         raise RunError(f"{path}: its weights are not finite")

@@ -3,9 +3,15 @@
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from noise import Noise
+
 
 def embedded_dropout(
-    embed: nn.Embedding, words: Tensor, dropout: float = 0.1, scale: Tensor | None = None
+    embed: nn.Embedding,
+    words: Tensor,
+    dropout: float = 0.1,
+    scale: Tensor | None = None,
+    noise: Noise | None = None,
 ) -> Tensor:
     """Look words up in an embedding some of whose rows are dropped.
 
@@ -22,6 +28,7 @@ def embedded_dropout(
         words: ids of any shape, usually (T, B).
         dropout: probability of dropping a word, in [0, 1); 0 draws nothing.
         scale: one factor per word of the vocabulary, (V, 1) or (V,), or None.
+        noise: has the draw, (V, 1), of calls that share one; None: a fresh one.
 
     Returns:
         words.shape + (E,).
@@ -36,8 +43,8 @@ def embedded_dropout(
         embed.sparse,
     )
     if dropout:
-        mask = embed.weight.new_empty(embed.num_embeddings, 1)
-        mask.bernoulli_(1 - dropout).div_(1 - dropout)
+        noise = noise or Noise()
+        mask = noise.drop("words", (embed.num_embeddings, 1), dropout, like=embed.weight)
         embedded = embedded * mask[words]
     if scale is not None:
         embedded = embedded * scale.reshape(-1, 1)[words]

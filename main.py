@@ -13,19 +13,20 @@ import torch
 
 import cli
 from assembly import (
+    build_callbacks,
     build_loss_scale,
     build_model,
     build_optimizer,
-    build_recorder,
     build_scheme,
+    build_updater,
     check_memory,
     open_tracker,
     print_plan,
     read_corpus,
-    set_precision,
+    resolve_precision,
     training_options,
 )
-from diagnostics.probe import probe
+from data.corpus import batchify
 from engine.checkpoint import damage_reported, load_model, load_training_state
 from engine.device import keep_freed_memory, peak_memory
 from engine.errors import CheckpointError, DivergenceError, RunError
@@ -36,11 +37,11 @@ from engine.ranks import Ranks, launched_ranks, leave
 from engine.report import DOUBLE_RULE, final_line
 from engine.run_folder import RunFolder, find_run
 from engine.tracking import Silence, Tracker, warn
-from engine.trainer import Trainer
 from evaluation.bigram import bigram_loss
 from evaluation.plain import evaluate, perplexity
 from evaluation.sampling import sample_sentences
 from model import count_parameters
+from training.trainer import Trainer
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -87,23 +88,24 @@ def start(
         print_plan(args, model, corpus)
         return
     check_memory(args, model, corpus)
-    precision, computing = set_precision(args, model)
-    recorder, recording = build_recorder(args, model, device, ranks)
+    precision = resolve_precision(args, device)
+    optimizer, loss_scale = build_optimizer(args, model), build_loss_scale(args, precision)
+    rows = batchify(corpus.train, args.batch_size)[:, ranks.share(args.batch_size)].to(device)
+    updater, kernels = build_updater(args, model, optimizer, rows, precision, loss_scale, ranks)
     with RunFolder(args.save, writes=ranks.leader) as folder, Interrupt() as interrupt:
         flags = {name: value for name, value in vars(args).items() if name != "dry_run"}
         trainer = Trainer(
             model,
-            build_optimizer(args, model),
+            optimizer,
             build_scheme(args),
             corpus,
+            updater,
             training_options(args),
             folder,
             interrupt,
             identity=dict(flags=flags, fingerprint=corpus.fingerprint),
-            loss_scale=build_loss_scale(args, precision),
-            probe=probe if args.diagnostics else None,
+            callbacks=build_callbacks(args, model, optimizer, loss_scale, ranks),
             ranks=ranks,
-            recorder=recorder,
         )
         if state is not None:  # before any file is touched: the state may be damaged
             with damage_reported(Path(args.resume)):
@@ -116,14 +118,16 @@ def start(
             warn(f"the run that was in {folder.folder} is now in {aside}")
         commit = git_commit()
         session: dict[str, Any] = dict(argv=list(argv), from_update=trainer.at.update)
-        session.update(precision=precision, kernel=model.kernel, recorded=recorder is not None)
+        session.update(precision=precision, kernel=kernels["layers"].kernel)
+        session.update(kernels={part: str(choice) for part, choice in kernels.items()})
         session.update(processes=ranks.size, fingerprint=corpus.fingerprint)
         session.update(versions=versions(), git_commit=commit)
         tracker = open_tracker(args, folder, dict(flags, git_commit=commit), state)
         exit_code = 1
         try:
             folder.write_config(flags, session, resumed=state is not None)
-            print(computing + recording, file=sys.stderr)
+            parts = " | ".join(f"{part}: {choice}" for part, choice in kernels.items())
+            print(f"| precision {precision} | {parts}", file=sys.stderr)
             run(args, trainer, tracker)
             exit_code = 0
         finally:
@@ -196,7 +200,7 @@ def conclude(trainer: Trainer, tracker: Tracker, summary: dict[str, Any]) -> Non
         seconds=at.seconds,
         tokens_per_second=at.tokens / max(at.training_seconds, 1e-9),
         peak_memory_bytes=peak_memory(trainer.device),
-        overflows=trainer.loss_scale.overflows if trainer.loss_scale else 0,
+        overflows=at.overflows,
         **summary,
     )
     trainer.folder.write_json("summary.json", summary)

@@ -8,6 +8,9 @@ import torch
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
+from layers.layer import Layer
+from noise import Noise
+
 
 class WeightDrop(nn.Module):
     """Wrap a module so that each call sees some of its weights under a fresh dropout mask.
@@ -21,8 +24,8 @@ class WeightDrop(nn.Module):
     and a variational mask is not drawn in evaluation either.
 
     Args:
-        module: any module, e.g. nn.LSTM or nn.Linear.
-        weights: names of its parameters to drop, e.g. ["weight_hh_l0"].
+        module: any module, e.g. a Layer, nn.LSTM or nn.Linear.
+        weights: names of its parameters to drop; of a Layer its `recurrent` ones.
         dropout: probability of dropping, in [0, 1). Kept weights are scaled by 1 / (1 - dropout).
         variational: drop whole rows (output units) instead of single weights.
     """
@@ -47,37 +50,29 @@ class WeightDrop(nn.Module):
             module._init_flat_weights()
         self.register_load_state_dict_pre_hook(_forget_masked_weights)
 
-    def forward(self, *args: Any, **kwargs: Any) -> Any:
-        """Call the wrapped module, with masked weights in training and raw ones in evaluation."""
-        with lend_weights(self.module, self.masked(self.draw_masks())):
-            return self.module(*args, **kwargs)
-
-    def draw_masks(self) -> dict[str, Tensor]:
-        """Factors for the weights of one call, by their names; none in evaluation."""
-        if not self.training or not self.dropout:
-            return {}
-        return {name: self._draw(getattr(self.module, f"{name}_raw")) for name in self.weights}
-
-    def _draw(self, raw: Tensor) -> Tensor:
-        shape = raw.shape
-        if self.variational:
-            shape = torch.Size([raw.size(0), *(1,) * (raw.dim() - 1)])
-        return draw_weight_mask(raw, shape, self.dropout)
-
-    def masked(
-        self, masks: Mapping[str, Tensor], dtype: torch.dtype | None = None
-    ) -> dict[str, Tensor]:
-        """The dropped weights, by their names, each times its mask where it has one.
+    def forward(self, *args: Any, noise: Noise | None = None, **kwargs: Any) -> Any:
+        """Call the wrapped module, with masked weights in training and raw ones in evaluation.
 
         Args:
-            masks: from draw_masks.
-            dtype: what those with a mask are cast to; their gradients come back in their own.
-                None: they are not.
+            noise: has the masks of calls that share them, and the factors that a Layer draws; None:
+                fresh ones are drawn.
         """
-        weights = {name: getattr(self.module, f"{name}_raw") for name in self.weights}
-        if dtype is not None:
-            return {n: _cast(w, masks[n], dtype) if n in masks else w for n, w in weights.items()}
-        return {n: w * masks[n] if n in masks else w for n, w in weights.items()}
+        noise = noise or Noise()
+        if isinstance(self.module, Layer):
+            kwargs["noise"] = noise
+        with lend_weights(self.module, {name: self._masked(name, noise) for name in self.weights}):
+            return self.module(*args, **kwargs)
+
+    def _masked(self, name: str, noise: Noise) -> Tensor:
+        """A weight under its mask, in the dtype that the module wants it in."""
+        raw: Tensor = getattr(self.module, f"{name}_raw")
+        if not self.training or not self.dropout:
+            return raw
+        shape = (raw.size(0), *(1,) * (raw.dim() - 1)) if self.variational else tuple(raw.shape)
+        mask = noise.drop(name, shape, self.dropout, like=raw, bits=True)
+        dtype = self.module.mask_dtype if isinstance(self.module, Layer) else None
+        masked: Tensor = _MaskAndCast.apply(raw, mask, dtype) if dtype else raw * mask
+        return masked
 
 
 class _MaskAndCast(torch.autograd.Function):
@@ -93,34 +88,6 @@ class _MaskAndCast(torch.autograd.Function):
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None]:
         (mask,) = ctx.saved_tensors
         return grad.to(mask.dtype, copy=True).mul_(mask), None, None
-
-
-def _cast(weight: Tensor, mask: Tensor, dtype: torch.dtype) -> Tensor:
-    result: Tensor = _MaskAndCast.apply(weight, mask, dtype)
-    return result
-
-
-def draw_weight_mask(like: Tensor, shape: torch.Size, dropout: float) -> Tensor:
-    """Factors that drop: 0 with probability dropout, else what keeps the expectation at 1.
-
-    Made from 16 random bits a factor, of torch's generator. Tensor.bernoulli_ draws 64 and on
-    many CPUs handles them one at a time; masks as large as the weights then take a tenth of an
-    update. The probability is rounded to a multiple of 2**-16, and kept weights are scaled by the
-    inverse of the rounded one.
-
-    Args:
-        like: gives device and dtype.
-        shape: of the mask.
-        dropout: probability of dropping, in [0, 1); at most 1 - 2**-16 is dropped.
-    """
-    draws = torch.empty(-(-shape.numel() // 4), dtype=torch.int64, device=like.device)
-    # From the lowest number up without a bound: all 64 bits.
-    bits = draws.random_(-(2**63), None).view(torch.int16)[: shape.numel()]
-    kept = max(1, round((1 - dropout) * 2**16))
-    if kept == 2**16:
-        return like.new_ones(shape)
-    mask = (bits < kept - 2**15).to(like.dtype)
-    return mask.mul_(2**16 / kept).view(shape)
 
 
 @contextmanager

@@ -21,6 +21,8 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
+from engine.trainer import Trainer
+from engine.training_state import TrainingOptions
 
 from benchmarks.training import hardware_of
 from bptt import FixedWindows, FullWindows, RandomizedWindows, Scheme, VariableWindows, Window
@@ -29,8 +31,6 @@ from data.download import ensure_corpus
 from engine.device import peak_memory, select_device
 from engine.interrupt import Interrupt
 from engine.run_folder import RunFolder
-from engine.trainer import Trainer
-from engine.training_state import TrainingOptions
 from evaluation.plain import evaluate, perplexity
 from model import RNNModel
 from nt_asgd import NTASGD

@@ -112,6 +112,8 @@ def train(tree: Path, folder: Path, name: str, flags: str) -> dict[str, Any]:
 
 def first_difference(old: dict[str, Any], new: dict[str, Any]) -> str:
     """Where two runs part; empty: nowhere."""
+    if error := new.get("error", old.get("error")):
+        return f"failed: {error}"
     for key in [*old, *(key for key in new if key not in old)]:
         a, b = old.get(key), new.get(key)
         if isinstance(a, torch.Tensor) and isinstance(b, torch.Tensor):

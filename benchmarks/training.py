@@ -19,20 +19,20 @@ from typing import Any
 
 import numpy as np
 import torch
+from engine.graphs import CudaRecorder
+from engine.loss_scale import LossScale
+from engine.trainer import Trainer
+from engine.training_state import TrainingOptions
 
 from benchmarks.baseline import BaselineModel, BaselineStep
 from bptt import VariableWindows, Window
 from data.corpus import Corpus, Vocabulary
 from data.files import atomic_write
 from engine.device import keep_freed_memory, peak_memory, select_device
-from engine.graphs import CudaRecorder
 from engine.interrupt import Interrupt
-from engine.loss_scale import LossScale
 from engine.precision import DTYPES, allow_products, choose_kernel, choose_precision
 from engine.run_folder import RunFolder
 from engine.tracking import Tracker, WandbOptions
-from engine.trainer import Trainer
-from engine.training_state import TrainingOptions
 from model import RNNModel
 from nt_asgd import NTASGD
 

@@ -7,11 +7,14 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from diagnostics import filters, gates, gradients, lag_norms, spectra
-from diagnostics.unrolled import GATES, Unrolled, recurrent_matrices, unroll
+from diagnostics.unrolled import Unrolled, recurrent_matrices, unroll
+from layers.lstm import LSTM
 from model import Hidden, RNNModel
+from noise import Noise
+from training.objective import Objective, paper_penalties
 
 WARM_UP = 50  # steps read first, so that the states are those of running text
 SPACING = 5  # steps between the positions that gradients start from
@@ -65,18 +68,16 @@ def examine(
         OverflowError: a gradient is not finite.
     """
     model = without_filters(model).double()
-    devices = [rows.device] if rows.device.type == "cuda" else []
-    with torch.random.fork_rng(devices):
-        torch.manual_seed(settings.seed)
-        model.eval()
-        with torch.no_grad():
-            _, hidden = model(rows[:WARM_UP], model.init_hidden(rows.size(1)))
-        rows = rows[WARM_UP:]
-        layers = _layers(model, rows, hidden, settings, say)
-        say("gradients of whole windows")
-        model.train()
-        gradient, batch = _windows(model, rows, hidden, settings)
-        result = dict(layers=layers, gradient=gradient, filters=_filters(batch, settings))
+    generator = torch.Generator(rows.device).manual_seed(settings.seed)
+    model.eval()
+    with torch.no_grad():
+        _, hidden = model(rows[:WARM_UP], model.init_hidden(rows.size(1)))
+    rows = rows[WARM_UP:]
+    layers = _layers(model, rows, hidden, settings, generator, say)
+    say("gradients of whole windows")
+    model.train()
+    gradient, batch = _windows(model, rows, hidden, settings, generator)
+    result = dict(layers=layers, gradient=gradient, filters=_filters(batch, settings))
     plain_result: dict[str, Any] = plain(result)
     return plain_result
 
@@ -84,7 +85,8 @@ def examine(
 def without_filters(model: RNNModel) -> RNNModel:
     """A copy whose backward pass nothing filters."""
     model = copy.deepcopy(model)
-    model.filters = nn.ModuleList()
+    for layer in model.layers:
+        layer.gradient_filter = None
     return model
 
 
@@ -93,10 +95,11 @@ def _layers(
     rows: Tensor,
     hidden: Hidden,
     settings: Settings,
+    generator: torch.Generator,
     say: Callable[[str], None],
 ) -> list[dict[str, Any]]:
     say(f"gradients of single steps, {settings.lags} steps back")
-    unrolled, norms = _lag_norms(model, rows, hidden, settings)
+    unrolled, norms = _lag_norms(model, rows, hidden, settings, Noise())
     looks = [
         dict(gates=gates.gate_figures(unrolled, n), states=gates.state_figures(unrolled, n))
         for n in range(model.nlayers)
@@ -106,12 +109,12 @@ def _layers(
     if any((model.dropout, model.dropouth, model.dropouti, model.dropoute, model.wdrop)):
         say("the same under the masks of training")
         model.train()
-        _, masked = _lag_norms(model, rows, hidden, settings)
+        _, masked = _lag_norms(model, rows, hidden, settings, Noise(generator))
         model.eval()
     layers = []
     for n in range(model.nlayers):
         say(f"recurrent matrices of layer {n}")
-        matrices = recurrent_matrices(model, n)
+        matrices = recurrent_matrices(model.layers[n])
         figures: dict[str, Any] = dict(
             hidden=lag_norms.describe(norms.hidden[n], settings.bptt),
             cells=lag_norms.describe(norms.cells[n], settings.bptt),
@@ -123,17 +126,18 @@ def _layers(
             figures["hidden_masked"] = lag_norms.describe(masked.hidden[n], settings.bptt)
             figures["cells_masked"] = lag_norms.describe(masked.cells[n], settings.bptt)
         if model.wdrop and settings.masks:
-            found = spectra.masked_spectrum(matrices, model.wdrop, settings.masks)
+            noise = Noise(generator)
+            found = spectra.masked_spectrum(matrices, model.wdrop, settings.masks, noise)
             figures["spectrum_masked"] = _spectrum(found)
         layers.append(figures)
     return layers
 
 
 def _lag_norms(
-    model: RNNModel, rows: Tensor, hidden: Hidden, settings: Settings
+    model: RNNModel, rows: Tensor, hidden: Hidden, settings: Settings, noise: Noise
 ) -> tuple[Unrolled, lag_norms.LagNorms]:
     window = settings.lag_window
-    unrolled = unroll(model, rows[:window], hidden)
+    unrolled = unroll(model, rows[:window], hidden, noise)
     found = lag_norms.lag_norms(
         model, unrolled, rows[1 : window + 1], settings.lags, settings.positions
     )
@@ -144,25 +148,30 @@ def _prediction(matrices: Tensor, arriving: Tensor, lags: int) -> dict[str, Any]
     curves = spectra.power_prediction(matrices, arriving, lags)
     return {
         gate: dict(far=lag_norms.factor_per_step(curve[len(curve) // 2 :]), sizes=curve)
-        for gate, curve in zip(GATES, curves, strict=True)
+        for gate, curve in zip(LSTM.gates, curves, strict=True)
     }
 
 
 def _spectrum(found: dict[str, Tensor]) -> dict[str, Any]:
     return {
         gate: dict(radius=found["radius"][n], singular_values=found["singular_values"][n])
-        for n, gate in enumerate(GATES)
+        for n, gate in enumerate(LSTM.gates)
     }
 
 
 def _windows(
-    model: RNNModel, rows: Tensor, hidden: Hidden, settings: Settings
+    model: RNNModel,
+    rows: Tensor,
+    hidden: Hidden,
+    settings: Settings,
+    generator: torch.Generator,
 ) -> tuple[dict[str, Any], gradients.WindowGradient]:
     """The gradients of several windows in a row; also the first of them as it is."""
+    objective = Objective(model, paper_penalties(settings.alpha, settings.beta))
     found = []
     for start in range(0, settings.windows * settings.bptt, settings.bptt):
         part = rows[start : start + settings.bptt + 1]
-        window = gradients.window_gradient(model, part, hidden, settings.alpha, settings.beta)
+        window = gradients.window_gradient(objective, part, hidden, Noise(generator))
         hidden = window.hidden
         found.append(window)
     norms = [window.norm for window in found]

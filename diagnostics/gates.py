@@ -6,7 +6,8 @@ import torch
 from torch import Tensor
 
 from diagnostics.lag_norms import QUANTILES
-from diagnostics.unrolled import GATES, Unrolled
+from diagnostics.unrolled import Unrolled
+from layers.lstm import LSTM
 
 SATURATED = 0.05  # a sigmoid this close to 0 or 1, a tanh as close to -1 or 1
 BINS = 40
@@ -16,12 +17,12 @@ def gate_figures(unrolled: Unrolled, layer: int) -> dict[str, dict[str, Any]]:
     """Statistics of each gate of a layer over all steps, sequences and units.
 
     Returns:
-        For each of GATES: closed and open (for "cell", a tanh: negative and positive), the
+        For each of LSTM.gates: closed and open (for "cell", a tanh: negative and positive), the
         shares of values within SATURATED of either end; saturated, their sum; mean; quantiles;
         histogram (shares in BINS equal bins over the gate's range).
     """
     figures = {}
-    for index, name in enumerate(GATES):
+    for index, name in enumerate(LSTM.gates):
         values = unrolled.gates[layer][:, :, index].flatten()
         sigmoid = name != "cell"
         low = 0.0 if sigmoid else -1.0
@@ -38,7 +39,7 @@ def gate_figures(unrolled: Unrolled, layer: int) -> dict[str, dict[str, Any]]:
             histogram=torch.histc(values, BINS, low, 1.0) / len(values),
         )
     # What the forget gate alone leaves of a cell's gradient per step, in the geometric mean.
-    kept = unrolled.gates[layer][:, :, GATES.index("forget")]
+    kept = unrolled.gates[layer][:, :, LSTM.gates.index("forget")]
     figures["forget"]["kept_per_step"] = float(kept.clamp_min(1e-300).log().mean().exp())
     return figures
 

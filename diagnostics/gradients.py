@@ -5,9 +5,9 @@ from typing import Any, NamedTuple
 
 from torch import Tensor, nn
 
-from activation_regularize import activation_regularization, temporal_activation_regularization
-from diagnostics.unrolled import layer_lstm
-from model import Hidden, RNNModel, repackage_hidden
+from model import Hidden, repackage_hidden
+from noise import Noise
+from training.objective import Objective
 
 CLIP_EPS = 1e-6  # torch.nn.utils.clip_grad_norm_'s guard against a norm of 0
 
@@ -34,19 +34,17 @@ class WindowGradient(NamedTuple):
 
 
 def window_gradient(
-    model: RNNModel, rows: Tensor, hidden: Hidden, alpha: float, beta: float
+    objective: Objective, rows: Tensor, hidden: Hidden, noise: Noise | None = None
 ) -> WindowGradient:
     """The gradient that an update would get from a window, before clipping.
 
-    The objective is that of training: mean cross-entropy + AR + TAR, with the dropout that the
-    model's mode says. The model's own gradients are not kept.
+    The model's own gradients are not kept.
 
     Args:
-        model: see above.
+        objective: training's, with the dropout that the model's mode says.
         rows: the window's word ids and the row after it, (T + 1, B).
         hidden: states before the window; their history is cut off.
-        alpha: weight of AR.
-        beta: weight of TAR.
+        noise: see RNNModel.forward.
 
     Raises:
         OverflowError: the gradient is not finite.
@@ -57,27 +55,23 @@ def window_gradient(
         arguments[0].retain_grad()
         inputs.append(arguments[0])
 
-    lstms = [layer_lstm(model, layer) for layer in range(model.nlayers)]
-    hooks = [rnn.register_forward_pre_hook(catch) for rnn in lstms]
+    model = objective.model
+    hooks = [layer.register_forward_pre_hook(catch) for layer in model.layers]
     model.zero_grad(set_to_none=True)
     try:
-        result, hidden, raw_outputs, outputs = model(
-            rows[:-1], repackage_hidden(hidden), return_h=True
-        )
+        before = repackage_hidden(hidden)
+        loss, total, hidden = objective(rows[:-1], rows[1:], before, noise)
     finally:
         for hook in hooks:
             hook.remove()
-    loss = model.loss(result, rows[1:].flatten())
-    objective = loss + activation_regularization(outputs[-1], alpha)
-    objective = objective + temporal_activation_regularization(raw_outputs[-1], beta)
-    objective.backward()
+    total.backward()
     gradients = {n: p.grad for n, p in model.named_parameters() if p.grad is not None}
     norms = {name: float(gradient.norm()) for name, gradient in gradients.items()}
     model.zero_grad(set_to_none=True)
     if not math.isfinite(math.hypot(*norms.values())):
         raise OverflowError("the gradient of a window is not finite")
     caught = [x.grad for x in inputs if x.grad is not None]
-    return WindowGradient(float(loss.detach()), norms, caught, repackage_hidden(hidden))
+    return WindowGradient(float(loss), norms, caught, repackage_hidden(hidden))
 
 
 def part_of(name: str) -> str:

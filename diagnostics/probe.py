@@ -7,7 +7,7 @@ from torch import Tensor
 
 from diagnostics.gradients import by_part
 from diagnostics.spectra import spectral_norms
-from diagnostics.unrolled import GATES, recurrent_matrices
+from diagnostics.unrolled import recurrent_matrices
 from model import RNNModel
 
 
@@ -31,7 +31,8 @@ def probe(model: RNNModel, grad_norm: Tensor) -> dict[str, float]:
         *((n, p.grad) for n, p in model.named_parameters() if p.grad is not None), strict=True
     )
     norms = torch.stack(torch._foreach_norm(gradients)).double()
-    spectral = [spectral_norms(recurrent_matrices(model, n).float()) for n in range(model.nlayers)]
+    gated = [(n, layer) for n, layer in enumerate(model.layers) if layer.gates]
+    spectral = [spectral_norms(recurrent_matrices(layer).float()) for _, layer in gated]
     read = torch.cat([grad_norm[None].double(), norms, *(s.double() for s in spectral)]).tolist()
     whole, read = read[0], read[1:]
     parts = by_part(dict(zip(names, read, strict=False)))
@@ -42,6 +43,6 @@ def probe(model: RNNModel, grad_norm: Tensor) -> dict[str, float]:
         ratio = norm / clipped if clipped > 0 else 0.0
         figures[f"grad_norm_{name}"] = ratio * whole
         figures[f"grad_share_{name}"] = ratio**2
-    labels = [f"spectral_norm_{gate}_l{n}" for n in range(model.nlayers) for gate in GATES]
+    labels = [f"spectral_norm_{gate}_l{n}" for n, layer in gated for gate in layer.gates]
     figures.update(zip(labels, read[len(names) :], strict=True))
     return figures

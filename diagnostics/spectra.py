@@ -3,8 +3,9 @@
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
+
+from noise import Noise
 
 
 def spectrum(matrices: Tensor) -> dict[str, Tensor]:
@@ -15,15 +16,18 @@ def spectrum(matrices: Tensor) -> dict[str, Tensor]:
     )
 
 
-def masked_spectrum(matrices: Tensor, dropout: float, draws: int) -> dict[str, Any]:
+def masked_spectrum(matrices: Tensor, dropout: float, draws: int, noise: Noise) -> dict[str, Any]:
     """Means of spectrum over draws of weight drop's mask, which scales what it keeps.
 
     Args:
         matrices: (G, H, H).
         dropout: probability of dropping a weight, in [0, 1).
         draws: number of masks.
+        noise: to draw them from.
     """
-    found = [spectrum(F.dropout(matrices, dropout)) for _ in range(draws)]
+    shape = tuple(matrices.shape)
+    masks = [noise.drop(f"mask {n}", shape, dropout, like=matrices) for n in range(draws)]
+    found = [spectrum(matrices * mask) for mask in masks]
     return {name: torch.stack([one[name] for one in found]).mean(0) for name in found[0]}
 
 

@@ -20,7 +20,7 @@ from engine.errors import CheckpointError
 from model import RNNModel
 
 MODEL_FORMAT = "awd-lstm model 1"
-TRAINING_FORMAT = "awd-lstm training state 1"
+TRAINING_FORMAT = "awd-lstm training state 2"
 TRAINING_PARTS: dict[str, type] = {
     "flags": dict,
     "fingerprint": str,
@@ -28,11 +28,10 @@ TRAINING_PARTS: dict[str, type] = {
     "optimizer": dict,
     "scheme": dict,
     "hidden": list,
-    "filters": list,
     "position": dict,
+    "callbacks": dict,
     "random": dict,
     "tracking": dict,
-    "loss_scale": dict,
 }
 
 

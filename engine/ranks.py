@@ -103,11 +103,11 @@ class Ranks:
 
     def gather_hidden(self, hidden: Hidden) -> Hidden:
         """States of the whole batch."""
-        return [(self.gather(h, 1), self.gather(c, 1)) for h, c in hidden]
+        return [tuple(self.gather(part, 1) for part in state) for state in hidden]
 
     def share_hidden(self, hidden: Hidden) -> Hidden:
         """This process's part of the states of the whole batch."""
-        return [(h[:, self.share(h.size(1))], c[:, self.share(c.size(1))]) for h, c in hidden]
+        return [tuple(part[:, self.share(part.size(1))] for part in state) for state in hidden]
 
 
 @contextmanager

@@ -15,14 +15,14 @@ from contextlib import contextmanager
 from typing import Any
 
 import torch
+from engine.fused_update import FusedUpdater
+from engine.loss_scale import LossScale
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_flatten
 
 from bptt import FixedWindows, FullWindows, RandomizedWindows, Scheme
-from engine.fused_update import FusedUpdater
-from engine.loss_scale import LossScale
 from evaluation.plain import evaluate
 from model import RNNModel
 from nt_asgd import NTASGD

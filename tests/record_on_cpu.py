@@ -3,11 +3,10 @@
 from typing import Any
 
 import torch
+from engine.graphs import Work
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_flatten
-
-from engine.graphs import Work
 
 
 class CpuRecorder:

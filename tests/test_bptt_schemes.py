@@ -18,6 +18,8 @@ import pytest
 import torch
 import torch.nn.functional as F
 from conftest import write_corpus
+from engine.trainer import Trainer
+from engine.training_state import TrainingOptions
 from torch import Tensor
 
 from bptt import FixedWindows, FullWindows, RandomizedWindows, Scheme, VariableWindows, Window
@@ -25,8 +27,6 @@ from data.corpus import load_corpus
 from engine.interrupt import Interrupt
 from engine.run_folder import RunFolder
 from engine.tracking import Tracker, WandbOptions
-from engine.trainer import Trainer
-from engine.training_state import TrainingOptions
 from gradient_filter import GradientFilter
 from model import Masks, RNNModel, repackage_hidden
 from nt_asgd import NTASGD

@@ -5,12 +5,12 @@ import warnings
 import pytest
 import torch
 from cudnn_on_cpu import cudnn_on_cpu
+from engine.late_look import LateLook
 
 import assembly
 import cli
 from engine import precision
 from engine.device import peak_memory, random_state, restore_random_state, select_device
-from engine.late_look import LateLook
 from engine.precision import choose_kernel, cudnn_failure
 from engine.provenance import versions
 from engine.ranks import Ranks

@@ -7,6 +7,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from engine.update import Updater
 from numpy.typing import NDArray
 from test_gradient_filter import by_hand
 from torch import Tensor
@@ -20,7 +21,6 @@ from diagnostics.lag_norms import describe, lag_norms
 from diagnostics.probe import probe
 from diagnostics.spectra import masked_spectrum, power_prediction, spectral_norms, spectrum
 from diagnostics.unrolled import recurrent_matrices, unroll
-from engine.update import Updater
 from gradient_filter import GradientFilter
 from model import RNNModel
 from nt_asgd import NTASGD

@@ -5,30 +5,30 @@ from contextlib import ExitStack, closing
 from pathlib import Path
 from typing import Any
 
+import engine.trainer
 import pytest
 import torch
 from conftest import TINY, Result, write_corpus
+from engine.fused_step import FusedStep
+from engine.fused_update import FusedUpdater
+from engine.graphs import CudaRecorder, Graphs, Recorder, Work
+from engine.loss_scale import LossScale
+from engine.trainer import Trainer
+from engine.training_state import TrainingOptions
 from record_on_cpu import CpuRecorder
 from torch import Tensor, nn
 
 import assembly
-import engine.trainer
 import main
 from bptt import FixedWindows, FullWindows, RandomizedWindows, Scheme, VariableWindows, Window
 from data.corpus import load_corpus
 from engine.checkpoint_writer import CheckpointWriter
 from engine.errors import RunError
-from engine.fused_step import FusedStep
-from engine.fused_update import FusedUpdater
-from engine.graphs import CudaRecorder, Graphs, Recorder, Work
 from engine.interrupt import Interrupt
-from engine.loss_scale import LossScale
 from engine.precision import allow_products
 from engine.ranks import Ranks
 from engine.run_folder import RunFolder
 from engine.tracking import Tracker, WandbOptions
-from engine.trainer import Trainer
-from engine.training_state import TrainingOptions
 from model import RNNModel
 from nt_asgd import NTASGD
 

@@ -2,12 +2,11 @@
 
 from collections.abc import Sequence
 
+import linear_cross_entropy as module
 import pytest
 import torch
-from torch import Tensor
-
-import linear_cross_entropy as module
 from linear_cross_entropy import linear_cross_entropy
+from torch import Tensor
 
 # Half the distance of two neighbours.
 ROUNDING = {torch.bfloat16: 2.0**-9, torch.float16: 2.0**-12}

@@ -2,12 +2,11 @@
 
 from collections.abc import Callable
 
+import lstm_cpu
 import pytest
 import torch
-from torch import Tensor
-
-import lstm_cpu
 from lstm_cpu import lstm_layer
+from torch import Tensor
 
 NAMES = ["x", "h0", "c0", "w_ih", "w_hh", "b_ih", "b_hh"]
 # T, B, E, H: nothing a multiple of anything, one step, one sequence, one unit.

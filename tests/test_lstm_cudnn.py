@@ -2,10 +2,10 @@
 
 import pytest
 import torch
+from lstm_cudnn import CudnnLSTM
 from torch import Tensor, nn
 
 from engine.precision import allow_products
-from lstm_cudnn import CudnnLSTM
 
 # E, H: padded both, one of them, neither.
 SIZES = [(5, 7), (8, 11), (6, 16), (16, 8), (1, 1)]

@@ -11,14 +11,14 @@ from typing import Any
 import pytest
 import torch
 from conftest import TINY, Result, write_corpus
-from torch import Tensor, nn
-
-from bptt import Window
 from engine.fused_update import FusedUpdater
 from engine.gradient import WindowGradient
 from engine.loss_scale import MOST_IN_A_ROW, LossScale
-from engine.precision import choose_precision
 from engine.update import Updater
+from torch import Tensor, nn
+
+from bptt import Window
+from engine.precision import choose_precision
 from model import Masks, RNNModel
 from nt_asgd import NTASGD
 

@@ -9,6 +9,8 @@ import numpy as np
 import pytest
 import torch
 from conftest import write_corpus
+from engine.trainer import Trainer
+from engine.training_state import TrainingOptions
 from torch import Tensor
 
 from bptt import FixedWindows, VariableWindows, Window
@@ -16,8 +18,6 @@ from data.corpus import load_corpus
 from engine.interrupt import Interrupt
 from engine.run_folder import RunFolder
 from engine.tracking import Tracker, WandbOptions
-from engine.trainer import Trainer
-from engine.training_state import TrainingOptions
 from model import RNNModel
 from nt_asgd import NTASGD
 

@@ -4,10 +4,10 @@ from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
+from lstm_cudnn import CudnnLSTM
 from torch import Tensor, nn
 
 from benchmarks.probes.clock import Clock, Row, Sizes, compute_in, noted
-from lstm_cudnn import CudnnLSTM
 
 Made = tuple[Callable[[Any], Tensor], Callable[[], Any], list[Tensor]]
 

@@ -7,10 +7,10 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
+from lstm_cudnn import CudnnLSTM
 from torch import Tensor, nn
 
 from benchmarks.probes.clock import Clock, Row, Sizes, compute_in, distance, noted
-from lstm_cudnn import CudnnLSTM
 
 ROUND = 10  # replays of each graph between two waits for all of them
 

@@ -1,9 +1,8 @@
 """A layer at random weights, called as cuDNN is called for it, without autograd."""
 
 import torch
-from torch import Tensor
-
 from lstm_cudnn import CudnnLSTM
+from torch import Tensor
 
 
 class RawLayer(CudnnLSTM):

@@ -1,6 +1,6 @@
 """cuDNN's LSTM layer over a weight buffer of our own, padded to sizes it is fast at."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -8,19 +8,26 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from layers.layer import Layer, State, Weights
+from layers.lstm import LSTM, WEIGHTS
+from noise import Noise
+
 # Sizes are padded to a multiple of this: rows of 1150 numbers of 16 bits do not start at multiples
 # of 16 bytes, which tensor cores want, rows of 1152 do.
 MULTIPLE = 8
 # cuDNN's number for an LSTM, and how many weights PyTorch hands over for a layer of one.
-LSTM_MODE, WEIGHTS = 2, 4
+LSTM_MODE, COUNT = 2, 4
+# Of a layer that is tried out: for smaller ones, up to 192, cuDNN has other kernels.
+TRIAL_UNITS = 200
+TRIAL_TOLERANCE = 0.03  # outputs lie within 1, and bfloat16 has 8 bits
 
 
 class CudnnLSTM:
-    """One layer of torch.nn.LSTM, computed by cuDNN from weights that are masked on the way to it.
+    """layers.lstm.LSTM by cuDNN.
 
     cuDNN wants a layer's weights in one buffer, at places of its own choice. A weight that was
-    multiplied by a mask is not there, so that nn.LSTM copies all of them for each call. Here the
-    buffer is kept, and one kernel a weight masks, casts and writes it to its place.
+    multiplied by a mask is not there, so that nn.LSTM copies all of them for each call and asks
+    cuDNN for their places. Here the buffer is kept, and one copy a weight casts and moves it.
 
     Widths are padded to a multiple of 8. With their weights zero, padded units have gates
     i = f = o = 1/2 and g = 0, so that from a zero state c = f 0 + i 0 = 0 and h = 0 in every step;
@@ -33,6 +40,8 @@ class CudnnLSTM:
         device: with cuDNN.
         multiple: sizes are padded to a multiple of this; 1: not at all.
     """
+
+    name = "cudnn"
 
     def __init__(
         self,
@@ -53,61 +62,54 @@ class CudnnLSTM:
         with torch.no_grad():
             # Makes the tensors of parts views of the buffer that it returns.
             self.buffer: Tensor = torch.ops.aten._cudnn_rnn_flatten_weight(
-                parts, WEIGHTS, self.padded_width, LSTM_MODE, self.padded_units, 0, 1, False, False
+                parts,
+                COUNT,
+                self.padded_width,
+                LSTM_MODE,
+                self.padded_units,
+                0,
+                1,
+                False,
+                False,
             )
         self.parts = parts
 
     def __call__(
-        self,
-        x: Tensor,
-        hidden: tuple[Tensor, Tensor],
-        weights: Sequence[Tensor],
-        mask: Tensor | None = None,
-        filled: bool = False,
-    ) -> tuple[Tensor, tuple[Tensor, Tensor]]:
-        """Run the layer.
+        self, x: Tensor, state: State, weights: Weights, noise: Noise
+    ) -> tuple[Tensor, State]:
+        """See Layer.compute.
 
-        Between a call and its backward no other may come with other weights or another mask.
+        Between a call and its backward no other may come with other weights.
 
         Args:
-            x: input, (T, B, E), or padded, (T, B, padded_width), with zeros in the padding. It is
-                cast to dtype, if it has another.
-            hidden: states h and c before the first step, (1, B, H) each, of any floating dtype.
-            weights: as nn.LSTM has them: of the input, (4·H, E), the gates in the order i, f, g,
-                o; recurrent, (4·H, H); two biases, (4·H,) each. float32 may (and should) stay so.
-            mask: factors on the recurrent weights, (4·H, H) or (4·H, 1); None: none.
-            filled: fill has been called with these weights under their mask; else it is here.
+            x: input, (T, B, E); it is cast to dtype, if it has another.
+            state: h and c before the first step, (1, B, H) each, of any floating dtype.
+            weights: of any floating dtype; float32 may (and should) stay so.
 
         Returns:
-            Outputs (T, B, padded_units) in dtype, zeros in the padding, and the states after the
-            last step, (1, B, H) each, of the dtype of those before. Gradients have the dtype of
-            what they belong to; a mask has none. They cannot be differentiated again.
-
-        Raises:
-            ValueError: the input has another width.
+            Outputs (T, B, H) in dtype, and the states after the last step, of the dtype of those
+            before. Gradients have the dtype of what they belong to. They cannot be differentiated
+            again.
         """
-        if x.size(-1) not in (self.width, self.padded_width):
-            raise ValueError(f"x is {tuple(x.shape)}; its last dimension must be {self.width}")
         x = pad_last(x.to(self.dtype), self.padded_width)
-        output, h, c = _Layer.apply(self, filled, x, *hidden, *weights, mask)
-        return output, (h, c)
+        listed = [weights[name] for name in WEIGHTS]
+        output, h, c = _Layer.apply(self, x, *state, *listed)
+        return output[..., : self.units], (h, c)
 
     @torch.no_grad()
-    def fill(self, weights: Sequence[Tensor], mask: Tensor | None) -> None:
-        """Write weights into the buffer, cast, the recurrent ones under mask; padding stays 0."""
-        for part, weight, factors in zip(self.parts, weights, _masks(mask), strict=True):
+    def fill(self, weights: Sequence[Tensor]) -> None:
+        """Write weights into the buffer, cast; padding stays 0."""
+        for part, weight in zip(self.parts, weights, strict=True):
             gates = weight.unflatten(0, (4, self.units))
-            self._write(gates, factors, self._without_padding(part, weight.size(-1)))
+            self._without_padding(part, weight.size(-1)).copy_(gates)
 
-    def gradients(
-        self, d_parts: Sequence[Tensor], weights: Sequence[Tensor], mask: Tensor | None
-    ) -> list[Tensor]:
+    def gradients(self, d_parts: Sequence[Tensor], weights: Sequence[Tensor]) -> list[Tensor]:
         """The weights' gradients from those of the buffer's parts, in the weights' dtype."""
         grads = []
-        for d_part, weight, factors in zip(d_parts, weights, _masks(mask), strict=True):
+        for d_part, weight in zip(d_parts, weights, strict=True):
             grads.append(torch.empty_like(weight, memory_format=torch.contiguous_format))
             gates = self._without_padding(d_part, weight.size(-1))
-            self._write(gates, factors, grads[-1].unflatten(0, (4, self.units)))
+            grads[-1].unflatten(0, (4, self.units)).copy_(gates)
         return grads
 
     def forward(self, x: Tensor, h: Tensor, c: Tensor) -> tuple[Tensor, ...]:
@@ -121,7 +123,7 @@ class CudnnLSTM:
         Returns:
             Outputs (T, B, padded_units), last h and c, and the reserve, which backward uses up.
         """
-        found = torch.ops.aten._cudnn_rnn(x, self.parts, WEIGHTS, self.buffer, h, c, *self._options)
+        found = torch.ops.aten._cudnn_rnn(x, self.parts, COUNT, self.buffer, h, c, *self._options)
         return tuple(found[:4])
 
     def backward(
@@ -144,7 +146,7 @@ class CudnnLSTM:
             of_weights: those of the parts are wanted; the others are computed in any case.
         """
         found: tuple[Tensor, Tensor, Tensor, list[Tensor]] = torch.ops.aten._cudnn_rnn_backward(
-            inputs[0], self.parts, WEIGHTS, self.buffer, *inputs[1:], output, d_output, *d_states,
+            inputs[0], self.parts, COUNT, self.buffer, *inputs[1:], output, d_output, *d_states,
             *self._options, reserve, [True, True, True, of_weights],
         )  # fmt: skip
         return found
@@ -153,13 +155,6 @@ class CudnnLSTM:
     def _options(self) -> list[Any]:
         """What follows the tensors in both calls: one layer, time first, no dropout."""
         return [LSTM_MODE, self.padded_units, 0, 1, False, 0.0, True, False, [], None]
-
-    def _write(self, gates: Tensor, mask: Tensor | None, place: Tensor) -> None:
-        """Put numbers of a weight into a place, both by gate; cast, and under mask."""
-        if mask is None:
-            place.copy_(gates)
-        else:
-            torch.mul(gates, mask.unflatten(0, (4, self.units)), out=place)
 
     def _without_padding(self, part: Tensor, columns: int) -> Tensor:
         """A view of a weight's own numbers, (4, H, columns) or (4, H)."""
@@ -170,23 +165,15 @@ class CudnnLSTM:
 class _Layer(torch.autograd.Function):
     @staticmethod
     def forward(
-        ctx: Any,
-        layer: CudnnLSTM,
-        filled: bool,
-        x: Tensor,
-        h0: Tensor,
-        c0: Tensor,
-        *weights_and_mask: Any,
+        ctx: Any, layer: CudnnLSTM, x: Tensor, h0: Tensor, c0: Tensor, *weights: Tensor
     ) -> tuple[Tensor, Tensor, Tensor]:
-        *weights, mask = weights_and_mask
-        if not filled:
-            layer.fill(weights, mask)
+        layer.fill(weights)
         x = x.contiguous()
         h, c = (pad_last(state.to(layer.dtype), layer.padded_units) for state in (h0, c0))
         h, c = h.contiguous(), c.contiguous()
         output, h_n, c_n, reserve = layer.forward(x, h, c)
         ctx.layer = layer
-        ctx.save_for_backward(x, h, c, output, reserve, *weights, mask)
+        ctx.save_for_backward(x, h, c, output, reserve, *weights)
         ctx.state_dtypes = h0.dtype, c0.dtype
         ctx.set_materialize_grads(False)
         units = layer.units
@@ -198,7 +185,7 @@ class _Layer(torch.autograd.Function):
         ctx: Any, grad_output: Tensor | None, grad_h: Tensor | None, grad_c: Tensor | None
     ) -> tuple[Tensor | None, ...]:
         layer: CudnnLSTM = ctx.layer
-        x, h, c, output, reserve, *weights, mask = ctx.saved_tensors
+        x, h, c, output, reserve, *weights = ctx.saved_tensors
         states = [
             None if g is None else pad_last(g.to(layer.dtype), layer.padded_units).contiguous()
             for g in (grad_h, grad_c)
@@ -206,35 +193,74 @@ class _Layer(torch.autograd.Function):
         if grad_output is None:
             grad_output = torch.zeros_like(output)
         wanted = ctx.needs_input_grad
-        of_weights = any(wanted[5:9])
+        of_weights = any(wanted[4:])
         d_x, d_h, d_c, d_parts = layer.backward(
             (x, h, c), output, grad_output.contiguous(), states, reserve, of_weights
         )
-        grads: list[Tensor | None] = [None] * 10
-        if wanted[2]:
-            grads[2] = d_x
-        for k, (grad, dtype) in enumerate(zip((d_h, d_c), ctx.state_dtypes, strict=True), 3):
+        grads: list[Tensor | None] = [None] * 8
+        if wanted[1]:
+            grads[1] = d_x
+        for k, (grad, dtype) in enumerate(zip((d_h, d_c), ctx.state_dtypes, strict=True), 2):
             if wanted[k]:
                 grads[k] = grad[..., : layer.units].to(dtype)
         if of_weights:
-            found = layer.gradients(d_parts, weights, mask)
-            grads[5:9] = [g if w else None for g, w in zip(found, wanted[5:9], strict=True)]
+            found = layer.gradients(d_parts, weights)
+            grads[4:] = [g if w else None for g, w in zip(found, wanted[4:], strict=True)]
         return tuple(grads)
 
 
-def _masks(mask: Tensor | None) -> list[Tensor | None]:
-    """A mask for each weight: only the recurrent ones have one."""
-    return [None, mask, None, None]
+def why_not(layer: Layer, dtype: torch.dtype | None, device: torch.device) -> str:
+    """Why CudnnLSTM does not compute this layer; empty: it does. A small one is tried."""
+    if type(layer) is not LSTM:
+        return f"a {type(layer).__name__} has no kernel over cuDNN here"
+    if device.type != "cuda":
+        return "this is no GPU"
+    if not torch.backends.cudnn.is_available():
+        return "this PyTorch has no cuDNN"
+    failure = failure_of(lambda: _try_out(dtype or torch.float32, device))
+    return f"cuDNN's layer fails: {failure}" if failure else ""
+
+
+def _try_out(dtype: torch.dtype, device: torch.device) -> None:
+    """Run a small layer forward and backward, and in plain torch, which has to come to the same."""
+    plain = trial_layer(dtype, device)
+    x = torch.linspace(-1, 1, 16 * TRIAL_UNITS, device=device).view(2, 8, -1).to(dtype)
+    x.requires_grad_()
+    zeros = plain.init_state(8)
+    fast = CudnnLSTM(TRIAL_UNITS, TRIAL_UNITS, dtype, device)
+    output, _ = fast(x, zeros, plain.weights(), Noise())
+    output.float().sum().backward()
+    difference = float((output - plain(x, zeros)[0]).detach().abs().max())
+    if not difference < TRIAL_TOLERANCE:
+        raise RuntimeError(f"it is {difference:g} off")
+
+
+def trial_layer(dtype: torch.dtype, device: torch.device) -> LSTM:
+    """A small layer with weights that nothing random is drawn for."""
+    with torch.device("meta"):
+        layer = LSTM(TRIAL_UNITS, TRIAL_UNITS)
+    layer.to_empty(device=device).to(dtype)
+    with torch.no_grad():
+        for parameter in layer.parameters():
+            line = torch.linspace(-1, 1, parameter.numel(), device=device)
+            parameter.copy_((line * 7).sin().view_as(parameter) * TRIAL_UNITS**-0.5)
+    return layer
+
+
+def failure_of(trial: Callable[[], None]) -> str:
+    """What a trial fails with, in a line; empty: nothing. A lack of memory is no answer."""
+    try:
+        trial()
+    except torch.OutOfMemoryError:
+        raise
+    except RuntimeError as error:
+        return " ".join(str(error).split())[:120]
+    return ""
 
 
 def pad_last(x: Tensor, size: int) -> Tensor:
     """x with zeros after its last dimension, up to size; x itself where there is nothing to do."""
     return x if x.size(-1) == size else F.pad(x, (0, size - x.size(-1)))
-
-
-def unpad_last(x: Tensor, size: int) -> Tensor:
-    """A view of x without what pad_last added; x itself where that was nothing."""
-    return x if x.size(-1) == size else x[..., :size]
 
 
 def _own(state: Tensor, dtype: torch.dtype) -> Tensor:

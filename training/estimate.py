@@ -27,7 +27,8 @@ def training_memory(
     """
     sizes, held = model.layer_sizes, scheme.footprint(num_steps)
     parameters = count_parameters(model) * (3 if averages else 2)
-    masked = 2 * sum(4 * units * units for units in sizes[1:]) if model.wdrop else 0
+    recurrent = [p for n, p in model.rnns.named_parameters() if n.endswith("_raw")]
+    masked = 2 * sum(p.numel() for p in recurrent)
     per_token = sum(2 * before + 11 * after for before, after in pairwise(sizes))
     activations = batch_size * held.rows * per_token
     logits = 3 * batch_size * held.decoded * model.ntoken

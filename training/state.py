@@ -11,15 +11,9 @@ class TrainingOptions:
 
     epochs: int
     batch_size: int
-    bptt: int
-    clip: float
-    alpha: float
-    beta: float
     max_updates: int | None = None
-    when: tuple[int, ...] = ()
     eval_batch_size: int = 10
     log_interval: int = 200
-    diagnostics: int | None = None
     checkpoint_every: int | None = None
     checkpoint_minutes: float = 10.0
 
@@ -29,9 +23,9 @@ class Position:
     """How far a run has come: the plain values that an exact resume needs.
 
     epoch counts from 1; row, batch and epoch_seconds are those of the epoch; update, tokens,
-    training_seconds and seconds are totals over all sessions of a run; interval_* belong to the
-    logging interval under way, whose summed loss is in nats; grad_norm is the last update's.
-    Losses are in nats per token.
+    training_seconds, seconds and overflows (updates skipped) are totals over all sessions of a
+    run; interval_* belong to the logging interval under way, whose summed loss is in nats;
+    grad_norm is the last update's. Losses are in nats per token.
     """
 
     epoch: int = 1
@@ -43,14 +37,24 @@ class Position:
     grad_norm: float = 0.0
     interval_tokens: int = 0
     interval_updates: int = 0
-    interval_skipped: int = 0
     interval_skipped_tokens: int = 0
     interval_seconds: float = 0.0
     epoch_seconds: float = 0.0
     training_seconds: float = 0.0
     seconds: float = 0.0
+    overflows: int = 0
+    overflows_in_a_row: int = 0
     best_loss: float = math.inf
     best_epoch: int | None = None
+
+    def advance(self, rows: int, tokens: int) -> None:
+        """Count an update over so many rows of the text and so many tokens."""
+        self.batch += 1
+        self.update += 1
+        self.row += rows
+        self.tokens += tokens
+        self.interval_tokens += tokens
+        self.interval_updates += 1
 
     def begin_epoch(self) -> None:
         """Go on to the next epoch."""
@@ -61,7 +65,7 @@ class Position:
     def begin_interval(self) -> None:
         """Start a new logging interval."""
         self.interval_tokens = self.interval_updates = 0
-        self.interval_skipped = self.interval_skipped_tokens = 0
+        self.interval_skipped_tokens = 0
         self.interval_loss = self.interval_seconds = 0.0
 
 

@@ -7,12 +7,47 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from layers.layer import Layer, State, Weights
+from layers.lstm import LSTM, WEIGHTS
+from noise import Noise
+
 # What the states and the gates are kept in, by the dtype of the products.
 STATE_DTYPES = {
     torch.bfloat16: torch.float32,
     torch.float32: torch.float32,
     torch.float64: torch.float64,
 }
+
+
+class CpuLSTM:
+    """layers.lstm.LSTM by lstm_layer.
+
+    Args:
+        dtype: of the products, bfloat16 where it is to be fast.
+    """
+
+    name = "cpu"
+
+    def __init__(self, dtype: torch.dtype) -> None:
+        self.dtype = dtype
+
+    def __call__(
+        self, x: Tensor, state: State, weights: Weights, noise: Noise
+    ) -> tuple[Tensor, State]:
+        """See Layer.compute."""
+        h, c = state
+        listed = [weights[name] for name in WEIGHTS]
+        output, h, c = lstm_layer(x.to(self.dtype), h[0], c[0], *listed)
+        return output, (h[None], c[None])
+
+
+def why_not(layer: Layer, dtype: torch.dtype | None, device: torch.device) -> str:
+    """Why CpuLSTM does not compute this layer; empty: it does."""
+    if type(layer) is not LSTM:
+        return f"a {type(layer).__name__} has no fast kernel on a CPU"
+    if device.type != "cpu" or dtype != torch.bfloat16:
+        return "a CPU has a fast kernel for bf16 only"
+    return ""
 
 
 def lstm_layer(

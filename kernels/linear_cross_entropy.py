@@ -6,6 +6,9 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from decoders.decoder import Decoder
+from decoders.linear import Linear
+
 # Bytes of scores that exist at a time, on a CPU and on a GPU, to which each block costs a pass over
 # the decoder's gradient; rows of them that a CPU handles at once, in its caches.
 BLOCK_BYTES, BLOCK_BYTES_GPU = 64 * 2**20, 256 * 2**20
@@ -16,9 +19,36 @@ FLOAT16_ROWS = 8192
 DTYPES = (torch.bfloat16, torch.float16, torch.float32, torch.float64)
 
 
-def linear_cross_entropy(
-    hidden: Tensor, weight: Tensor, bias: Tensor, targets: Tensor, cast: Tensor | None = None
-) -> Tensor:
+class FastLinear:
+    """decoders.linear.Linear's loss by linear_cross_entropy.
+
+    Args:
+        decoder: whose weights are taken.
+        dtype: of the products; None: that of the output it is given.
+    """
+
+    name = "linear_cross_entropy"
+
+    def __init__(self, decoder: Linear, dtype: torch.dtype | None) -> None:
+        self.decoder = decoder
+        self.dtype = dtype
+
+    def __call__(self, output: Tensor, targets: Tensor) -> Tensor:
+        """See Decoder.loss."""
+        output = output.to(self.dtype or output.dtype)
+        return linear_cross_entropy(output, self.decoder.weight, self.decoder.bias, targets)
+
+
+def why_not(decoder: Decoder, dtype: torch.dtype | None, device: torch.device) -> str:
+    """Why FastLinear does not compute this decoder's loss; empty: it does."""
+    if type(decoder) is not Linear:
+        return f"a {type(decoder).__name__} decoder has no fast kernel"
+    if device.type != "cuda" and dtype != torch.bfloat16:
+        return "a CPU has a fast kernel for bf16 only"
+    return ""
+
+
+def linear_cross_entropy(hidden: Tensor, weight: Tensor, bias: Tensor, targets: Tensor) -> Tensor:
     """Mean cross-entropy of softmax(W h + b), with products in the dtype of hidden.
 
     F.cross_entropy(F.linear(hidden, weight, bias), targets) for a large vocabulary: rows go
@@ -44,8 +74,6 @@ def linear_cross_entropy(
         weight: decoder's matrix, (V, E), of any floating dtype.
         bias: decoder's bias, (V,), of any floating dtype.
         targets: ids of the words to predict, (N,).
-        cast: weight in the dtype of hidden, from a caller that has several uses for it; None: it
-            is cast here.
 
     Returns:
         Scalar float32 (float64 for float64 input), nats per token. Gradients have the dtype of
@@ -64,12 +92,8 @@ def linear_cross_entropy(
     for (name, shape), given in zip(expected.items(), (weight, bias, targets), strict=True):
         if tuple(given.shape) != shape or not given.numel():
             raise ValueError(f"{name} is {tuple(given.shape)}; it must be {shape}")
-    if cast is not None and (cast.shape, cast.dtype) != (weight.shape, hidden.dtype):
-        raise ValueError(
-            f"cast is {tuple(cast.shape)} in {cast.dtype}; it must be weight's in {hidden.dtype}"
-        )
     training = torch.is_grad_enabled()
-    loss: Tensor = _LinearCrossEntropy.apply(hidden, weight, bias, targets, training, cast)
+    loss: Tensor = _LinearCrossEntropy.apply(hidden, weight, bias, targets, training)
     return loss
 
 
@@ -82,12 +106,11 @@ class _LinearCrossEntropy(torch.autograd.Function):
         bias: Tensor,
         targets: Tensor,
         training: bool,
-        cast: Tensor | None,
     ) -> Tensor:
         ctx.dtypes = [v.dtype for v in (hidden, weight, bias)]
         dtype = hidden.dtype
         wide = torch.float64 if dtype == torch.float64 else torch.float32
-        weight, bias = weight.to(dtype) if cast is None else cast, bias.to(wide)
+        weight, bias = weight.to(dtype), bias.to(wide)
         wanted = [training and w for w in ctx.needs_input_grad[:3]]
         loss = hidden.new_zeros((), dtype=wide)
         d_hidden = torch.empty_like(hidden) if wanted[0] else None
@@ -117,7 +140,7 @@ class _LinearCrossEntropy(torch.autograd.Function):
         scale = grad_loss / ctx.count
         pairs = zip(ctx.saved_tensors, ctx.dtypes, strict=True)
         grads = [None if g is None else _scaled(g, scale, dtype) for g, dtype in pairs]
-        return (*grads, None, None, None)
+        return (*grads, None, None)
 
 
 def _scaled(x: Tensor, scale: Tensor, dtype: torch.dtype) -> Tensor:

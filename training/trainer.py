@@ -2,33 +2,33 @@
 
 import math
 import time
-from collections.abc import Callable
+from collections.abc import Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import asdict
+from functools import partial
+from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
 
 from bptt import Scheme, Window
-from data.corpus import Corpus, batchify
+from data.corpus import Corpus
 from engine.checkpoint import model_payload, training_payload
 from engine.checkpoint_writer import CheckpointWriter
 from engine.device import random_state, restore_random_state
 from engine.errors import DivergenceError
-from engine.fused_update import make_updater
-from engine.graphs import Recorder
 from engine.interrupt import Interrupt
-from engine.loss_scale import LossScale
 from engine.ranks import Ranks
 from engine.report import RULE, epoch_line, interval_line
 from engine.run_folder import RunFolder
-from engine.tally import Tally
 from engine.tracking import Progress, Tracker
-from engine.training_state import Position, Stopwatch, TrainingOptions
 from evaluation.plain import evaluate, perplexity
 from model import RNNModel, repackage_hidden
-from nt_asgd import NTASGD
+from training.callback import Callback, EpochEnd, UpdateEnd
+from training.recorded import RecordedUpdater
+from training.state import Position, Stopwatch, TrainingOptions
+from training.tally import Tally
+from training.update import Updater
 
 
 class Trainer:
@@ -36,24 +36,18 @@ class Trainer:
 
     Args:
         model: on the device to train on.
-        optimizer: over the model's parameters; an NTASGD is told the validation losses.
+        optimizer: over the model's parameters. One that has `averaged_weights`, a context manager,
+            lends them for validation and for what is saved; see nt_asgd.
         scheme: which tokens each update sees.
-        corpus: texts and vocabulary; batchify's columns of the training text are kept on the
-            model's device.
+        corpus: texts and vocabulary.
+        updater: makes the updates, from this process's columns of the training text.
         options: see TrainingOptions.
         folder: where the best model and the checkpoints go.
         interrupt: asks for an early end.
         identity: plain values that a checkpoint carries along for the caller.
-        loss_scale: for gradients in float16; None: the loss is not scaled.
-        probe: looks at the model every options.diagnostics updates, given the gradient's norm
-            before clipping; what it returns is logged.
+        callbacks: called in this order; see training.callback.
         ranks: the processes that share the batch's columns, all of which have to train; only the
             leader writes to the folder. None: there is one.
-        recorder: records updates on a GPU that are then replayed, where the model's kernel is
-            cuDNN's and the optimizer an NTASGD; None: each is launched kernel by kernel.
-
-    Raises:
-        ValueError: the training text is too short for the batch.
     """
 
     def __init__(
@@ -62,56 +56,32 @@ class Trainer:
         optimizer: torch.optim.Optimizer,
         scheme: Scheme,
         corpus: Corpus,
+        updater: Updater | RecordedUpdater,
         options: TrainingOptions,
         folder: RunFolder,
         interrupt: Interrupt,
         identity: dict[str, Any],
-        loss_scale: LossScale | None = None,
-        probe: Callable[[RNNModel, Tensor], dict[str, float]] | None = None,
+        callbacks: Sequence[Callback] = (),
         ranks: Ranks | None = None,
-        recorder: Recorder | None = None,
     ) -> None:
         self.model = model
         self.optimizer = optimizer
         self.scheme = scheme
         self.corpus = corpus
+        self.updater = updater
         self.options = options
         self.folder = folder
         self.interrupt = interrupt
         self.tracker: Tracker  # given to train
         self.identity = identity
-        self.loss_scale = loss_scale
-        self.probe = probe
+        self.callbacks = callbacks
         self.ranks = ranks = ranks or Ranks()
-        if ranks.size > 1:
-            for gate in model.gradient_filters:
-                gate.gather = lambda norms: ranks.gather(norms, 0)
         self.device = model.encoder.weight.device
-        rows = batchify(corpus.train, options.batch_size)  # (N // B, B)
-        self.rows = rows[:, ranks.share(options.batch_size)].to(self.device)
-        self.num_steps = len(self.rows) - 1
-        self.hidden = model.init_hidden(self.rows.size(1))
+        self.columns = options.batch_size // ranks.size
+        self.num_steps = len(corpus.train) // options.batch_size - 1
+        self.hidden = model.init_hidden(self.columns)
         self.at = Position()
-        self.updater = make_updater(
-            model,
-            self.rows,
-            optimizer,
-            recorder,
-            bptt=options.bptt,
-            clip=options.clip,
-            alpha=options.alpha,
-            beta=options.beta,
-            loss_scale=loss_scale,
-            ranks=ranks,
-        )
-        self.tally = Tally(
-            self.device,
-            self.at,
-            loss_scale,
-            self.updater.settle,
-            lambda event, **values: self.tracker.log(event, **values),
-            self._describe_divergence,
-        )
+        self.tally = Tally(self.device, self.at, self._settle, self._describe_divergence)
         self.writer = CheckpointWriter(background=self.device.type == "cuda")
         self.stop_requested = self.checkpoint_due = False
         self._stopwatch = Stopwatch(self.at)
@@ -157,7 +127,7 @@ class Trainer:
             for window in self.scheme.windows(self.num_steps, self.at.row):
                 self.update(window)
                 progress.update(window.counted)
-                if self.is_logged(self.at.batch):
+                if self.at.batch % self.options.log_interval == 0 or self.at.row == self.num_steps:
                     self.log_interval(progress)
                 if self.at.row == self.num_steps:
                     break
@@ -170,45 +140,24 @@ class Trainer:
 
     def update(self, window: Window) -> None:
         """One update of the weights from one window of text."""
-        tokens = window.counted * self.options.batch_size
-        self.at.batch += 1
-        self.at.update += 1
-        self.at.row += window.counted
-
-        probed = self.is_probed(self.at.update)
-        wanted = probed or self.is_logged(self.at.batch)
-        step = self.updater(window, self.hidden, wanted, probed)
-        self.hidden = step.hidden
-        self.tally.add(self.at.update, step, tokens)
-        if self.updater.waits:
+        at = self.at
+        at.advance(window.counted, window.counted * self.options.batch_size)
+        looking = [c for c in self.callbacks if c.wants_gradients(at.update)]
+        outcome = self.updater(window, self.hidden, keep_gradients=bool(looking))
+        self.hidden = outcome.hidden
+        self.tally.add(at.update, outcome, window.counted * self.options.batch_size)
+        if self.updater.step.synchronizes:
             self.tally.check()
-        self.at.tokens += tokens
-        self.at.interval_tokens += tokens
-        self.at.interval_updates += 1
         self._stopwatch.lap(training=True)
-        if probed:
-            self.log_probe()
+        if looking:
+            self.tally.check()
+            if self.tally.skipped != at.update:
+                end = UpdateEnd(at.update, at.epoch, self.tally.grad_norm, self._log)
+                for callback in looking:
+                    callback.update_ended(end)
+            self._stopwatch.lap()  # which is not training's time
 
     # Around the loop
-
-    def is_probed(self, update: int) -> bool:
-        """This update is one that the probe looks at."""
-        every = self.options.diagnostics
-        return self.probe is not None and every is not None and update % every == 0
-
-    def log_probe(self) -> None:
-        """Log what the probe finds, unless the update was skipped; its time is not training's."""
-        assert self.probe is not None
-        self.tally.check()
-        if self.tally.skipped == self.at.update:
-            return
-        figures = self.probe(self.model, self.tally.grad_norm)
-        self.tracker.log("diagnostics", step=self.at.update, epoch=self.at.epoch, **figures)
-        self._stopwatch.lap()
-
-    def is_logged(self, batch: int) -> bool:
-        """This update, the epoch's batch-th, ends a logging interval."""
-        return batch % self.options.log_interval == 0 or self.at.row == self.num_steps
 
     def log_interval(self, progress: Progress) -> None:
         """Report the updates since the last report."""
@@ -225,81 +174,62 @@ class Trainer:
             milliseconds=1000 * at.interval_seconds / at.interval_updates,
             loss=loss,
         )
-        acting: dict[str, float] = {}
-        if self.loss_scale:
-            acting.update(loss_scale=self.loss_scale.value, overflows=at.interval_skipped)
-            line += f" | loss scale {self.loss_scale.value:g}, {at.interval_skipped} skipped"
+        line += "".join(callback.remark() for callback in self.callbacks)
         progress.report(line, loss=f"{loss:.2f}", ppl=f"{perplexity(loss):.2f}")
-        for layer, gate in enumerate(self.model.gradient_filters):
-            for what, value in gate.summary().items():
-                acting[f"grad_filter_{what}_l{layer}"] = value
-        self.tracker.log(
+        figures: dict[str, float] = {}
+        for callback in self.callbacks:
+            figures.update(callback.figures())
+        self._log(
             "train",
-            step=at.update,
             epoch=at.epoch,
             loss=loss,
             ppl=perplexity(loss),
             lr=lr,
             grad_norm=float(self.tally.grad_norm),
             tokens_per_second=at.interval_tokens / max(at.interval_seconds, 1e-9),
-            **acting,
+            **figures,
         )
-        for gate in self.model.gradient_filters:
-            gate.reset_statistics()
         self.tally.summed.zero_()
         at.begin_interval()
 
     def end_epoch(self) -> None:
-        """Validate, keep the best model, let NT-ASGD and --when act, checkpoint."""
+        """Validate, keep the best model, let the callbacks act, checkpoint."""
         epoch = self.at.epoch
         loss = self.validate()
         if loss < self.at.best_loss:
             self.save_best(loss)
-        if isinstance(self.optimizer, NTASGD) and self.optimizer.observe(loss):
-            print("Switching to ASGD", flush=True)
-            self.tracker.log("averaging", step=self.at.update, epoch=epoch)
-        if epoch in self.options.when:
-            print("Saving model before learning rate decreased", flush=True)
-            path = self.folder.model_path
-            self.save_model(path.with_name(f"{path.name}.e{epoch}"), loss)
-            for group in self.optimizer.param_groups:
-                group["lr"] /= 10
-        self.hidden = self.model.init_hidden(self.rows.size(1))
+        save_copy = partial(self._save_copy, loss=loss)
+        for callback in self.callbacks:
+            callback.epoch_ended(EpochEnd(epoch, loss, self.optimizer, save_copy, self._log))
+        self.hidden = self.model.init_hidden(self.columns)
         self.at.begin_epoch()
         self.checkpoint()
 
     def validate(self) -> float:
         """Measure the weights as they would be saved, print and log it; nats per token."""
         self.tally.check()
-        with self.evaluated_weights():
-            loss = self.ranks.from_leader(self._evaluate() if self.ranks.leader else 0.0)
+        loss = 0.0
+        if self.ranks.leader:
+            with self.evaluated_weights():
+                loss = evaluate(self.model, self.corpus.valid, self.options.eval_batch_size)
+        loss = self.ranks.from_leader(loss)
         self._stopwatch.lap()
         if not math.isfinite(loss):
             what = f"validation loss is {loss}"
             raise DivergenceError(self._describe_divergence(what, self.at.update))
-        print(RULE)
         at = self.at
         whole = at.row == self.num_steps
-        print(epoch_line(epoch=at.epoch, seconds=at.epoch_seconds, loss=loss, whole=whole))
-        print(RULE, flush=True)
-        self.tracker.log(
-            "valid",
-            step=self.at.update,
-            epoch=self.at.epoch,
-            loss=loss,
-            ppl=perplexity(loss),
-            averaged=isinstance(self.optimizer, NTASGD) and self.optimizer.num_averaged > 0,
-        )
+        line = epoch_line(epoch=at.epoch, seconds=at.epoch_seconds, loss=loss, whole=whole)
+        print(RULE, line, RULE, sep="\n", flush=True)
+        averaged = getattr(self.optimizer, "num_averaged", 0) > 0
+        self._log("valid", epoch=at.epoch, loss=loss, ppl=perplexity(loss), averaged=averaged)
         return loss
-
-    def _evaluate(self) -> float:
-        return evaluate(self.model, self.corpus.valid, self.options.eval_batch_size)
 
     def evaluated_weights(self) -> AbstractContextManager[None]:
         """A context in which the model has the weights that count: the average if there is one."""
-        if isinstance(self.optimizer, NTASGD):
-            return self.optimizer.averaged_weights()
-        return nullcontext()
+        lend = getattr(self.optimizer, "averaged_weights", nullcontext)
+        context: AbstractContextManager[None] = lend()
+        return context
 
     def save_best(self, loss: float) -> None:
         """Keep these weights as the best so far."""
@@ -307,7 +237,7 @@ class Trainer:
         self.at.best_loss = loss
         self.at.best_epoch = self.at.epoch
 
-    def save_model(self, path: Any, loss: float | None) -> None:
+    def save_model(self, path: Path, loss: float | None) -> None:
         """Write the weights that count to path."""
         if not self.ranks.leader:
             return
@@ -316,8 +246,26 @@ class Trainer:
             payload = model_payload(self.model, self.corpus.vocabulary, **details)
             self.writer.write(path, payload)
 
+    def _save_copy(self, suffix: str, loss: float) -> None:
+        path = self.folder.model_path
+        self.save_model(path.with_name(path.name + suffix), loss)
+
+    def _log(self, event: str, **values: Any) -> None:
+        self.tracker.log(event, **{"step": self.at.update, **values})
+
+    def _settle(self, update: int, overflow: bool) -> None:
+        self.updater.step.settle(overflow)
+        for callback in self.callbacks:
+            callback.settled(update, overflow, self._log)
+
+    def _describe_divergence(self, what: str, update: int) -> str:
+        lr = self.optimizer.param_groups[0]["lr"]
+        return f"{what} at update {update} (epoch {self.at.epoch}, lr {lr:g}): training stopped"
+
+    # Stopping and checkpoints
+
     def share_requests(self) -> None:
-        """Tell all processes that one is asked for an early end, or that its checkpoint is due.
+        """All-reduce the stop and checkpoint requests.
 
         What comes in afterwards waits for the next time, so that all do the same. A checkpoint is
         due every so many updates and every so many minutes.
@@ -355,8 +303,6 @@ class Trainer:
         if self.at.best_epoch is None and not self.interrupt.terminated:
             self.save_model(self.folder.model_path, None)
 
-    # Checkpoints
-
     def checkpoint(self) -> None:
         """Write all that an exact resume needs."""
         self.tally.check()
@@ -378,8 +324,7 @@ class Trainer:
             scheme=self.scheme.state_dict(),
             hidden=self.ranks.gather_hidden(repackage_hidden(self.hidden)),
             position=asdict(self.at),
-            loss_scale=self.loss_scale.state_dict() if self.loss_scale else {},
-            filters=[gate.statistics.clone() for gate in self.model.gradient_filters],
+            callbacks={c.name: c.state_dict() for c in self.callbacks if c.name},
             random=random_state(self.device),
             tracking=self.tracker.state_dict(),
         )
@@ -390,17 +335,12 @@ class Trainer:
         self.optimizer.load_state_dict(state["optimizer"])
         self.scheme.load_state_dict(state["scheme"])
         hidden = self.ranks.share_hidden(state["hidden"])
-        self.hidden = [(h.to(self.device), c.to(self.device)) for h, c in hidden]
-        for gate, statistics in zip(self.model.gradient_filters, state["filters"], strict=True):
-            gate.statistics.copy_(statistics)
-        if self.loss_scale:
-            self.loss_scale.load_state_dict(state["loss_scale"])
-        self.updater.restore()
+        self.hidden = [tuple(part.to(self.device) for part in parts) for parts in hidden]
+        for callback in self.callbacks:
+            if callback.name:
+                callback.load_state_dict(state["callbacks"][callback.name])
+        self.updater.step.restore()
         vars(self.at).update(vars(Position(**state["position"])))
         self.tally.summed.fill_(self.at.interval_loss)
         self.tally.grad_norm = torch.full_like(self.tally.grad_norm, self.at.grad_norm)
         restore_random_state(state["random"], self.device)
-
-    def _describe_divergence(self, what: str, update: int) -> str:
-        lr = self.optimizer.param_groups[0]["lr"]
-        return f"{what} at update {update} (epoch {self.at.epoch}, lr {lr:g}): training stopped"

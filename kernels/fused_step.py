@@ -5,7 +5,7 @@ from itertools import accumulate
 import torch
 from torch import Tensor
 
-from engine.loss_scale import LossScale
+from loss_scale import LossScale
 from nt_asgd import NTASGD
 
 # Parameters start at multiples of so many numbers in the flat buffer.
@@ -38,6 +38,9 @@ class FusedStep:
         clip: largest global norm of the gradient; 0: any.
         loss_scale: the scale to start from, and its rules; None: 1, and nothing is skipped.
     """
+
+    name = "fused"
+    synchronizes = False
 
     def __init__(self, optimizer: NTASGD, clip: float, loss_scale: LossScale | None = None) -> None:
         (group,) = optimizer.param_groups
@@ -91,17 +94,15 @@ class FusedStep:
             view.copy_(self.optimizer.state[p].get("average", p.detach()))
             self.optimizer.state[p]["average"] = view
 
-    def set_rate(self, lr: float) -> None:
-        """The learning rate of the next update."""
-        self.rate.fill_(lr)
+    def prepare(self, factor: float) -> None:
+        """See training.step.Step; also takes over averages where they have just begun."""
+        if self.averaging != self.optimizer.averaging:
+            self.restore_averages()
+        self.rate.fill_(self.optimizer.param_groups[0]["lr"] * factor)
 
     @torch.no_grad()
-    def __call__(self, loss: Tensor) -> None:
-        """Step by the parameters' gradients; leaves norm, and overflow (1 or 0) if loss is scaled.
-
-        Args:
-            loss: the update's loss, not scaled. One that is not finite is no overflow.
-        """
+    def __call__(self, loss: Tensor) -> tuple[Tensor, Tensor | None]:
+        """See training.step.Step. Both results are overwritten by the next step."""
         pairs = zip(self.places, self.params, strict=True)
         there = [(place, p.grad) for place, p in pairs if p.grad is not None]
         values, gradients = [place for place, _ in there], [gradient for _, gradient in there]
@@ -122,6 +123,7 @@ class FusedStep:
         if rules is not None and rules.dynamic and self.overflow is not None:
             torch._amp_update_scale_(self.scale, self.clean, self.overflow, 2.0, 0.5, rules.window)
             self.scale.clamp_(rules.low, rules.high)
+        return self.norm, self.overflow
 
     def _average(self, averages: Tensor) -> None:
         kept = 1.0 if self.overflow is None else 1 - self.overflow.to(self.count.dtype)
@@ -130,5 +132,18 @@ class FusedStep:
         averages.lerp_(self.values, kept / self.count.clamp(min=1))
 
     def settle(self, overflow: bool) -> None:
-        """Note in the optimizer what became of an update; the loss scale is the caller's."""
+        """Count the update's iterate in the optimizer; the caller adapts the loss scale."""
         self.optimizer.num_averaged += self.averaging and not overflow
+
+
+def why_not(
+    optimizer: torch.optim.Optimizer, dtype: torch.dtype | None, device: torch.device
+) -> str:
+    """Why FusedStep does not take an optimizer's steps; empty: it does."""
+    if not isinstance(optimizer, NTASGD):
+        return f"{type(optimizer).__name__} steps by itself"
+    if len(optimizer.param_groups) != 1:
+        return "there are several groups of parameters"
+    if device.type != "cuda" and dtype != torch.bfloat16:
+        return "a CPU has a fused step for bf16 only"
+    return ""

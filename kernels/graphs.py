@@ -33,9 +33,11 @@ class CudaRecorder:
 
     Args:
         device: the GPU.
+        generator: that the work draws from, besides torch's default one; None: no other.
     """
 
-    def __init__(self, device: torch.device) -> None:
+    def __init__(self, device: torch.device, generator: torch.Generator | None = None) -> None:
+        self.generator = generator
         self.stream = torch.cuda.Stream(device)
         self.pool = torch.cuda.graph_pool_handle()
 
@@ -49,6 +51,8 @@ class CudaRecorder:
     def record(self, work: Work) -> Work:
         """Random numbers are drawn anew by each replay, as if the work were done as it is."""
         graph, before = torch.cuda.CUDAGraph(), torch.cuda.current_stream(self.stream.device)
+        if self.generator is not None:
+            graph.register_generator_state(self.generator)
         try:
             with torch.cuda.graph(graph, pool=self.pool, stream=self.stream):
                 work()

@@ -2,9 +2,6 @@
 
 from typing import Any
 
-# So many overflows one after another are no matter of scale: training has diverged.
-MOST_IN_A_ROW = 50
-
 
 class LossScale:
     """A factor on the loss, taken out of the gradients again before they are used.
@@ -40,8 +37,6 @@ class LossScale:
         self.window = window
         self.value = min(max(value, low), high) if dynamic else value
         self.clean = 0  # updates since the last overflow or change
-        self.in_a_row = 0
-        self.overflows = 0
         # Of each update that overflowed or changed it: its number, the factor since, overflowed.
         self.history: list[tuple[int, float, bool]] = []
 
@@ -49,13 +44,10 @@ class LossScale:
         """Count an update, and adapt to it; returns whether it overflowed or changed the scale."""
         before = self.value
         if overflowed:
-            self.overflows += 1
-            self.in_a_row += 1
             self.clean = 0
             if self.dynamic:
                 self.value = max(self.value / 2, self.low)
         else:
-            self.in_a_row = 0
             self.clean += 1
             if self.dynamic and self.clean == self.window:
                 self.clean = 0
@@ -64,18 +56,12 @@ class LossScale:
             self.history.append((update, self.value, overflowed))
         return notable
 
-    @property
-    def hopeless(self) -> bool:
-        """Another overflow would be one too many to be skipped."""
-        return self.in_a_row >= MOST_IN_A_ROW
-
     def state_dict(self) -> dict[str, Any]:
         """What a resumed run goes on from."""
-        names = ("value", "clean", "in_a_row", "overflows")
-        return dict({name: getattr(self, name) for name in names}, history=list(self.history))
+        return dict(value=self.value, clean=self.clean, history=list(self.history))
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Continue from what state_dict returned."""
-        for name in self.state_dict().keys() - {"history"}:
-            setattr(self, name, state[name])
-        self.history = list(state.get("history", []))  # older checkpoints have none
+        self.value = state["value"]
+        self.clean = state["clean"]
+        self.history = list(state["history"])

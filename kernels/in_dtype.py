@@ -1,0 +1,56 @@
+"""Layers and decoders in plain torch, with products of 16 bits."""
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from decoders.decoder import Decoder
+from layers.layer import Layer, State, Weights
+from noise import Noise
+
+
+class LayerInDtype:
+    """Layer.compute with input, weights and states cast; the states come back in their own dtype.
+
+    Args:
+        layer: any.
+        dtype: bfloat16 or float16.
+    """
+
+    name = "plain"
+
+    def __init__(self, layer: Layer, dtype: torch.dtype) -> None:
+        self.layer = layer
+        self.dtype = dtype
+
+    def __call__(
+        self, x: Tensor, state: State, weights: Weights, noise: Noise
+    ) -> tuple[Tensor, State]:
+        """See Layer.compute."""
+        cast = {name: weight.to(self.dtype) for name, weight in weights.items()}
+        inner = tuple(part.to(self.dtype) for part in state)
+        output, new = self.layer.compute(x.to(self.dtype), inner, cast, noise)
+        return output, tuple(n.to(s.dtype) for n, s in zip(new, state, strict=True))
+
+
+class DecoderInDtype:
+    """Decoder.forward with its parameters and input cast, and the cross-entropy in float32.
+
+    Args:
+        decoder: any.
+        dtype: bfloat16 or float16.
+    """
+
+    name = "plain"
+
+    def __init__(self, decoder: Decoder, dtype: torch.dtype) -> None:
+        self.decoder = decoder
+        self.dtype = dtype
+
+    def __call__(self, output: Tensor, targets: Tensor) -> Tensor:
+        """See Decoder.loss."""
+        cast = {name: p.to(self.dtype) for name, p in self.decoder.named_parameters()}
+        logits: Tensor = torch.func.functional_call(
+            self.decoder, cast, (output.to(self.dtype),), tie_weights=False
+        )
+        return F.cross_entropy(logits.float(), targets)
