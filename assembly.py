@@ -108,6 +108,7 @@ def build_updater(
     model: RNNModel,
     optimizer: torch.optim.Optimizer,
     rows: Tensor,
+    generator: torch.Generator,
     precision: str,
     loss_scale: LossScale | None,
     ranks: Ranks,
@@ -122,7 +123,7 @@ def build_updater(
     else:
         step = FusedStep(optimizer, args.clip, loss_scale)
     objective = Objective(model, build_penalties(args))
-    make_noise = partial(Noise, None, ranks.rank, ranks.size)
+    make_noise = partial(Noise, generator, ranks.rank, ranks.size)
     updater = Updater(objective, rows, step, bptt=args.bptt, make_noise=make_noise, ranks=ranks)
     if device.type != "cuda":
         return updater, choices
@@ -136,7 +137,9 @@ def build_updater(
             choices["recording"] = Choice("none", reason)
             return updater, choices
     choices["recording"] = Choice("CUDA graphs")
-    graphs = Graphs(CudaRecorder(device), lambda why: warn(f"updates are not recorded: {why}"))
+    graphs = Graphs(
+        CudaRecorder(device, generator), lambda why: warn(f"updates are not recorded: {why}")
+    )
     return RecordedUpdater(updater, graphs), choices
 
 

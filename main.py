@@ -91,7 +91,10 @@ def start(
     precision = resolve_precision(args, device)
     optimizer, loss_scale = build_optimizer(args, model), build_loss_scale(args, precision)
     rows = batchify(corpus.train, args.batch_size)[:, ranks.share(args.batch_size)].to(device)
-    updater, kernels = build_updater(args, model, optimizer, rows, precision, loss_scale, ranks)
+    generator = torch.Generator(device).manual_seed(args.seed)
+    updater, kernels = build_updater(
+        args, model, optimizer, rows, generator, precision, loss_scale, ranks
+    )
     with RunFolder(args.save, writes=ranks.leader) as folder, Interrupt() as interrupt:
         flags = {name: value for name, value in vars(args).items() if name != "dry_run"}
         trainer = Trainer(
@@ -100,6 +103,7 @@ def start(
             build_scheme(args),
             corpus,
             updater,
+            generator,
             training_options(args),
             folder,
             interrupt,

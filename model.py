@@ -77,6 +77,7 @@ class RNNModel(nn.Module):
         # Widths along the stack: the embedding's, then each layer's output, nlayers + 1 in all.
         self.layer_sizes = [ninp] + [nhid] * (nlayers - 1) + [ninp if tie_weights else nhid]
         self.encoder = nn.Embedding(ntoken, ninp)
+        nn.init.uniform_(self.encoder.weight, -0.1, 0.1)
         self.layers = [LAYERS[rnn_type](e, h) for e, h in pairwise(self.layer_sizes)]
         rnns: list[nn.Module] = list(self.layers)
         if wdrop:
@@ -89,12 +90,6 @@ class RNNModel(nn.Module):
         if grad_filter:
             for layer in self.layers:
                 layer.gradient_filter = GradientFilter(threshold=grad_filter)
-        self.init_weights()
-
-    def init_weights(self) -> None:
-        """Draw the embedding, uniform in [-0.1, 0.1], and the decoder; layers draw their own."""
-        nn.init.uniform_(self.encoder.weight, -0.1, 0.1)
-        self.decoder.init_weights()
 
     def init_hidden(self, bsz: int) -> Hidden:
         """Zero states for every layer, for an LSTM (h, c), each (1, bsz, units)."""

@@ -57,7 +57,6 @@ class Noise:
         dropout: float,
         like: Tensor,
         batch_dim: int | None = None,
-        bits: bool = False,
     ) -> Tensor:
         """Factors that drop: 0 with probability dropout, else 1 / (1 - dropout).
 
@@ -71,7 +70,7 @@ class Noise:
         name = self._prefix + name
         factors = self._drawn.factors
         if name not in factors:
-            factors[name] = self._draw(shape, dropout, like, batch_dim, bits)
+            factors[name] = self._draw(shape, dropout, like, batch_dim)
         return factors[name]
 
     def drop_by_step(
@@ -90,35 +89,18 @@ class Noise:
         return self.drop(f"{name} from row {self._row}", shape, dropout, like, batch_dim)
 
     def _draw(
-        self,
-        shape: tuple[int, ...],
-        dropout: float,
-        like: Tensor,
-        batch_dim: int | None,
-        bits: bool,
+        self, shape: tuple[int, ...], dropout: float, like: Tensor, batch_dim: int | None
     ) -> Tensor:
         drawn = self._drawn
         whole = list(shape)
         if batch_dim is not None:
             whole[batch_dim] *= drawn.ranks
         dtype = torch.promote_types(like.dtype, torch.float32)
-        make = drop_factors if bits else _bernoulli
-        factors = make(torch.Size(whole), dropout, dtype, like.device, drawn.generator)
+        factors = drop_factors(torch.Size(whole), dropout, dtype, like.device, drawn.generator)
         if batch_dim is None or drawn.ranks == 1:
             return factors
         width = shape[batch_dim]
         return factors.narrow(batch_dim, drawn.rank * width, width)
-
-
-def _bernoulli(
-    shape: torch.Size,
-    dropout: float,
-    dtype: torch.dtype,
-    device: torch.device,
-    generator: torch.Generator | None,
-) -> Tensor:
-    factors = torch.empty(shape, dtype=dtype, device=device)
-    return factors.bernoulli_(1 - dropout, generator=generator).div_(1 - dropout)
 
 
 def drop_factors(

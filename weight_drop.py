@@ -69,7 +69,7 @@ class WeightDrop(nn.Module):
         if not self.training or not self.dropout:
             return raw
         shape = (raw.size(0), *(1,) * (raw.dim() - 1)) if self.variational else tuple(raw.shape)
-        mask = noise.drop(name, shape, self.dropout, like=raw, bits=True)
+        mask = noise.drop(name, shape, self.dropout, like=raw)
         dtype = self.module.mask_dtype if isinstance(self.module, Layer) else None
         masked: Tensor = _MaskAndCast.apply(raw, mask, dtype) if dtype else raw * mask
         return masked

@@ -29,10 +29,6 @@ class Decoder(nn.Module):
         super().__init__()
         self.kernel: Loss | None = None
 
-    def init_weights(self) -> None:
-        """Draw the weights anew; a tied matrix with them."""
-        raise NotImplementedError
-
     def forward(self, output: Tensor) -> Tensor:
         """Logits (N, V) of outputs (N, E): their softmax is the distribution."""
         raise NotImplementedError

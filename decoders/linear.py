@@ -17,15 +17,8 @@ class Linear(Decoder):
 
     def __init__(self, width: int, ntoken: int) -> None:
         super().__init__(width, ntoken)
-        self.weight = nn.Parameter(torch.empty(ntoken, width))
-        self.bias = nn.Parameter(torch.empty(ntoken))
-        nn.init.uniform_(self.weight, -(width**-0.5), width**-0.5)
-        nn.init.uniform_(self.bias, -(width**-0.5), width**-0.5)
-
-    def init_weights(self) -> None:
-        """See Decoder."""
-        nn.init.zeros_(self.bias)
-        nn.init.uniform_(self.weight, -0.1, 0.1)
+        self.weight = nn.Parameter(torch.empty(ntoken, width).uniform_(-0.1, 0.1))
+        self.bias = nn.Parameter(torch.zeros(ntoken))
 
     def forward(self, output: Tensor) -> Tensor:
         """See Decoder."""

@@ -12,7 +12,6 @@ from layers.lstm import LSTM
 from model import Hidden, RNNModel
 from noise import Noise
 
-
 GATES = LSTM.gates
 
 

@@ -21,6 +21,7 @@ from model import RNNModel
 
 MODEL_FORMAT = "awd-lstm model 1"
 TRAINING_FORMAT = "awd-lstm training state 2"
+OLD_TRAINING_FORMAT = "awd-lstm training state 1"
 TRAINING_PARTS: dict[str, type] = {
     "flags": dict,
     "fingerprint": str,
@@ -139,6 +140,11 @@ def _read(path: Path, expected: str) -> dict[str, Any]:
         reason = " ".join(str(error).split())[:200]
         raise CheckpointError(f"{path}: truncated or not a checkpoint ({reason})") from error
     found = payload.get("format") if isinstance(payload, dict) else None
+    if found == OLD_TRAINING_FORMAT:
+        raise CheckpointError(
+            f"{path}: a run of an earlier version of this code, which drew other random numbers; "
+            "resume it with the commit that its config.json names (its best model still loads)"
+        )
     if found != expected:
         kind = f"a {found!r} file" if isinstance(found, str) else "not a checkpoint of this project"
         raise CheckpointError(f"{path}: {kind}, where {expected!r} is needed")

@@ -6,7 +6,6 @@ import resource
 import sys
 import warnings
 from pathlib import Path
-from typing import Any
 
 import torch
 
@@ -40,19 +39,6 @@ def select_device(name: str, local_rank: int | None = None) -> torch.device:
         # A masked weight is never part of cuDNN's flat buffer: the copy it warns of is intended.
         warnings.filterwarnings("ignore", message="RNN module weights are not part of single")
     return device
-
-
-def random_state(device: torch.device) -> dict[str, Any]:
-    """States of all of torch's generators that a run on device draws from."""
-    cuda = torch.cuda.get_rng_state(device) if device.type == "cuda" else None
-    return dict(cpu=torch.get_rng_state(), cuda=cuda)
-
-
-def restore_random_state(state: dict[str, Any], device: torch.device) -> None:
-    """Continue from what random_state returned, as far as device has the same generators."""
-    torch.set_rng_state(state["cpu"])
-    if device.type == "cuda" and state["cuda"] is not None:
-        torch.cuda.set_rng_state(state["cuda"], device)
 
 
 def keep_freed_memory() -> bool:

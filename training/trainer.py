@@ -15,7 +15,6 @@ from bptt import Scheme, Window
 from data.corpus import Corpus
 from engine.checkpoint import model_payload, training_payload
 from engine.checkpoint_writer import CheckpointWriter
-from engine.device import random_state, restore_random_state
 from engine.errors import DivergenceError
 from engine.interrupt import Interrupt
 from engine.ranks import Ranks
@@ -41,6 +40,7 @@ class Trainer:
         scheme: which tokens each update sees.
         corpus: texts and vocabulary.
         updater: makes the updates, from this process's columns of the training text.
+        generator: of the run, on the model's device: all that updates draw comes from it.
         options: see TrainingOptions.
         folder: where the best model and the checkpoints go.
         interrupt: asks for an early end.
@@ -57,6 +57,7 @@ class Trainer:
         scheme: Scheme,
         corpus: Corpus,
         updater: Updater | RecordedUpdater,
+        generator: torch.Generator,
         options: TrainingOptions,
         folder: RunFolder,
         interrupt: Interrupt,
@@ -69,6 +70,7 @@ class Trainer:
         self.scheme = scheme
         self.corpus = corpus
         self.updater = updater
+        self.generator = generator
         self.options = options
         self.folder = folder
         self.interrupt = interrupt
@@ -325,7 +327,7 @@ class Trainer:
             hidden=self.ranks.gather_hidden(repackage_hidden(self.hidden)),
             position=asdict(self.at),
             callbacks={c.name: c.state_dict() for c in self.callbacks if c.name},
-            random=random_state(self.device),
+            random=dict(device=self.device.type, state=self.generator.get_state()),
             tracking=self.tracker.state_dict(),
         )
 
@@ -343,4 +345,5 @@ class Trainer:
         vars(self.at).update(vars(Position(**state["position"])))
         self.tally.summed.fill_(self.at.interval_loss)
         self.tally.grad_norm = torch.full_like(self.tally.grad_norm, self.at.grad_norm)
-        restore_random_state(state["random"], self.device)
+        if state["random"]["device"] == self.device.type:  # else another kind of generator
+            self.generator.set_state(state["random"]["state"])
