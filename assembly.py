@@ -13,12 +13,11 @@ from data.corpus import Corpus, load_corpus
 from data.download import ensure_corpus
 from engine.checkpoint import damage_reported
 from engine.device import available_memory
-from engine.errors import RunError
+from engine.errors import RunError, UsageError
 from engine.estimate import training_memory
 from engine.graphs import CudaRecorder
 from engine.loss_scale import LossScale
 from engine.precision import DTYPES, choose_kernel, choose_precision
-from engine.program import UsageError
 from engine.ranks import Ranks
 from engine.run_folder import RunFolder
 from engine.tracking import Tracker, WandbOptions, warn
@@ -52,6 +51,8 @@ def read_corpus(args: argparse.Namespace, ranks: Ranks) -> Corpus:
 
 def build_model(args: argparse.Namespace, ntoken: int) -> RNNModel:
     """The model that the flags describe, freshly initialised."""
+    if args.model != "LSTM":
+        raise UsageError(f"argument --model: {args.model} is not supported yet")
     return RNNModel(
         args.model,
         ntoken,
@@ -81,6 +82,8 @@ def build_optimizer(args: argparse.Namespace, model: RNNModel) -> torch.optim.Op
 def set_precision(args: argparse.Namespace, model: RNNModel) -> tuple[str, str]:
     """Make the model train in --precision, by --kernel; returns it, and a line about both."""
     device = model.encoder.weight.device
+    if args.loss_scale == "logmax":
+        raise UsageError("argument --loss-scale: logmax is not supported yet")
     try:
         precision = choose_precision(args.precision, device)
     except ValueError as error:
@@ -88,15 +91,7 @@ def set_precision(args: argparse.Namespace, model: RNNModel) -> tuple[str, str]:
     kernel, reason = "plain", "as asked"
     if args.kernel != "plain":
         kernel, reason = choose_kernel(precision, device)
-    chunks = args.wavefront if kernel == "cudnn" else 1
-    try:
-        model.compute_in(DTYPES[precision], kernel, chunks)
-    except ValueError as error:
-        raise UsageError(f"argument --wavefront: {error}") from None
-    if chunks > 1:
-        reason += f" | windows in {chunks} chunks"
-    elif args.wavefront > 1:
-        reason += " | no --wavefront, which is for cuDNN's"
+    model.compute_in(DTYPES[precision], kernel)
     return precision, f"| precision {precision} | {kernel} kernel, {reason}"
 
 

@@ -11,7 +11,6 @@ from typing import Any
 
 import torch
 
-import cli
 from assembly import (
     build_loss_scale,
     build_model,
@@ -27,12 +26,12 @@ from assembly import (
 )
 from diagnostics.probe import probe
 from engine.checkpoint import damage_reported, load_model, load_training_state
-from engine.device import keep_freed_memory, peak_memory
-from engine.errors import CheckpointError, DivergenceError, RunError
+from engine.device import keep_freed_memory, peak_memory, select_device
+from engine.errors import CheckpointError, DivergenceError, RunError, UsageError
 from engine.interrupt import Interrupt
-from engine.program import UsageError, run_program
+from engine.program import run_program
 from engine.provenance import git_commit, versions
-from engine.ranks import Ranks, launched_ranks, leave
+from engine.ranks import Ranks, launched_ranks, leave, local_rank
 from engine.report import DOUBLE_RULE, final_line
 from engine.run_folder import RunFolder, find_run
 from engine.tracking import Silence, Tracker, warn
@@ -40,6 +39,7 @@ from engine.trainer import Trainer
 from evaluation.bigram import bigram_loss
 from evaluation.plain import evaluate, perplexity
 from evaluation.sampling import sample_sentences
+from flags import parse_training, resume_flags, settle_scheme
 from model import count_parameters
 
 
@@ -50,10 +50,10 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def train_and_test(argv: Sequence[str]) -> None:
     """What the program does, between its command line and its errors."""
-    args, given = cli.parse_training(argv)
+    args, given = parse_training(argv)
     args, state = find_state(args, given)
-    cli.settle_scheme(args)
-    device = cli.device_of(args)
+    settle_scheme(args)
+    device = select_device(args.device, local_rank())
     if device.type == "cpu":
         keep_freed_memory()
     elif device.index is not None:
@@ -90,7 +90,7 @@ def start(
     precision, computing = set_precision(args, model)
     recorder, recording = build_recorder(args, model, device, ranks)
     with RunFolder(args.save, writes=ranks.leader) as folder, Interrupt() as interrupt:
-        flags = {name: value for name, value in vars(args).items() if name != "dry_run"}
+        flags = dict(vars(args))
         trainer = Trainer(
             model,
             build_optimizer(args, model),
@@ -217,7 +217,7 @@ def find_state(
         path = find_run(args.resume)
     state = load_training_state(path)
     with damage_reported(path):
-        args = cli.resume_flags(args, given, state["flags"])
+        args = resume_flags(args, given, state["flags"])
         if "save" not in given:
             args.save = str(path.parent) + Path(state["flags"]["save"]).suffix
     args.resume = str(path)
