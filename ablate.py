@@ -11,7 +11,6 @@ from typing import Any
 
 import torch
 
-import cli
 from assembly import build_scheme
 from data.corpus import Corpus, load_corpus
 from data.download import ensure_corpus
@@ -23,12 +22,14 @@ from engine.ablation.report import flat, write_report
 from engine.ablation.results import collect
 from engine.ablation.runs import FINISHED, Run, State, counted, read_state
 from engine.ablation.table import Row, Table, load_table
-from engine.errors import RunError
+from engine.errors import RunError, UsageError
 from engine.interrupt import Interrupt
-from engine.program import UsageError, run_program
+from engine.program import run_program
 from engine.run_folder import lock_folder
 from engine.tracking import WandbOptions, log_table, warn
+from flags import given_flags, other_flags, parse_ablation, parse_training, settle_scheme
 
+PROJECT = Path(__file__).resolve().parent
 # What a row may not say: ablate.py does.
 OURS = {"seed", "save", "resume", "dry_run", "wandb_name", "wandb_group", "wandb_job_type"}
 
@@ -40,8 +41,8 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def ablate(argv: Sequence[str]) -> None:
     """What the program does, between its command line and its errors."""
-    args = cli.parse_ablation(argv)
-    table = select(load_table(args.table), args)
+    args = parse_ablation(argv)
+    table = select(load_table(args.table, PROJECT), args)
     output = Path(args.output or Path("results") / table.name)
     runs = plan(table, args, output)
     check_folders(runs)
@@ -113,10 +114,10 @@ def make_run(table: Table, row: Row, seed: int, args: argparse.Namespace, output
         argv += ["--wandb-project", args.wandb_project] if args.wandb_project else []
     try:
         for flags in (row.flags, [flag for flag in table.flags if not flag.startswith("@")]):
-            if taken := cli.given_flags(flags) & OURS:
+            if taken := given_flags(flags) & OURS:
                 raise UsageError(f"argument --{min(taken).replace('_', '-')}: the table sets it")
-        parsed = cli.parse_training(argv)[0]
-        cli.settle_scheme(parsed)
+        parsed = parse_training(argv)[0]
+        settle_scheme(parsed)
         resolved = vars(parsed)
         if resolved["dry_run"]:
             raise UsageError("argument --dry-run: nothing would be run")
@@ -135,11 +136,9 @@ def check_folders(runs: list[Run], fingerprint: str | None = None) -> None:
     """
     for run in runs:
         state = read_state(run)
-        saved = state.config.get("flags", {})
-        differences = cli.other_flags(run.flags, saved)
-        for name in ("test_batch_size", "bigram"):
-            if name in saved and saved[name] != run.flags[name]:
-                differences = differences or f"--{name.replace('_', '-')}"
+        differences = ""
+        if saved := state.config.get("flags"):
+            differences = other_flags(run.flags, saved, also=("test_batch_size", "bigram"))
         for name, done in (("epochs", "epochs"), ("max_updates", "updates")):
             most, reached = run.flags[name], state.summary.get(done, 0)
             if most is not None and reached > most:

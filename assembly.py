@@ -17,9 +17,8 @@ from data.download import ensure_corpus
 from diagnostics.probe import probe
 from engine.checkpoint import damage_reported
 from engine.device import available_memory
-from engine.errors import RunError
+from engine.errors import RunError, UsageError
 from engine.precision import DTYPES, choose_precision, set_products
-from engine.program import UsageError
 from engine.ranks import Ranks
 from engine.run_folder import RunFolder
 from engine.tracking import Tracker, WandbOptions, warn
@@ -178,6 +177,8 @@ def build_loss_scale(args: argparse.Namespace, precision: str) -> LossScale | No
     scale: Any = args.loss_scale or ("dynamic" if precision == "fp16" else None)
     if scale is None:
         return None
+    if scale == "logmax":
+        raise UsageError("argument --loss-scale: logmax is not supported yet")
     if scale != "dynamic":
         return LossScale(scale, dynamic=False)
     low, high = args.loss_scale_bounds

@@ -13,16 +13,18 @@ from typing import Any
 import torch
 from torch import Tensor
 
-import cli
 from data.corpus import Corpus, batchify, load_corpus
 from data.download import ensure_corpus
 from data.files import atomic_write
 from diagnostics import plots, summary, words
 from diagnostics.examine import Settings, examine
 from engine.checkpoint import load_model
+from engine.device import select_device
 from engine.errors import RunError
 from engine.program import run_program
+from engine.ranks import local_rank
 from engine.tracking import warn
+from flags import parse_diagnosis
 from layers.lstm import LSTM
 from model import RNNModel, count_parameters
 
@@ -34,8 +36,8 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def diagnose(argv: Sequence[str]) -> None:
     """What the program does, between its command line and its errors."""
-    args = cli.parse_diagnosis(argv)
-    device = cli.device_of(args)
+    args = parse_diagnosis(argv)
+    device = select_device(args.device, local_rank())
     paths = [Path(path) for path in args.compare or [args.model]]
     ensure_corpus(args.data)
     corpus = load_corpus(args.data)

@@ -11,7 +11,6 @@ from typing import Any
 
 import torch
 
-import cli
 from assembly import (
     build_callbacks,
     build_loss_scale,
@@ -28,18 +27,19 @@ from assembly import (
 )
 from data.corpus import batchify
 from engine.checkpoint import damage_reported, load_model, load_training_state
-from engine.device import keep_freed_memory, peak_memory
-from engine.errors import CheckpointError, DivergenceError, RunError
+from engine.device import keep_freed_memory, peak_memory, select_device
+from engine.errors import CheckpointError, DivergenceError, RunError, UsageError
 from engine.interrupt import Interrupt
-from engine.program import UsageError, run_program
+from engine.program import run_program
 from engine.provenance import git_commit, versions
-from engine.ranks import Ranks, launched_ranks, leave
+from engine.ranks import Ranks, launched_ranks, leave, local_rank
 from engine.report import DOUBLE_RULE, final_line
 from engine.run_folder import RunFolder, find_run
 from engine.tracking import Silence, Tracker, warn
 from evaluation.bigram import bigram_loss
 from evaluation.plain import evaluate, perplexity
 from evaluation.sampling import sample_sentences
+from flags import parse_training, resume_flags, settle_scheme
 from model import count_parameters
 from training.trainer import Trainer
 
@@ -51,10 +51,10 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def train_and_test(argv: Sequence[str]) -> None:
     """What the program does, between its command line and its errors."""
-    args, given = cli.parse_training(argv)
+    args, given = parse_training(argv)
     args, state = find_state(args, given)
-    cli.settle_scheme(args)
-    device = cli.device_of(args)
+    settle_scheme(args)
+    device = select_device(args.device, local_rank())
     if device.type == "cpu":
         keep_freed_memory()
     elif device.index is not None:
@@ -96,7 +96,7 @@ def start(
         args, model, optimizer, rows, generator, precision, loss_scale, ranks
     )
     with RunFolder(args.save, writes=ranks.leader) as folder, Interrupt() as interrupt:
-        flags = {name: value for name, value in vars(args).items() if name != "dry_run"}
+        flags = dict(vars(args))
         trainer = Trainer(
             model,
             optimizer,
@@ -225,7 +225,7 @@ def find_state(
         path = find_run(args.resume)
     state = load_training_state(path)
     with damage_reported(path):
-        args = cli.resume_flags(args, given, state["flags"])
+        args = resume_flags(args, given, state["flags"])
         if "save" not in given:
             args.save = str(path.parent) + Path(state["flags"]["save"]).suffix
     args.resume = str(path)

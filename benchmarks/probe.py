@@ -19,10 +19,10 @@ import torch
 
 from benchmarks.probes import cudnn_api, device_facts, flattening, graphs, layers, wavefront
 from benchmarks.probes.clock import SIZES, Clock, NotHereError, Row, Sizes
-from cli import device_of
 from data.files import atomic_write
-from engine.errors import RunError
-from engine.program import UsageError, run_program
+from engine.device import select_device
+from engine.errors import RunError, UsageError
+from engine.program import run_program
 
 LEAST_SECONDS = 15  # a part that has less is left for the next call
 DONE, OUT_OF_TIME = "done", "out of time"
@@ -175,7 +175,7 @@ def run(argv: Sequence[str]) -> None:
     parser.add_argument("--part", choices=list(PARTS), help=what)
     parser.add_argument("--sizes", choices=list(SIZES), default="ptb", help=argparse.SUPPRESS)
     args = parser.parse_args(argv)
-    device = device_of(args)
+    device = select_device(args.device)
     if device.type != "cuda" and args.sizes != "tiny":
         raise UsageError(f"argument --device: {args.device}: the probe is about GPUs")
     if args.part:

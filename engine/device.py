@@ -9,9 +9,11 @@ from pathlib import Path
 
 import torch
 
+from engine.errors import UsageError
+
 
 def select_device(name: str, local_rank: int | None = None) -> torch.device:
-    """Resolve auto, cpu, cuda or cuda:N.
+    """The device that --device means: auto, cpu, cuda or cuda:N.
 
     Args:
         name: see above.
@@ -19,7 +21,7 @@ def select_device(name: str, local_rank: int | None = None) -> torch.device:
             it takes.
 
     Raises:
-        ValueError: not one of these, or a GPU that is not there.
+        UsageError: not one of these, or a GPU that is not there.
     """
     if name == "auto":
         name = "cuda" if torch.cuda.is_available() else "cpu"
@@ -30,12 +32,13 @@ def select_device(name: str, local_rank: int | None = None) -> torch.device:
     except RuntimeError:
         device = torch.device("meta")
     if device.type not in ("cpu", "cuda"):
-        raise ValueError(f"{name!r} is none of auto, cpu, cuda, cuda:N")
+        raise UsageError(f"argument --device: {name!r} is none of auto, cpu, cuda, cuda:N")
     if device.type == "cuda":
         if not torch.cuda.is_available():
-            raise ValueError(f"{name!r}: PyTorch sees no CUDA device on this machine")
+            raise UsageError(f"argument --device: {name!r}: PyTorch sees no CUDA device here")
         if (device.index or 0) >= torch.cuda.device_count():
-            raise ValueError(f"{name!r}: this machine has {torch.cuda.device_count()} CUDA devices")
+            number = torch.cuda.device_count()
+            raise UsageError(f"argument --device: {name!r}: this machine has {number} CUDA devices")
         # A masked weight is never part of cuDNN's flat buffer: the copy it warns of is intended.
         warnings.filterwarnings("ignore", message="RNN module weights are not part of single")
     return device

@@ -1,6 +1,10 @@
 """What can go wrong in a run through no fault of the code; each message is one line."""
 
 
+class UsageError(Exception):
+    """A flag or value that cannot be: one line, exit code 2."""
+
+
 class RunError(Exception):
     """A run that cannot start or go on; names the file or flag and the cause."""
 

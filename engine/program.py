@@ -7,12 +7,8 @@ from collections.abc import Callable, Sequence
 import torch
 
 from data.errors import DataError
-from engine.errors import PeerError, RunError
+from engine.errors import PeerError, RunError, UsageError
 from engine.ranks import is_follower
-
-
-class UsageError(Exception):
-    """A flag or value that cannot be: one line, exit code 2."""
 
 
 def run_program(program: Callable[[Sequence[str]], None], argv: Sequence[str] | None) -> int:

@@ -23,7 +23,6 @@ import pytest
 from conftest import ROOT, TINY, Result, write_corpus
 
 import ablate
-import cli
 from engine.ablation.pool import slots
 from engine.ablation.report import latex, markdown
 from engine.ablation.runs import Run, read_state
@@ -31,6 +30,7 @@ from engine.ablation.statistics import holm, paired, spread
 from engine.ablation.table import Row, load_table
 from engine.errors import RunError
 from engine.run_folder import lock_folder
+from flags import parse_ablation
 
 TABLES = sorted((ROOT / "ablations").glob("*.toml"))
 
@@ -228,7 +228,7 @@ def test_two_tables_in_one_folder_are_refused(
 def test_shipped_tables_are_what_main_takes(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(ROOT)
     table = load_table(path)
-    args = cli.parse_ablation([str(path)])
+    args = parse_ablation([str(path)])
     runs = ablate.plan(table, args, Path("results") / table.name)
     assert len(runs) == len(table.rows) * len(table.seeds) >= 10
     flags = [json.dumps(dict(run.flags, seed=0, save="")) for run in runs]
@@ -495,6 +495,47 @@ def test_runs_of_other_lengths_or_text_are_not_mixed(
     assert "another text was in" in other.err
     assert run_table(table, "--report-only", "--output", out, "--flags=--seed 3").code == 2
     assert run_table(table, "--dry-run", "--output", out, "--flags=-h").code == 2
+
+
+def test_a_run_that_is_older_than_a_flag_is_not_done_for_a_row_with_it(
+    make_table: Callable[..., Path], run_table: Callable[..., Result], tmp_path: Path
+) -> None:
+    out = tmp_path / "out"
+    assert run_table(make_table({"base": ""}, (1,)), "--output", out).code == 0
+    path = out / "runs" / "base-seed1" / "config.json"
+    config = json.loads(path.read_text())
+    del config["flags"]["grad_filter"]
+    path.write_text(json.dumps(config))
+    assert run_table(make_table({"base": ""}, (1,)), "--output", out, "--report-only").code == 0
+    other = run_table(make_table({"base": "--grad-filter"}, (1,)), "--output", out)
+    assert other.code == 2
+    assert "base-seed1: was run with other flags: --grad-filter 10.0 (was 0.0);" in other.err
+    other = run_table(make_table({"base": "--bigram"}, (1,)), "--output", out)
+    assert "base-seed1: was run with other flags: --bigram True (was False);" in other.err
+
+
+def test_a_table_s_recipe_is_found_from_anywhere(
+    make_table: Callable[..., Path], run_table: Callable[..., Result], tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:  # fmt: skip
+    table = make_table({"base": ""}, (1,))
+    table.write_text(f'recipe = "recipes/penn.txt"\n{table.read_text()}')
+    monkeypatch.chdir(tmp_path)
+    assert load_table(table, ROOT).flags[0] == f"@{ROOT / 'recipes' / 'penn.txt'}"
+    done = run_table(table, "--flags=--epochs 1", "--output", "out")
+    assert (done.code, done.out) == (0, (tmp_path / "out" / "table.md").read_text())
+    config = json.loads((tmp_path / "out" / "runs" / "base-seed1" / "config.json").read_text())
+    assert config["flags"]["dropouti"] == 0.2  # the table's, above the recipe's 0.4
+    assert config["flags"]["clip"] == 0.25
+    # One that is there comes first.
+    (tmp_path / "recipes").mkdir()
+    (tmp_path / "recipes" / "penn.txt").write_text("--clip 7")
+    assert load_table(table, ROOT).flags[0] == "@recipes/penn.txt"
+    (tmp_path / "recipes" / "penn.txt").unlink()
+    table.write_text(table.read_text().replace("penn.txt", "none.txt"))
+    missing = run_table(table, "--output", "out")
+    assert missing.code == 2
+    assert "@recipes/none.txt: No such file or directory" in missing.err
 
 
 def test_gpus_are_numbered_as_they_are_seen(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -1,10 +1,8 @@
-"""The command line: the original's commands run, recipes, help, the dry run, and the files."""
+"""main.py: what it prints and writes, its dry run, and the original's commands."""
 
-import argparse
 import json
 import os
 import re
-import shlex
 import subprocess
 import sys
 from collections.abc import Callable
@@ -13,87 +11,13 @@ from pathlib import Path
 import pytest
 import torch
 from conftest import REAL_DATA, ROOT, TINY, Result
+from test_flags import WORD_LEVEL
 
 import assembly
-import cli
 from engine.checkpoint import load_model
+from flags import parse_training
 
 Run = Callable[..., Result]
-
-# The training commands of the original's README, and its character-level ones with the LSTM.
-WORD_LEVEL = [
-    "--batch_size 20 --data data/penn --dropouti 0.4 --dropouth 0.25 --seed 141 --epoch 500 "
-    "--save PTB.pt",
-    "--epochs 750 --data data/wikitext-2 --save WT2.pt --dropouth 0.2 --seed 1882",
-]
-CHARACTER_LEVEL = [
-    "--epochs 50 --nlayers 3 --emsize 400 --nhid 1840 --alpha 0 --beta 0 --dropoute 0 "
-    "--dropouth 0.1 --dropouti 0.1 --dropout 0.4 --wdrop 0.2 --wdecay 1.2e-6 --bptt 200 "
-    "--batch_size 128 --optimizer adam --lr 1e-3 --data data/enwik8 --save ENWIK8.pt --when 25 35",
-    "--epochs 500 --nlayers 3 --emsize 200 --nhid 1000 --alpha 0 --beta 0 --dropoute 0 "
-    "--dropouth 0.25 --dropouti 0.1 --dropout 0.1 --wdrop 0.5 --wdecay 1.2e-6 --bptt 150 "
-    "--batch_size 128 --optimizer adam --lr 2e-3 --data data/pennchar --save PTBC.pt "
-    "--when 300 400",
-]
-
-
-def parse(command: str) -> argparse.Namespace:
-    return cli.parse_training(shlex.split(command))[0]
-
-
-@pytest.mark.parametrize("command", WORD_LEVEL + CHARACTER_LEVEL)
-def test_commands_of_the_original_parse(command: str) -> None:
-    args = parse(command)
-    assert args.model == "LSTM"
-    assert args.epochs in (50, 500, 750)
-
-
-def test_defaults_are_those_of_the_original() -> None:
-    expected = dict(
-        data="data/penn", model="LSTM", emsize=400, nhid=1150, nlayers=3, lr=30, clip=0.25,
-        epochs=8000, batch_size=80, bptt=70, dropout=0.4, dropouth=0.3, dropouti=0.65,
-        dropoute=0.1, wdrop=0.5, seed=1111, nonmono=5, log_interval=200, alpha=2, beta=1,
-        wdecay=1.2e-6, optimizer="sgd", when=[-1],
-    )  # fmt: skip
-    args = vars(parse(""))
-    assert {name: args[name] for name in expected} == expected
-    assert re.fullmatch(r"\d+\.pt", args["save"])
-
-
-def test_flags_of_several_words_have_both_spellings() -> None:
-    for action in cli.training_parser()._actions:
-        names = {name.lstrip("-") for name in action.option_strings}
-        for name in names:
-            assert {name.replace("-", "_"), name.replace("_", "-")} <= names or name in "h help"
-    assert parse("--batch-size 3").batch_size == parse("--batch_size 3").batch_size == 3
-
-
-def test_help_is_in_groups_and_gives_every_default() -> None:
-    text = cli.training_parser().format_help()
-    for group in ("corpus", "model", "regularisers", "optimisation", "run", "logging"):
-        assert re.search(rf"^{group}.*:$", text, re.MULTILINE)
-    for action in cli.training_parser()._actions:
-        if action.help != argparse.SUPPRESS:
-            assert action.help
-            assert action.option_strings[0] in text
-
-
-@pytest.mark.parametrize("recipe", sorted((ROOT / "recipes").glob("*.txt")), ids=lambda p: p.stem)
-def test_recipes_parse_and_later_flags_win(recipe: Path) -> None:
-    text = recipe.read_text()
-    assert text.startswith("# ")
-    assert "expect" in text.lower()
-    assert parse(f"@{recipe}").save
-    assert parse(f"@{recipe} --nhid 77 --seed 5").nhid == 77
-    assert parse(f"--nhid 77 @{recipe} --seed 5").seed == 5
-
-
-@pytest.mark.parametrize(
-    ("recipe", "command"), [("penn", WORD_LEVEL[0]), ("wikitext-2", WORD_LEVEL[1])]
-)
-def test_recipes_are_the_commands_of_the_original(recipe: str, command: str) -> None:
-    ours = vars(parse(f"@{ROOT / 'recipes' / recipe}.txt"))
-    assert ours == vars(parse(command))
 
 
 def test_a_run_writes_what_the_contract_says(run: Run, corpus_folder: Path, tmp_path: Path) -> None:
@@ -146,18 +70,12 @@ def test_a_run_writes_what_the_contract_says(run: Run, corpus_folder: Path, tmp_
     assert summary["seconds"] > 0
 
 
-def test_an_epoch_that_is_cut_short_is_not_called_ended(
-    run: Run, corpus_folder: Path, tmp_path: Path
-) -> None:
-    flags = [*TINY, "--data", corpus_folder, "--save", tmp_path / "run.pt", "--max-updates", 2]
-    result = run(*flags)
-    assert "| within epoch   1 | time" in result.out
-    assert "end of epoch" not in result.out
-
-
-def test_end_of_training_is_the_last_line(run: Run, corpus_folder: Path, tmp_path: Path) -> None:
+def test_what_is_printed_last(run: Run, corpus_folder: Path, tmp_path: Path) -> None:
+    """An epoch that is cut short is not called ended; the end of training is the last line."""
     flags = [*TINY, "--data", corpus_folder, "--save", tmp_path / "run.pt", "--max-updates", 2]
     result = run(*flags, "--bigram")
+    assert "| within epoch   1 | time" in result.out
+    assert "end of epoch" not in result.out
     bigram, last = result.out.splitlines()[-2:]
     assert "| Interpolated bigram model of the same text | test ppl " in bigram
     assert last.startswith("| End of training | test loss")
@@ -281,5 +199,5 @@ def test_commands_of_the_original_run(command: str, size: list[str], tmp_path: P
 
 
 def test_parameters_of_the_papers_model() -> None:
-    args = parse(WORD_LEVEL[0])
+    args, _ = parse_training(WORD_LEVEL[0].split())
     assert sum(p.numel() for p in assembly.build_model(args, 10_000).parameters()) == 24_221_600

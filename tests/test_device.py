@@ -8,12 +8,13 @@ from cudnn_on_cpu import cudnn_on_cpu
 from engine.late_look import LateLook
 
 import assembly
-import cli
 from engine import precision
 from engine.device import peak_memory, random_state, restore_random_state, select_device
+from engine.errors import UsageError
 from engine.precision import choose_kernel, cudnn_failure
 from engine.provenance import versions
 from engine.ranks import Ranks
+from flags import parse_training
 from model import RNNModel
 
 CUDA = torch.device("cuda")
@@ -54,7 +55,7 @@ def test_select(fake_cuda: list[str]) -> None:
         assert select_device("cuda:1") == torch.device("cuda", 1)
         # what cuDNN has to say of a masked weight is not shown to the user
         warnings.warn("RNN module weights are not part of single contiguous chunk", stacklevel=1)
-    with pytest.raises(ValueError, match="this machine has 2 CUDA devices"):
+    with pytest.raises(UsageError, match="this machine has 2 CUDA devices"):
         select_device("cuda:2")
     assert select_device("cpu") == torch.device("cpu")
 
@@ -112,7 +113,7 @@ def test_an_updates_values_are_looked_at_one_update_later(
 def test_what_a_gpu_computes_with_is_said(
     monkeypatch: pytest.MonkeyPatch, flags: str, processes: int, expected: str
 ) -> None:
-    args, _ = cli.parse_training(flags.split())
+    args, _ = parse_training(flags.split())
     model = RNNModel("LSTM", 9, 4, 4, 1, tie_weights=True)
     monkeypatch.setattr(assembly, "choose_precision", lambda *_: "tf32")
     monkeypatch.setattr(assembly, "choose_kernel", lambda *_: choose_kernel("tf32", CUDA))

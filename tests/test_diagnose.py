@@ -14,10 +14,10 @@ from test_bad_input import only_line
 from test_resume import assert_same_run, metrics
 
 import assembly
-import cli
 import diagnose
 from data.corpus import Corpus, load_corpus
 from engine.checkpoint import load_model, model_payload, write_checkpoint
+from flags import parse_training
 from model import RNNModel
 
 Run = Callable[..., Result]
@@ -143,7 +143,7 @@ def test_fresh_weights_are_those_that_training_starts_from(
 ) -> None:
     save = tmp_path / "run.pt"
     assert run(*TINY, "--data", corpus_folder, "--save", save, "--max-updates", 3).code == 0
-    args, _ = cli.parse_training(TINY)
+    args, _ = parse_training(TINY)
     torch.manual_seed(args.seed)
     start = assembly.build_model(args, len(corpus.vocabulary))
     again = diagnose.fresh(load_model(save)[0], args.seed)

@@ -7,7 +7,14 @@ from pathlib import Path
 import pytest
 from conftest import ROOT
 
-import cli
+from flags import (
+    ablation_parser,
+    diagnosis_parser,
+    parse_ablation,
+    parse_diagnosis,
+    parse_training,
+    training_parser,
+)
 
 README = (ROOT / "README.md").read_text()
 BLOCKS = re.findall(r"^```(?:sh|bash)\n(.*?)^```", README, re.MULTILINE | re.DOTALL)
@@ -30,14 +37,14 @@ def described(command: list[str]) -> str:
 def test_training_commands_parse(command: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(ROOT)
     if "--help" not in command:
-        cli.parse_training(command[2:])
+        parse_training(command[2:])
 
 
 @pytest.mark.parametrize(
     "command", [c for c in COMMANDS if c[:2] == ["python", "ablate.py"]], ids=described
 )
 def test_ablation_commands_parse(command: list[str]) -> None:
-    args = cli.parse_ablation(command[2:])
+    args = parse_ablation(command[2:])
     assert (ROOT / args.table).is_file()
 
 
@@ -45,7 +52,7 @@ def test_ablation_commands_parse(command: list[str]) -> None:
     "command", [c for c in COMMANDS if c[:2] == ["python", "diagnose.py"]], ids=described
 )
 def test_diagnosis_commands_parse(command: list[str]) -> None:
-    cli.parse_diagnosis(command[2:])
+    parse_diagnosis(command[2:])
 
 
 def test_all_commands_are_of_known_programs() -> None:
@@ -63,7 +70,7 @@ def test_links_lead_somewhere() -> None:
 
 
 def test_flags_that_are_mentioned_exist() -> None:
-    parsers = [cli.training_parser(), cli.ablation_parser(), cli.diagnosis_parser()]
+    parsers = [training_parser(), ablation_parser(), diagnosis_parser()]
     known = {name for p in parsers for action in p._actions for name in action.option_strings}
     others = {
         "--keep-memory",

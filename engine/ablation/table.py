@@ -51,12 +51,15 @@ class Table:
         return self.path.stem
 
 
-def load_table(path: str | Path) -> Table:
+def load_table(path: str | Path, project: Path = Path()) -> Table:
     """Read a table.
 
     Keys: title, seeds, rows, and optionally recipe (a file of flags, as @FILE), flags, note,
     source. A row has a name, and optionally flags (one string, split as a shell does, or a list)
     and published = {valid = …, test = …}.
+
+    Args:
+        project: folder in which a recipe is looked for that the working directory lacks.
 
     Raises:
         RunError: no such file, not TOML, or not a table; names the row and the key.
@@ -65,7 +68,7 @@ def load_table(path: str | Path) -> Table:
     try:
         with path.open("rb") as file:
             content = tomllib.load(file)
-        return _table(path, content)
+        return _table(path, content, project)
     except OSError as error:
         raise RunError(f"{path}: {error.strerror or error}") from None
     except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
@@ -74,7 +77,7 @@ def load_table(path: str | Path) -> Table:
         raise RunError(f"{path}: {error}") from None
 
 
-def _table(path: Path, content: dict[str, Any]) -> Table:
+def _table(path: Path, content: dict[str, Any], project: Path) -> Table:
     _check_keys(content, dict(title=str, seeds=list, rows=list), "recipe flags note source")
     rows = [_row(number, row) for number, row in enumerate(content["rows"], start=1)]
     seeds = content["seeds"]
@@ -92,7 +95,8 @@ def _table(path: Path, content: dict[str, Any]) -> Table:
                 )
     flags = _flags(content.get("flags", []))
     if recipe := _text(content, "recipe"):
-        flags = [f"@{recipe}", *flags]
+        here = Path(recipe).exists() or not (project / recipe).exists()
+        flags = [f"@{recipe if here else project / recipe}", *flags]
     notes = dict(note=_text(content, "note"), source=_text(content, "source"))
     return Table(path, str(content["title"]), flags, rows, list(seeds), **notes)
 

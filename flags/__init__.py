@@ -1,0 +1,19 @@
+"""The programs' flags, each declared once. Nothing here imports torch."""
+
+from flags.ablation import ablation_parser, parse_ablation
+from flags.diagnosis import diagnosis_parser, parse_diagnosis
+from flags.resume import other_flags, resume_flags
+from flags.training import given_flags, parse_training, settle_scheme, training_parser
+
+__all__ = [
+    "ablation_parser",
+    "diagnosis_parser",
+    "given_flags",
+    "other_flags",
+    "parse_ablation",
+    "parse_diagnosis",
+    "parse_training",
+    "resume_flags",
+    "settle_scheme",
+    "training_parser",
+]

@@ -1,0 +1,83 @@
+"""diagnose.py's flags."""
+
+import argparse
+from collections.abc import Sequence
+from dataclasses import replace
+
+from engine.errors import UsageError
+from flags.flag import Flag, Sections, by_name
+from flags.parser import Parser
+from flags.training import TRAINING
+from flags.values import natural, positive, positive_int
+
+_SHARED = by_name(TRAINING)
+
+DIAGNOSIS: Sections = {
+    "": (
+        Flag("model", None, "a model that main.py saved", metavar="MODEL", nargs="?"),
+        Flag("--compare", None, "two models, side by side", metavar=("A", "B"), nargs=2),
+        Flag(
+            "--fresh",
+            False,
+            "draw the weights of MODEL anew by --seed, as they were before training; with "
+            "--compare: those of B",
+        ),
+        Flag(
+            "--output",
+            None,
+            "folder for the results; beside the model, NAME-diagnosis, if not given",
+            metavar="FOLDER",
+        ),
+        _SHARED["device"],
+        Flag("--split", "train", "text to read", choices=("train", "valid", "test")),
+    ),
+    "corpus": (_SHARED["data"],),
+    "what to look at": (
+        Flag("--lags", 100, "time steps to follow a gradient back", positive_int),
+        Flag(
+            "--positions",
+            8,
+            "steps whose losses are sent back, of every column of text",
+            positive_int,
+        ),
+        Flag("--windows", 8, "windows of --bptt steps whose gradient is taken", positive_int),
+        Flag("--masks", 3, "draws of weight drop's mask to take spectra of", natural),
+        Flag(
+            "--thresholds",
+            [1.0, 2.0, 5.0, 10.0],
+            "thresholds of the gradient filter to try",
+            positive,
+            "X",
+            nargs="+",
+        ),
+    ),
+    "how it is trained": (
+        replace(_SHARED["batch_size"], default=20),
+        replace(_SHARED["bptt"], help="time steps of a window"),
+        _SHARED["clip"],
+        _SHARED["alpha"],
+        _SHARED["beta"],
+        _SHARED["seed"],
+    ),
+}
+
+
+def diagnosis_parser() -> Parser:
+    """The parser of diagnose.py."""
+    return Parser(
+        DIAGNOSIS,
+        prog="diagnose.py",
+        description="Look at how gradients flow back through time in a trained or fresh model.",
+    )
+
+
+def parse_diagnosis(argv: Sequence[str]) -> argparse.Namespace:
+    """Parse diagnose.py's command line.
+
+    Raises:
+        UsageError: a flag or value that cannot be.
+    """
+    args, _ = diagnosis_parser().parse(argv)
+    if (args.model is None) == (args.compare is None):
+        raise UsageError("give a MODEL that main.py saved, or two of them by --compare A B")
+    return args

@@ -1,0 +1,85 @@
+"""How a flag is declared."""
+
+from argparse import _ActionsContainer
+from collections.abc import Callable, Mapping
+from copy import copy
+from dataclasses import dataclass
+from typing import Any
+
+
+@dataclass(frozen=True)
+class Flag:
+    """A flag of a program. Its parser, --help, saved configuration and resume check follow.
+
+    name: as --help spells it first; - and _ are the same. Without dashes: a positional argument.
+    default: the value where it is not given. False makes a switch, which takes no value.
+    help: one clause; --help adds the default unless that is None.
+    type: parses and checks a value, see flags/values.py.
+    metavar: what --help calls the value ("N", or the choices).
+    nargs, const, choices: as argparse has them.
+    may_change: a resumed run may be given another value.
+    per_session: a resumed run does not inherit it.
+    belongs_to: the other flag and the value of it that this flag needs to be given.
+    """
+
+    name: str
+    default: Any
+    help: str
+    type: Callable[[str], Any] = str
+    metavar: str | tuple[str, ...] | None = None
+    nargs: int | str | None = None
+    const: Any = None
+    choices: tuple[str, ...] | None = None
+    may_change: bool = False
+    per_session: bool = False
+    belongs_to: tuple[str, Any] | None = None
+
+    @property
+    def dest(self) -> str:
+        """The name of its attribute, batch_size."""
+        return self.name.lstrip("-").replace("-", "_")
+
+    @property
+    def is_compared(self) -> bool:
+        """A run with another value is another run."""
+        return not (self.may_change or self.per_session)
+
+    def add_to(self, group: _ActionsContainer) -> None:
+        """Declare it to argparse, under both spellings."""
+        names = [self.name]
+        if self.name.startswith("--"):
+            names = [self.name, dashed(self.dest), f"--{self.dest}"]
+        options: dict[str, Any] = dict(default=self.default, help=self.help)
+        if self.default is False:
+            options.update(action="store_true")
+        else:
+            if self.default not in (None, ""):
+                options.update(help=f"{self.help} (default: {plain(self.default)})")
+            metavar = self.metavar or "|".join(self.choices or ["N"])
+            options.update(type=self.type, metavar=metavar, nargs=self.nargs)
+            options.update(const=self.const, choices=self.choices)
+        group.add_argument(*dict.fromkeys(names), **options)
+
+
+# A program's flags under the headings of its --help; "" is argparse's own heading.
+Sections = Mapping[str, tuple[Flag, ...]]
+
+
+def by_name(sections: Sections) -> dict[str, Flag]:
+    """The flags by their attributes' names."""
+    return {flag.dest: flag for flags in sections.values() for flag in flags}
+
+
+def defaults(sections: Sections) -> dict[str, Any]:
+    """The flags' values where none is given."""
+    return {name: copy(flag.default) for name, flag in by_name(sections).items()}
+
+
+def plain(value: Any) -> str:
+    """A flag's value as a command line has it."""
+    return " ".join(map(str, value)) if isinstance(value, list) else str(value)
+
+
+def dashed(name: str) -> str:
+    """How messages name a flag: --batch-size for batch_size."""
+    return f"--{name.replace('_', '-')}"

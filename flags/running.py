@@ -1,0 +1,135 @@
+"""Flags of a training run besides what it learns: speed, files, evaluation, logging."""
+
+from flags.flag import Flag, Sections
+from flags.values import loss_scale, natural, positive, positive_int, save_path
+
+RUNNING: Sections = {
+    "precision and speed": (
+        Flag(
+            "--precision",
+            "auto",
+            "of the matrix products in training; auto: tf32 on a GPU that has it, else fp32. "
+            "Weights, optimizer, averages, penalties, loss and evaluation are float32 (in tf32 "
+            "and on a GPU with bf16 or fp16, products of evaluation are tf32)",
+            choices=("auto", "fp32", "tf32", "bf16", "fp16"),
+        ),
+        Flag(
+            "--kernel",
+            "auto",
+            "auto: the fast one where there is one; eager: the same, but a GPU's updates are not "
+            "recorded as CUDA graphs; plain: torch's own layers and step, the reference",
+            choices=("auto", "eager", "plain"),
+        ),
+        Flag(
+            "--loss-scale",
+            None,
+            "factor on the loss while gradients are taken (dynamic for fp16; else none)",
+            loss_scale,
+            "dynamic|logmax|X",
+        ),
+        Flag(
+            "--loss-scale-bounds",
+            [1.0, 2.0**24],
+            "least and greatest dynamic loss scale",
+            positive,
+            "X",
+            nargs=2,
+        ),
+        Flag(
+            "--loss-scale-window",
+            2000,
+            "updates without overflow after which it doubles",
+            positive_int,
+        ),
+    ),
+    "run": (
+        Flag(
+            "--device",
+            "auto",
+            "where to compute; auto: the first GPU, if there is one",
+            metavar="auto|cpu|cuda[:N]",
+            may_change=True,
+        ),
+        Flag(
+            "--save",
+            None,
+            "the best model; the rest of the run goes into a folder of this name without its "
+            "suffix; an earlier run there is kept as NAME.1 (a name made of the time, if not "
+            "given)",
+            save_path,
+            "FILE",
+            may_change=True,
+        ),
+        Flag(
+            "--resume",
+            None,
+            "continue a run exactly; auto: the one at --save if it is there, else start; PATH: a "
+            "run's last.pt, folder or best model. Flags not given are the run's own, but for "
+            "--max-updates",
+            metavar="auto|PATH",
+            per_session=True,
+        ),
+        Flag(
+            "--checkpoint-every",
+            None,
+            "updates between checkpoints, besides those at each epoch's end",
+            positive_int,
+            may_change=True,
+        ),
+        Flag(
+            "--checkpoint-minutes",
+            10.0,
+            "at most so many minutes between checkpoints",
+            positive,
+            "X",
+            may_change=True,
+        ),
+        Flag(
+            "--dry-run",
+            False,
+            "print parameters, updates per epoch and an estimate of the memory, then exit",
+            per_session=True,
+        ),
+    ),
+    "evaluation": (
+        Flag(
+            "--eval-batch-size",
+            10,
+            "stretches that the validation text is read in, side by side",
+            positive_int,
+        ),
+        Flag("--test-batch-size", 1, "the same for the test text", positive_int, may_change=True),
+        Flag("--bigram", False, "also test an interpolated bigram model", may_change=True),
+        Flag("--samples", 0, "sentences to let the model write last", natural, may_change=True),
+    ),
+    "logging (WANDB_* variables fill in what is not given)": (
+        Flag("--log-interval", 200, "updates between log lines", positive_int, may_change=True),
+        Flag(
+            "--diagnostics",
+            None,
+            "every EVERY updates log where the gradient is and how large the recurrent matrices "
+            "are; not, if not given",
+            positive_int,
+            "EVERY",
+            may_change=True,
+        ),
+        Flag(
+            "--wandb",
+            "disabled",
+            "Weights & Biases",
+            choices=("disabled", "offline", "online"),
+            may_change=True,
+        ),
+        Flag("--wandb-project", None, "W&B: project", metavar="NAME", may_change=True),
+        Flag("--wandb-name", None, "W&B: the run's name", metavar="NAME", may_change=True),
+        Flag("--wandb-group", None, "W&B: group", metavar="NAME", may_change=True),
+        Flag(
+            "--wandb-job-type",
+            None,
+            "W&B: kind of run, within the group",
+            metavar="NAME",
+            may_change=True,
+        ),
+        Flag("--wandb-tags", None, "W&B: tags", metavar="TAG", nargs="+", may_change=True),
+    ),
+}

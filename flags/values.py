@@ -1,0 +1,83 @@
+"""The values that flags accept: parsers of one value each, which raise ArgumentTypeError."""
+
+import math
+from argparse import ArgumentTypeError
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+LARGEST = 2**31 - 1  # what sizes and counts may be; C code that torch calls has ints of 32 bits
+
+
+def _number(
+    convert: Callable[[str], Any], description: str, holds: Callable[[Any], bool]
+) -> Callable[[str], Any]:
+    def parse(text: str) -> Any:
+        try:
+            value = convert(text)
+        except ValueError:
+            value = None
+        # Not math.isfinite: it raises OverflowError for a large whole number.
+        if value is None or value in (math.inf, -math.inf) or not holds(value):
+            raise ArgumentTypeError(f"{text!r} is not {description}")
+        return value
+
+    return parse
+
+
+def _several(convert: Callable[[str], Any]) -> Callable[[str], list[Any]]:
+    def parse(text: str) -> list[Any]:
+        values = [convert(part.strip()) for part in text.split(",")]
+        if len(set(values)) < len(values):
+            raise ArgumentTypeError(f"{text!r} names one twice")
+        return values
+
+    return parse
+
+
+positive_int = _number(int, "a whole number in [1, 2**31)", lambda n: 1 <= n <= LARGEST)
+natural = _number(int, "a whole number in [0, 2**31)", lambda n: 0 <= n <= LARGEST)
+seed_value = _number(int, "a whole number in [0, 2**32)", lambda n: 0 <= n < 2**32)
+epoch_number = _number(
+    int, "an epoch in [1, 2**31), or -1 for never", lambda n: 1 <= n <= LARGEST or n == -1
+)
+positive = _number(float, "a number above 0", lambda x: x > 0)
+non_negative = _number(float, "a number of at least 0", lambda x: x >= 0)
+whole_numbers = _several(natural)
+decay = _number(float, "a number above 1, or 0", lambda x: x > 1 or x == 0)
+between_0_and_1 = _number(float, "a probability in (0, 1)", lambda x: 0 < x < 1)
+probability = _number(float, "a probability in [0, 1)", lambda x: 0 <= x < 1)
+
+
+def model_name(text: str) -> str:
+    """--model: names the original's kind that this project lacks."""
+    if text == "QRNN":
+        raise ArgumentTypeError("QRNN is not supported; this project trains the LSTM and the GRU")
+    if text not in ("LSTM", "GRU"):
+        raise ArgumentTypeError(f"{text!r} is neither LSTM nor GRU")
+    return text
+
+
+def loss_scale(text: str) -> str | float:
+    """--loss-scale: dynamic, logmax or a fixed factor."""
+    if text in ("dynamic", "logmax"):
+        return text
+    try:
+        value: float = positive(text)
+    except ArgumentTypeError as error:
+        raise ArgumentTypeError(f"{error}, nor dynamic or logmax") from None
+    return value
+
+
+def save_path(text: str) -> str:
+    """--save: the run's folder is this path without its suffix, so it needs one."""
+    if not Path(text).suffix:
+        raise ArgumentTypeError(f"{text!r} has no suffix such as .pt")
+    return text
+
+
+def refused_cuda(text: str) -> str:
+    """--cuda: refused, since it meant the opposite of what it says."""
+    raise ArgumentTypeError(
+        "it switched CUDA off in the original; give --device cpu or --device cuda instead"
+    )
