@@ -1,95 +1,161 @@
-"""Every command in the README is one that the programs take."""
+"""The commands, flags, links and Python in README.md and docs/ are ones that work."""
 
 import re
+import runpy
 import shlex
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
-from conftest import ROOT
+from conftest import ROOT, TINY, Result, write_corpus
 
-from flags import (
-    ablation_parser,
-    diagnosis_parser,
-    parse_ablation,
-    parse_diagnosis,
-    parse_training,
-    training_parser,
-)
+import ablate
+import flags
 
-README = (ROOT / "README.md").read_text()
-BLOCKS = re.findall(r"^```(?:sh|bash)\n(.*?)^```", README, re.MULTILINE | re.DOTALL)
-LINES = [line for block in BLOCKS for line in block.replace("\\\n", " ").splitlines()]
+PARSE: dict[str, Callable[[list[str]], object]] = {
+    "main.py": flags.parse_training,
+    "ablate.py": flags.parse_ablation,
+    "diagnose.py": flags.parse_diagnosis,
+}
+PARSERS = [flags.training_parser(), flags.ablation_parser(), flags.diagnosis_parser()]
+TORCHRUN_FLAGS = {"--nproc-per-node", "--max-restarts"}
+
+ALL_PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
+# What your-own-idea.md shows exists only where its patches are applied.
+PAGES = [page for page in ALL_PAGES if page.name != "your-own-idea.md"]
+
+
+def blocks(page: Path, language: str) -> list[str]:
+    """The page's fenced code in a language."""
+    return re.findall(rf"^```(?:{language})\n(.*?)^```", page.read_text(), re.MULTILINE | re.DOTALL)
+
+
 COMMANDS = [
-    shlex.split(command, comments=True)
-    for line in LINES
+    words
+    for page in PAGES
+    for block in blocks(page, "sh|bash")
+    for line in block.replace("\\\n", " ").splitlines()
     for command in line.split("&&")
-    if command.split("#")[0].strip()
+    if (words := shlex.split(command, comments=True))
 ]
 
 
-def described(command: list[str]) -> str:
-    return " ".join(command)[:60]
+def of(program: str) -> list[list[str]]:
+    """The arguments of each command that runs a program."""
+    found = [words[words.index(program) + 1 :] for words in COMMANDS if program in words]
+    assert found, f"no page shows {program}"
+    return found
+
+
+def described(arguments: list[str]) -> str:
+    return " ".join(arguments)[:60]
 
 
 @pytest.mark.parametrize(
-    "command", [c for c in COMMANDS if c[:2] == ["python", "main.py"]], ids=described
+    ("program", "arguments"),
+    [(name, arguments) for name in PARSE for arguments in of(name)],
+    ids=lambda value: value if isinstance(value, str) else described(value),
 )
-def test_training_commands_parse(command: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
+def test_commands_parse(
+    program: str, arguments: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.chdir(ROOT)
-    if "--help" not in command:
-        parse_training(command[2:])
+    PARSE[program](arguments)
 
 
 @pytest.mark.parametrize(
-    "command", [c for c in COMMANDS if c[:2] == ["python", "ablate.py"]], ids=described
+    "arguments", [a for a in of("main.py") if "PTB/last.pt" not in a], ids=described
 )
-def test_ablation_commands_parse(command: list[str]) -> None:
-    args = parse_ablation(command[2:])
-    assert (ROOT / args.table).is_file()
+def test_training_commands_run(
+    arguments: list[str],
+    run: Callable[..., Result],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.chdir(ROOT)
+    size = TINY[: TINY.index("--batch-size") + 2]  # the commands' own windows and dropouts
+    short = [*size, "--data", write_corpus(tmp_path / "text"), "--max-updates", 1]
+    result = run(*arguments, *short, "--save", tmp_path / "model.pt", "--device", "cpu")
+    assert result.code == 0, result.err
+    assert ("parameters" if "--dry-run" in arguments else "| End of training") in result.out
+
+
+def test_the_plan_of_a_table_is_printed(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(ROOT)
+    text = write_corpus(tmp_path / "text")
+    for arguments in of("ablate.py"):
+        if "--dry-run" in arguments:
+            assert ablate.main([*arguments, f"--flags=--data {text}"]) == 0
+            assert "runs" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize(
-    "command", [c for c in COMMANDS if c[:2] == ["python", "diagnose.py"]], ids=described
+    "page", [page for page in PAGES if blocks(page, "python")], ids=lambda page: page.name
 )
-def test_diagnosis_commands_parse(command: list[str]) -> None:
-    parse_diagnosis(command[2:])
+def test_python_runs(
+    page: Path,
+    run: Callable[..., Result],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    corpus = write_corpus(tmp_path / "text")
+    with (corpus / "train.txt").open("a") as train:
+        train.write(" the price of \n")
+    monkeypatch.chdir(tmp_path)
+    assert run(*TINY, "--data", corpus, "--max-updates", 1, "--save", "PTB.pt").code == 0
+    words = {"<eos>", *(corpus / "train.txt").read_text().split()}
+    for snippet in blocks(page, "python"):
+        Path("snippet.py").write_text(snippet)
+        capsys.readouterr()
+        runpy.run_path("snippet.py")
+        assert capsys.readouterr().out.strip() in words
 
 
-def test_all_commands_are_of_known_programs() -> None:
-    assert len(COMMANDS) > 5
-    for command in COMMANDS:
-        if command[0] == "python" and command[1] != "-m":
-            assert (ROOT / command[1]).is_file(), command
-        elif command[:2] == ["python", "-m"] and command[2] != "pytest":
-            assert (ROOT / command[2].replace(".", "/")).with_suffix(".py").is_file(), command
+def test_other_commands_are_there() -> None:
+    for words in COMMANDS:
+        if words[:2] == ["python", "-m"] and words[2] != "pytest":
+            module = (ROOT / words[2].replace(".", "/")).with_suffix(".py")
+            source = module.read_text()
+            for flag in [word for word in words if word.startswith("--")]:
+                assert f'"{flag}"' in source, words
+        elif words[0] == "python" and words[1] != "-m":
+            assert words[1] in PARSE, words
+        elif "/" in words[0]:
+            assert (ROOT / words[0]).is_file(), words
 
 
-def test_links_lead_somewhere() -> None:
-    for target in re.findall(r"\]\((?!https?:)([^)#]+)\)", README):
-        assert (ROOT / target).exists(), target
+def anchors(page: Path) -> set[str]:
+    """What GitHub calls the headings of a page."""
+    headings = re.findall(r"^#+ (.*)$", page.read_text(), re.MULTILINE)
+    return {re.sub(r"[^\w -]", "", heading.lower()).replace(" ", "-") for heading in headings}
 
 
-def test_flags_that_are_mentioned_exist() -> None:
-    parsers = [training_parser(), ablation_parser(), diagnosis_parser()]
-    known = {name for p in parsers for action in p._actions for name in action.option_strings}
-    others = {
-        "--keep-memory",
-        "--max-restarts",
-        "--recipe",
-        "--updates",
-        "--output",
-        "--seconds",
-        "--json",
-        "--nproc-per-node",
-    }
-    for flag in set(re.findall(r"(?<![\w-])--[a-z][\w-]*", README)):
-        # a prefix will do: --epoch is how the original's README spells --epochs
-        assert flag in others or any(name.startswith(flag) for name in known), flag
+@pytest.mark.parametrize("page", ALL_PAGES, ids=lambda page: page.name)
+def test_links_lead_somewhere(page: Path) -> None:
+    for target in re.findall(r"\]\((?!https?:)([^)]+)\)", page.read_text()):
+        path, _, anchor = target.partition("#")
+        linked = page.parent / path if path else page
+        assert linked.exists(), target
+        assert not anchor or anchor in anchors(linked), target
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+def test_flags_that_are_mentioned_exist(page: Path) -> None:
+    known = {name for p in PARSERS for action in p._actions for name in action.option_strings}
+    known |= TORCHRUN_FLAGS
+    for module in (ROOT / "benchmarks").glob("*.py"):
+        known |= set(re.findall(r'"(--[a-z][\w-]*)"', module.read_text()))
+    # the original's README spells --epochs as --epoch
+    for flag in set(re.findall(r"(?<![\w-])--[a-z][\w-]*", page.read_text())) - {"--epoch"}:
+        assert flag in known, flag
 
 
 def test_tree_names_what_is_there() -> None:
-    tree = next(b for b in re.findall(r"```text\n(.*?)```", README, re.DOTALL) if "main.py" in b)
-    for line in tree.splitlines():
-        assert (ROOT / line.split()[0]).exists(), line
-    listed = {Path(line.split()[0].rstrip("/")).name for line in tree.splitlines()}
-    assert {p.name for p in ROOT.glob("*.py")} <= listed
+    tree = next(block for block in blocks(ROOT / "README.md", "text") if "main.py " in block)
+    listed = {line.split()[0].rstrip("/") for line in tree.splitlines()}
+    for name in listed:
+        assert (ROOT / name).exists(), name
+    assert {path.name for path in ROOT.glob("*.py")} <= listed
