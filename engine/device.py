@@ -1,4 +1,4 @@
-"""The device a run is on: choosing it, its random state, its memory."""
+"""The device of a run: choice, random state, memory."""
 
 import ctypes
 import os
@@ -15,12 +15,11 @@ def select_device(name: str, local_rank: int | None = None) -> torch.device:
     """Resolve auto, cpu, cuda or cuda:N.
 
     Args:
-        name: see above.
-        local_rank: this process's number on its machine, where several train together: the GPU
-            it takes.
+        name: one of these.
+        local_rank: rank of this process on its machine under torchrun; selects the GPU.
 
     Raises:
-        ValueError: not one of these, or a GPU that is not there.
+        ValueError: another name, or a GPU that this machine does not have.
     """
     if name == "auto":
         name = "cuda" if torch.cuda.is_available() else "cpu"
@@ -43,26 +42,26 @@ def select_device(name: str, local_rank: int | None = None) -> torch.device:
 
 
 def random_state(device: torch.device) -> dict[str, Any]:
-    """States of all of torch's generators that a run on device draws from."""
+    """States of torch's generators for a run on this device."""
     cuda = torch.cuda.get_rng_state(device) if device.type == "cuda" else None
     return dict(cpu=torch.get_rng_state(), cuda=cuda)
 
 
 def restore_random_state(state: dict[str, Any], device: torch.device) -> None:
-    """Continue from what random_state returned, as far as device has the same generators."""
+    """Set the states that random_state returned; a GPU's only on a GPU."""
     torch.set_rng_state(state["cpu"])
     if device.type == "cuda" and state["cuda"] is not None:
         torch.cuda.set_rng_state(state["cuda"], device)
 
 
 def keep_freed_memory() -> bool:
-    """Have malloc keep what tensors free, for the next ones.
+    """Make glibc's malloc keep the memory that tensors free.
 
-    glibc hands large blocks back to the system at once, and each update's tensors then fault in
-    the same pages again, which takes a CPU a quarter of its time.
+    By default it returns large blocks to the system at once; page faults of the next update's
+    tensors then take a quarter of a CPU's time.
 
     Returns:
-        Whether it could be done; only glibc knows how.
+        False if this is not glibc.
     """
     trim_threshold, mmap_max = -1, -4  # their numbers in glibc's malloc.h
     try:
@@ -86,10 +85,9 @@ def peak_memory(device: torch.device) -> int:
 
 
 def available_memory(device: torch.device) -> int:
-    """Bytes that could be allocated now: free on a GPU; on a CPU, without pushing others out.
+    """Bytes that can be allocated now: a GPU's free memory; on a CPU, without swapping.
 
-    On Linux that is what the kernel calls available, within the limit of a container; elsewhere
-    all the memory there is.
+    On Linux the kernel's MemAvailable, within a container's limit; elsewhere all memory.
     """
     if device.type == "cuda":
         return int(torch.cuda.mem_get_info(device)[0])
