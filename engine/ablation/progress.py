@@ -72,9 +72,9 @@ class Board:
     def _time_left(self) -> str:
         """From the work since the start of this program; empty before the first epoch's end."""
         done = self._work_done() - self._done_before
-        if done <= 0:
-            return ""
         left = len(self._runs) - self._done_before - done
+        if done <= 0 or left <= 0:
+            return ""
         return f", about {duration(left / done * (time.monotonic() - self._begin))} left"
 
 
