@@ -55,14 +55,9 @@ def planted(
 ) -> RNNModel:
     """A model whose recurrent weights are multiplied by scale, saved at path."""
     keywords: dict[str, Any] = dict(
-        nlayers=2,
-        dropout=0.2,
-        dropouth=0.1,
-        dropouti=0.1,
-        dropoute=0.1,
-        wdrop=0.3,
+        nlayers=2, dropout=0.2, dropouth=0.1, dropouti=0.1, dropoute=0.1, wdrop=0.3,
         tie_weights=True,
-    )
+    )  # fmt: skip
     model = RNNModel("LSTM", len(corpus.vocabulary), 12, 16, **{**keywords, **changes})
     with torch.no_grad():
         for name, parameter in model.named_parameters():
