@@ -9,7 +9,7 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any
 
-from data.files import atomic_write
+from data.files import atomic_write, sync_directory
 from engine.errors import RunError
 
 LOCK = ".lock"
@@ -206,6 +206,7 @@ def lock_folder(folder: Path) -> Any:
 
     try:
         folder.mkdir(exist_ok=True)
+        sync_directory(folder.parent)
         lock = filelock.FileLock(folder / LOCK, timeout=0)
         lock.acquire()
     except filelock.Timeout:

@@ -63,7 +63,7 @@ class Tracker:
         state: when resuming, what `state_dict` returned as the checkpoint was written.
 
     Raises:
-        OSError, ValueError: metrics.jsonl cannot be written, or does not fit the checkpoint.
+        OSError: metrics.jsonl cannot be written.
     """
 
     def __init__(
@@ -77,6 +77,8 @@ class Tracker:
         folder.mkdir(parents=True, exist_ok=True)
         path = folder / "metrics.jsonl"
         self._metrics = MetricsFile(path, state.get("metrics_bytes"))
+        if self._metrics.damage is not None:
+            warn(f"{path}: {self._metrics.damage}; what is missing is marked as a gap")
         self._wandb = _WandbRun(state.get("wandb_id"))
         if wandb.mode != "disabled":
             self._wandb.attempt(self._wandb.start, folder, config, wandb)
@@ -103,7 +105,12 @@ class Tracker:
         self._wandb.attempt(self._wandb.summarize, fields)
 
     def state_dict(self) -> dict[str, Any]:
-        """What a resumed run needs to go on in the same file and W&B run; plain types only."""
+        """What a resumed run needs to go on in the same file and W&B run; plain types only.
+
+        What was logged so far is on the disk when it returns: a checkpoint that survives a power
+        failure finds its metrics.jsonl.
+        """
+        self._metrics.sync()
         return {"metrics_bytes": self._metrics.size, "wandb_id": self._wandb.run_id}
 
     def close(self, exit_code: int = 0) -> None:
