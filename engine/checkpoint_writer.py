@@ -53,7 +53,7 @@ class CheckpointWriter:
                 raise
             warn(str(late))
 
-    def write(self, path: Path, payload: dict[str, Any]) -> None:
+    def write(self, path: Path, payload: dict[str, Any], keep: Path | None = None) -> None:
         """Write a checkpoint; see write_checkpoint.
 
         Raises:
@@ -61,13 +61,13 @@ class CheckpointWriter:
                 and none since was.
         """
         if self._pool is None:
-            write_checkpoint(path, payload)
+            write_checkpoint(path, payload, keep)
             return
         kind = payload["format"]
         self._drain(kind)  # whose memory is in use
         self._raise()
         kept = self._memory.setdefault(kind, _Memory()).copy(payload)
-        self._waiting.append((kind, self._pool.submit(self._write, path, kept)))
+        self._waiting.append((kind, self._pool.submit(self._write, path, kept, keep)))
 
     def wait(self) -> None:
         """Return once all files are there.
@@ -83,11 +83,11 @@ class CheckpointWriter:
             raise
         self._raise()
 
-    def _write(self, path: Path, payload: dict[str, Any]) -> None:
+    def _write(self, path: Path, payload: dict[str, Any], keep: Path | None) -> None:
         """In the background; nothing after a failure, since a run's files belong together."""
         if self._error is None:
             try:
-                write_checkpoint(path, payload)
+                write_checkpoint(path, payload, keep)
             except BaseException as error:
                 self._error = error
 
