@@ -118,7 +118,7 @@ def start(
             run(args, trainer, Silence())
             return
         source = None if state is None else Path(args.resume).parent
-        if aside := folder.begin(source, trainer.at.best_epoch):
+        if aside := folder.begin(source, trainer.at.best_epoch, trainer.at.best_loss):
             warn(f"the run that was in {folder.folder} is now in {aside}")
         commit = git_commit()
         session: dict[str, Any] = dict(argv=list(argv), from_update=trainer.at.update)

@@ -51,18 +51,19 @@ class CheckpointWriter:
                 raise
             warn(str(late))
 
-    def write(self, path: Path, payload: dict[str, Any]) -> None:
+    def write(self, path: Path, payload: dict[str, Any], keep: Path | None = None) -> None:
         """Write a checkpoint; see write_checkpoint.
 
         Raises:
             CheckpointError: it could not be written; in the background: an earlier one could not.
         """
         if self._pool is None:
-            write_checkpoint(path, payload)
+            write_checkpoint(path, payload, keep)
             return
         self._finish(MOST_PENDING - 1)
         self._raise()
-        self._pending.append(self._pool.submit(self._write, path, _copied(payload, {})))
+        copied = _copied(payload, {})
+        self._pending.append(self._pool.submit(self._write, path, copied, keep))
 
     def wait(self) -> None:
         """Return once all files are written.
@@ -73,11 +74,11 @@ class CheckpointWriter:
         self._finish()
         self._raise()
 
-    def _write(self, path: Path, payload: dict[str, Any]) -> None:
-        """Runs in the pool's thread."""
+    def _write(self, path: Path, payload: dict[str, Any], keep: Path | None) -> None:
+        """Runs in the pool's thread; writes nothing after a failure: the files belong together."""
         if self._error is None:
             try:
-                write_checkpoint(path, payload)
+                write_checkpoint(path, payload, keep)
             except BaseException as error:
                 self._error = error
 

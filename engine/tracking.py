@@ -62,7 +62,7 @@ class Tracker:
         state: when resuming, the checkpoint's `state_dict`.
 
     Raises:
-        OSError, ValueError: metrics.jsonl cannot be written, or does not fit the checkpoint.
+        OSError: metrics.jsonl cannot be written.
     """
 
     def __init__(
@@ -76,6 +76,8 @@ class Tracker:
         folder.mkdir(parents=True, exist_ok=True)
         path = folder / "metrics.jsonl"
         self._metrics = MetricsFile(path, state.get("metrics_bytes"))
+        if self._metrics.damage is not None:
+            warn(f"{path}: {self._metrics.damage}; what is missing is marked as a gap")
         # A run that is continued in another folder must not write into the old one's W&B run.
         known = state.get("wandb_id") if (folder / "wandb").is_dir() else None
         self._wandb = _WandbRun(folder, config, wandb, known)
@@ -103,7 +105,12 @@ class Tracker:
         self._wandb.attempt(lambda run: run.summary.update(fields))
 
     def state_dict(self) -> dict[str, Any]:
-        """What a resumed run needs to continue the file and the W&B run; plain types only."""
+        """What a resumed run needs to go on in the same file and W&B run; plain types only.
+
+        What was logged so far is on the disk when it returns: a checkpoint that survives a power
+        failure finds its metrics.jsonl.
+        """
+        self._metrics.sync()
         return {"metrics_bytes": self._metrics.size, "wandb_id": self._wandb.id}
 
     def close(self, exit_code: int = 0) -> None:

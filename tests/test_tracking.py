@@ -89,17 +89,30 @@ def test_resuming_cuts_what_came_after_the_checkpoint(tmp_path: Path, tail: str)
     assert [record["step"] for record in read_lines(path)] == [1, 2, 3]
 
 
-def test_a_file_that_cannot_be_the_run_s_is_refused_and_left_alone(tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    ("content", "keep", "expected"),
+    [
+        ("1 2", 500, "1 2 gap2"),  # shorter
+        ("1 2", 5, "gap0"),  # another file, cut within a line
+        (None, 12, "gap0"),
+        ("1 \0\0\0 2", 500, "1 gap1 2 gap2"),
+        ("1 [] { 2", 29, "1 gap1 2"),
+    ],
+)
+def test_what_is_missing_is_marked_as_a_gap(
+    tmp_path: Path, content: str | None, keep: int, expected: str
+) -> None:
     path = tmp_path / "metrics.jsonl"
-    path.write_text('{"step": 1}\n')
-    with pytest.raises(ValueError, match=r"metrics\.jsonl \(12 bytes\).*\(500 bytes"):
-        MetricsFile(path, keep_bytes=500)
-    with pytest.raises(ValueError, match=r"whole lines"):
-        MetricsFile(path, keep_bytes=5)
-    assert path.read_text() == '{"step": 1}\n'
-    with pytest.raises(ValueError, match=r"absent\.jsonl \(0 bytes\)"):
-        MetricsFile(tmp_path / "absent.jsonl", keep_bytes=12)
-    assert not (tmp_path / "absent.jsonl").exists()
+    if content is not None:
+        words = content.split(" ")
+        path.write_text("".join(f'{{"step": {w}}}\n' if w.isdigit() else f"{w}\n" for w in words))
+    file = MetricsFile(path, keep_bytes=keep)
+    assert file.damage is not None
+    assert file.size == path.stat().st_size
+    file.write({"step": 9})
+    file.close()
+    shown = [f"{line.get('event', '')}{line['step']}" for line in read_lines(path)]
+    assert shown == [*expected.split(), "9"]
 
 
 def test_tracker_without_wandb(tmp_path: Path) -> None:

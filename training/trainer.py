@@ -246,7 +246,7 @@ class Trainer:
         details = dict(epoch=self.at.epoch, update=self.at.update, valid_loss=loss)
         with self.evaluated_weights():
             payload = model_payload(self.model, self.corpus.vocabulary, **details)
-            self.writer.write(path, payload)
+            self.writer.write(path, payload, self.folder.kept_path(path))
 
     def _save_copy(self, suffix: str, loss: float) -> None:
         path = self.folder.model_path
@@ -298,9 +298,6 @@ class Trainer:
         if reason == "updates" and self.at.row > 0:
             loss = self.validate()
             if loss < self.at.best_loss:
-                if self.ranks.leader:
-                    self.writer.wait()
-                    self.folder.keep_epoch_best()
                 self.save_best(loss)
         if self.at.best_epoch is None and not self.interrupt.terminated:
             self.save_model(self.folder.model_path, None)
@@ -311,7 +308,8 @@ class Trainer:
         self._stopwatch.lap()
         state = self.state_dict()
         if self.ranks.leader:
-            self.writer.write(self.folder.last_path, training_payload(state))
+            path = self.folder.last_path
+            self.writer.write(path, training_payload(state), self.folder.kept_path(path))
         self._last_checkpoint = time.monotonic()
         self._stopwatch.lap()
 
