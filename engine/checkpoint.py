@@ -18,7 +18,7 @@ import torch
 from data.corpus import Vocabulary
 from data.files import atomic_write
 from engine.errors import CheckpointError
-from engine.ranks import is_follower
+from engine.launch import is_follower
 from engine.tracking import warn
 from model import RNNModel
 

@@ -23,6 +23,7 @@ import pytest
 from conftest import ROOT, TINY, Result, write_corpus
 
 import ablate
+import programs.ablate
 from engine.ablation.pool import slots
 from engine.ablation.report import latex, markdown
 from engine.ablation.results import collect
@@ -237,7 +238,7 @@ def test_shipped_tables_are_what_main_takes(path: Path, monkeypatch: pytest.Monk
     monkeypatch.chdir(ROOT)
     table = load_table(path)
     args = parse_ablation([str(path)])
-    runs = ablate.plan(table, args, Path("results") / table.name)
+    runs = programs.ablate.plan(table, args, Path("results") / table.name)
     assert len(runs) == len(table.rows) * len(table.seeds) >= 10
     flags = [json.dumps(dict(run.flags, seed=0, save="")) for run in runs]
     assert len(set(flags)) == len(table.rows)  # no two rows are the same

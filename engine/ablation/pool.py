@@ -15,7 +15,7 @@ from queue import SimpleQueue
 from data.files import atomic_write
 from engine.ablation.runs import FINISHED, Run, read_state
 from engine.interrupt import Interrupt
-from engine.ranks import LAUNCH
+from engine.launch import LAUNCH
 from engine.run_folder import is_in_use
 
 PROGRAM = Path(__file__).resolve().parents[2] / "main.py"
