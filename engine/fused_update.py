@@ -1,5 +1,6 @@
 """The update of the fast kernels: the fused step; on a GPU recorded, a graph a kind of window."""
 
+from collections.abc import Callable
 from dataclasses import replace
 from typing import Any
 
@@ -80,20 +81,20 @@ class FusedUpdater(Updater):
         anywhere = replace(window, start=0)
 
         def work() -> None:
-            self._update(anywhere)
+            self._update(anywhere, lambda: None)  # a recording is not given up
 
         if self.graphs is None or want_gradients or len(pieces_of(window)) > MOST_PIECES:
-            work()
+            self._update(anywhere, self.check)
         else:
             self.graphs.run((anywhere, self.step.averaging), work)
         return Step(self.loss, self.step.norm, self.hidden, self.step.overflow)
 
-    def _update(self, window: Window) -> None:
+    def _update(self, window: Window, check: Callable[[], None]) -> None:
         """What is recorded."""
         self.optimizer.zero_grad(set_to_none=True)
         lines = torch.arange(window.length + 1, device=self.rows.device) + self.start
         text = self.rows.index_select(0, lines)
-        loss, hidden = self.gradient(window, text, self.hidden, self.step.scale)
+        loss, hidden = self.gradient(window, text, self.hidden, self.step.scale, check)
         gradients = [p.grad for p in self.model.parameters() if p.grad is not None]
         self.ranks.average([loss, *gradients])
         self.step(loss)

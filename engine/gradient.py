@@ -1,5 +1,6 @@
 """The loss of one window of text and its gradient, piece by piece."""
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from itertools import accumulate
 
@@ -110,7 +111,12 @@ class WindowGradient:
         self.beta = beta
 
     def __call__(
-        self, window: Window, rows: Tensor, hidden: Hidden, scale: float | Tensor = 1.0
+        self,
+        window: Window,
+        rows: Tensor,
+        hidden: Hidden,
+        scale: float | Tensor = 1.0,
+        check: Callable[[], None] = lambda: None,
     ) -> tuple[Tensor, Hidden]:
         """Take the gradient of one window.
 
@@ -119,6 +125,8 @@ class WindowGradient:
             rows: its word ids and those of one row more, (T + 1, B).
             hidden: states before it; their history is cut off.
             scale: factor on the gradients; see loss_scale.
+            check: called between pieces, and between forward and backward; gives the window up by
+                raising an exception.
 
         Returns:
             The mean cross-entropy without the penalties, nats per token, and the states that the
@@ -132,7 +140,9 @@ class WindowGradient:
         states, losses = [hidden], []
         with self.model.weights_held(masks):
             for chain in [pieces] if window.crossing else [[piece] for piece in pieces]:
-                afters, chain_losses = self._chain(window, chain, rows, states[-1], masks, scale)
+                afters, chain_losses = self._chain(
+                    window, chain, rows, states[-1], masks, scale, check
+                )
                 states += afters
                 losses += chain_losses
         ends = [0, *(piece.stop for piece in pieces)]
@@ -147,6 +157,7 @@ class WindowGradient:
         hidden: Hidden,
         masks: Masks,
         scale: float | Tensor,
+        check: Callable[[], None],
     ) -> tuple[list[Hidden], list[Tensor]]:
         """Forward, then backward, through pieces none of which is cut off from the one before.
 
@@ -156,6 +167,8 @@ class WindowGradient:
         befores, runs = [repackage_hidden(hidden)], []
         afters: list[Hidden] = []
         for piece in pieces:
+            if piece.start:
+                check()
             if afters:
                 befores.append(_leaves(afters[-1]))
             if len(afters) < len(pieces) - window.kept:
@@ -168,6 +181,7 @@ class WindowGradient:
         losses: list[Tensor] = []
         arriving: list[Tensor] = []
         for piece, before in zip(reversed(pieces), reversed(befores), strict=True):
+            check()
             run = runs.pop() if runs else self._run(piece, rows, before, masks)
             run.backward(arriving, scale)
             if run.loss is not None:

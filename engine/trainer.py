@@ -3,7 +3,7 @@
 import math
 import time
 from collections.abc import Callable
-from contextlib import AbstractContextManager, nullcontext
+from contextlib import AbstractContextManager, nullcontext, suppress
 from dataclasses import asdict
 from typing import Any
 
@@ -18,14 +18,14 @@ from engine.device import random_state, restore_random_state
 from engine.errors import DivergenceError
 from engine.fused_update import make_updater
 from engine.graphs import Recorder
-from engine.interrupt import Interrupt
+from engine.interrupt import Interrupt, StopRequested
 from engine.loss_scale import LossScale
 from engine.ranks import Ranks
 from engine.report import RULE, epoch_line, interval_line
 from engine.run_folder import RunFolder
 from engine.tally import Tally
 from engine.tracking import Progress, Tracker
-from engine.training_state import Position, Stopwatch, TrainingOptions
+from engine.training_state import Position, Stopwatch, TrainingOptions, Undo
 from evaluation.plain import evaluate, perplexity
 from model import RNNModel, repackage_hidden
 from nt_asgd import NTASGD
@@ -103,7 +103,9 @@ class Trainer:
             beta=options.beta,
             loss_scale=loss_scale,
             ranks=ranks,
+            check=self.check,
         )
+        self.undo = Undo(self.at, scheme, model)
         self.tally = Tally(
             self.device,
             self.at,
@@ -138,11 +140,16 @@ class Trainer:
         with self.writer:
             while self.at.epoch <= self.options.epochs:
                 self.share_requests()
-                reason = self.stop_reason() or self.train_epoch()
+                try:
+                    whole = self.at.row == self.num_steps  # its validation was given up
+                    reason = None if whole else self.stop_reason() or self.train_epoch()
+                    if reason is None:
+                        self.end_epoch()
+                except StopRequested:
+                    reason = "interrupted"
                 if reason is not None:
                     self.stop_early(reason)
                     return reason
-                self.end_epoch()
         return "epochs"
 
     def train_epoch(self) -> str | None:
@@ -154,7 +161,7 @@ class Trainer:
         self.model.train()
         description = f"epoch {self.at.epoch}"
         with Progress(self.num_steps, initial=self.at.row, description=description) as progress:
-            for window in self.scheme.windows(self.num_steps, self.at.row):
+            for window in self.undo.watch(self.scheme.windows(self.num_steps, self.at.row)):
                 self.update(window)
                 progress.update(window.counted)
                 if self.is_logged(self.at.batch):
@@ -169,7 +176,11 @@ class Trainer:
         return None
 
     def update(self, window: Window) -> None:
-        """One update of the weights from one window of text."""
+        """One update of the weights from one window of text.
+
+        Raises:
+            StopRequested: it was given up, and nothing has changed.
+        """
         tokens = window.counted * self.options.batch_size
         self.at.batch += 1
         self.at.update += 1
@@ -177,7 +188,11 @@ class Trainer:
 
         probed = self.is_probed(self.at.update)
         wanted = probed or self.is_logged(self.at.batch)
-        step = self.updater(window, self.hidden, wanted, probed)
+        try:
+            step = self.updater(window, self.hidden, wanted, probed)
+        except StopRequested:
+            self.undo.restore()
+            raise
         self.hidden = step.hidden
         self.tally.add(self.at.update, step, tokens)
         if self.updater.waits:
@@ -269,11 +284,18 @@ class Trainer:
         self.checkpoint()
 
     def validate(self) -> float:
-        """Measure the weights as they would be saved, print and log it; nats per token."""
+        """Measure the weights as they would be saved, print and log it; nats per token.
+
+        Raises:
+            StopRequested: it was given up, and nothing has changed.
+        """
         self.tally.check()
         with self.evaluated_weights():
             loss = self.ranks.from_leader(self._evaluate() if self.ranks.leader else 0.0)
         self._stopwatch.lap()
+        if loss < 0:
+            self.share_requests()
+            raise StopRequested
         if not math.isfinite(loss):
             what = f"validation loss is {loss}"
             raise DivergenceError(self._describe_divergence(what, self.at.update))
@@ -293,7 +315,12 @@ class Trainer:
         return loss
 
     def _evaluate(self) -> float:
-        return evaluate(self.model, self.corpus.valid, self.options.eval_batch_size)
+        """The validation loss; below 0, where a stop was asked for meanwhile."""
+        valid, batch_size = self.corpus.valid, self.options.eval_batch_size
+        try:
+            return evaluate(self.model, valid, batch_size, check=self.interrupt.check)
+        except StopRequested:
+            return -1.0
 
     def evaluated_weights(self) -> AbstractContextManager[None]:
         """A context in which the model has the weights that count: the average if there is one."""
@@ -331,6 +358,12 @@ class Trainer:
         self.interrupt.requested |= bool(stop)
         self.interrupt.terminated |= bool(terminate)
 
+    def check(self) -> None:
+        """Raise StopRequested in all processes where one is asked for an early end."""
+        self.share_requests()
+        if self.stop_requested:
+            raise StopRequested
+
     def stop_reason(self) -> str | None:
         """Why training should end here, if it should; see share_requests."""
         if self.stop_requested:
@@ -346,9 +379,10 @@ class Trainer:
         """
         self.checkpoint()
         if reason == "updates" and self.at.row > 0:
-            loss = self.validate()
-            if loss < self.at.best_loss:
-                self.save_best(loss)
+            with suppress(StopRequested):
+                loss = self.validate()
+                if loss < self.at.best_loss:
+                    self.save_best(loss)
         if self.at.best_epoch is None and not self.interrupt.terminated:
             self.save_model(self.folder.model_path, None)
 

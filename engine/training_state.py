@@ -2,7 +2,13 @@
 
 import math
 import time
-from dataclasses import dataclass
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass
+from typing import Any
+
+from bptt import Scheme, Window
+from engine.device import random_state, restore_random_state
+from model import RNNModel
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -63,6 +69,49 @@ class Position:
         self.interval_tokens = self.interval_updates = 0
         self.interval_skipped = self.interval_skipped_tokens = 0
         self.interval_loss = self.interval_seconds = 0.0
+
+
+class Undo:
+    """Takes an update back that was given up before its step.
+
+    Until then it has changed the position, the scheme's generator, torch's generators and the
+    statistics of the gradient filters.
+
+    Args:
+        at: the position.
+        scheme: which the windows are drawn from.
+        model: whose device's generators are meant.
+    """
+
+    def __init__(self, at: Position, scheme: Scheme, model: RNNModel) -> None:
+        self._at = at
+        self._scheme = scheme
+        self._filters = model.gradient_filters
+        self._device = model.encoder.weight.device
+        self._before: dict[str, Any] = {}
+
+    def watch(self, windows: Iterator[Window]) -> Iterator[Window]:
+        """The same windows; before each is drawn, all that an update changes is noted."""
+        while True:
+            self._before = dict(
+                position=asdict(self._at),
+                scheme=self._scheme.state_dict(),
+                random=random_state(self._device),
+                filters=[gate.statistics.clone() for gate in self._filters],
+            )
+            try:
+                window = next(windows)
+            except StopIteration:
+                return
+            yield window
+
+    def restore(self) -> None:
+        """Go back to where the last window was not drawn yet."""
+        vars(self._at).update(self._before["position"])
+        self._scheme.load_state_dict(self._before["scheme"])
+        restore_random_state(self._before["random"], self._device)
+        for gate, statistics in zip(self._filters, self._before["filters"], strict=True):
+            gate.statistics.copy_(statistics)
 
 
 class Stopwatch:

@@ -1,5 +1,6 @@
 """One update of the weights from one window of text."""
 
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
@@ -45,6 +46,7 @@ class Updater:
             Whoever calls adapts it, before the next update.
         ranks: the processes that share the batch, whose losses and gradients are averaged; None:
             there is one.
+        check: called now and then before the step; gives the update up by raising an exception.
     """
 
     def __init__(
@@ -59,6 +61,7 @@ class Updater:
         beta: float,
         loss_scale: LossScale | None = None,
         ranks: Ranks | None = None,
+        check: Callable[[], None] = lambda: None,
     ) -> None:
         self.model = model
         self.rows = rows
@@ -67,6 +70,7 @@ class Updater:
         self.clip = clip
         self.loss_scale = loss_scale
         self.ranks = ranks or Ranks()
+        self.check = check
         self.gradient = WindowGradient(model, alpha=alpha, beta=beta, ranks=ranks)
 
     @property
@@ -96,7 +100,7 @@ class Updater:
         self.optimizer.zero_grad(set_to_none=True)
         scale = 1.0 if self.loss_scale is None else self.loss_scale.value
         text = self.rows[window.start : window.start + window.length + 1]
-        loss, hidden = self.gradient(window, text, hidden, scale)
+        loss, hidden = self.gradient(window, text, hidden, scale, self.check)
         gradients = [p.grad for p in self.model.parameters() if p.grad is not None]
         self.ranks.average([loss, *gradients])
         if self.loss_scale is None:
