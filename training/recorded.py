@@ -1,5 +1,6 @@
 """Updates on a GPU recorded as CUDA graphs: one launch for all the kernels of an update."""
 
+from collections.abc import Callable
 from dataclasses import replace
 
 import torch
@@ -36,7 +37,13 @@ class RecordedUpdater:
         self.texts: dict[int, Tensor] = {}
         self.last: Outcome | None = None
 
-    def __call__(self, window: Window, hidden: Hidden, keep_gradients: bool = False) -> Outcome:
+    def __call__(
+        self,
+        window: Window,
+        hidden: Hidden,
+        keep_gradients: bool = False,
+        check: Callable[[], None] = lambda: None,
+    ) -> Outcome:
         """Update the weights once; as Updater's.
 
         The tensors of the Outcome are overwritten by the next update. Where gradients are looked at
@@ -49,14 +56,14 @@ class RecordedUpdater:
         place.copy_(text)
         anywhere = replace(window, start=0)
 
-        def work() -> None:
-            outcome = self.updater.compute(anywhere, place, self.hidden)
+        def work(check: Callable[[], None] = lambda: None) -> None:
+            outcome = self.updater.compute(anywhere, place, self.hidden, check)
             self.loss.copy_(outcome.loss)
             self._keep(outcome.hidden)
             self.last = replace(outcome, loss=self.loss, hidden=self.hidden)
 
         if keep_gradients or len(pieces_of(window)) > MOST_PIECES:
-            work()
+            work(check)
         else:
             self.graphs.run((anywhere, self.step.averaging), work)
         assert self.last is not None

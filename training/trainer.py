@@ -1,9 +1,8 @@
 """The training loop."""
 
 import math
-import time
 from collections.abc import Sequence
-from contextlib import AbstractContextManager, nullcontext
+from contextlib import AbstractContextManager, nullcontext, suppress
 from dataclasses import asdict
 from functools import partial
 from pathlib import Path
@@ -16,7 +15,7 @@ from data.corpus import Corpus
 from engine.checkpoint import model_payload, training_payload
 from engine.checkpoint_writer import CheckpointWriter
 from engine.errors import DivergenceError
-from engine.interrupt import Interrupt
+from engine.interrupt import Interrupt, StopRequested
 from engine.ranks import Ranks
 from engine.report import RULE, epoch_line, interval_line
 from engine.run_folder import RunFolder
@@ -25,7 +24,8 @@ from evaluation.plain import evaluate, perplexity
 from model import RNNModel, repackage_hidden
 from training.callback import Callback, EpochEnd, UpdateEnd
 from training.recorded import RecordedUpdater
-from training.state import Position, Stopwatch, TrainingOptions
+from training.requests import Requests
+from training.state import Position, Stopwatch, TrainingOptions, Undo
 from training.tally import Tally
 from training.update import Updater
 
@@ -84,10 +84,10 @@ class Trainer:
         self.hidden = model.init_hidden(self.columns)
         self.at = Position()
         self.tally = Tally(self.device, self.at, self._settle, self._describe_divergence)
+        self.undo = Undo(self.at, [scheme, *callbacks], generator)
         self.writer = CheckpointWriter(background=self.device.type == "cuda")
-        self.stop_requested = self.checkpoint_due = False
+        self.requests = Requests(interrupt, options, ranks)
         self._stopwatch = Stopwatch(self.at)
-        self._last_checkpoint = time.monotonic()
 
     # The loop
 
@@ -106,15 +106,20 @@ class Trainer:
         """
         self.tracker = tracker
         self._stopwatch = Stopwatch(self.at)
-        self._last_checkpoint = time.monotonic()
+        self.requests.checkpoint_written()
         with self.writer:
             while self.at.epoch <= self.options.epochs:
-                self.share_requests()
-                reason = self.stop_reason() or self.train_epoch()
+                self.requests.share()
+                try:
+                    whole = self.at.row == self.num_steps  # its validation was given up
+                    reason = None if whole else self.stop_reason() or self.train_epoch()
+                    if reason is None:
+                        self.end_epoch()
+                except StopRequested:
+                    reason = "interrupted"
                 if reason is not None:
                     self.stop_early(reason)
                     return reason
-                self.end_epoch()
         return "epochs"
 
     def train_epoch(self) -> str | None:
@@ -126,26 +131,34 @@ class Trainer:
         self.model.train()
         description = f"epoch {self.at.epoch}"
         with Progress(self.num_steps, initial=self.at.row, description=description) as progress:
-            for window in self.scheme.windows(self.num_steps, self.at.row):
+            for window in self.undo.watch(self.scheme.windows(self.num_steps, self.at.row)):
                 self.update(window)
                 progress.update(window.counted)
                 if self.at.batch % self.options.log_interval == 0 or self.at.row == self.num_steps:
                     self.log_interval(progress)
                 if self.at.row == self.num_steps:
                     break
-                self.share_requests()
+                self.requests.share(self.at.update)
                 if reason := self.stop_reason():
                     return reason
-                if self.checkpoint_due:
+                if self.requests.checkpoint:
                     self.checkpoint()
         return None
 
     def update(self, window: Window) -> None:
-        """One update of the weights from one window of text."""
+        """One update of the weights from one window of text.
+
+        Raises:
+            StopRequested: it was given up, and nothing has changed.
+        """
         at = self.at
         at.advance(window.counted, window.counted * self.options.batch_size)
         looking = [c for c in self.callbacks if c.wants_gradients(at.update)]
-        outcome = self.updater(window, self.hidden, keep_gradients=bool(looking))
+        try:
+            outcome = self.updater(window, self.hidden, bool(looking), self.requests.check)
+        except StopRequested:
+            self.undo.restore()
+            raise
         self.hidden = outcome.hidden
         self.tally.add(at.update, outcome, window.counted * self.options.batch_size)
         if self.updater.step.synchronizes:
@@ -208,14 +221,17 @@ class Trainer:
         self.checkpoint()
 
     def validate(self) -> float:
-        """Measure the weights as they would be saved, print and log it; nats per token."""
+        """Measure the weights as they would be saved, print and log it; nats per token.
+
+        Raises:
+            StopRequested: it was given up, and nothing has changed.
+        """
         self.tally.check()
-        loss = 0.0
-        if self.ranks.leader:
-            with self.evaluated_weights():
-                loss = evaluate(self.model, self.corpus.valid, self.options.eval_batch_size)
-        loss = self.ranks.from_leader(loss)
+        loss = self.ranks.from_leader(self._evaluate() if self.ranks.leader else 0.0)
         self._stopwatch.lap()
+        if loss < 0:
+            self.requests.share()
+            raise StopRequested
         if not math.isfinite(loss):
             what = f"validation loss is {loss}"
             raise DivergenceError(self._describe_divergence(what, self.at.update))
@@ -226,6 +242,15 @@ class Trainer:
         averaged = getattr(self.optimizer, "num_averaged", 0) > 0
         self._log("valid", epoch=at.epoch, loss=loss, ppl=perplexity(loss), averaged=averaged)
         return loss
+
+    def _evaluate(self) -> float:
+        """The validation loss; below 0 where a stop was asked for meanwhile."""
+        valid, batch_size = self.corpus.valid, self.options.eval_batch_size
+        try:
+            with self.evaluated_weights():
+                return evaluate(self.model, valid, batch_size, check=self.interrupt.check)
+        except StopRequested:
+            return -1.0
 
     def evaluated_weights(self) -> AbstractContextManager[None]:
         """A context in which the model has the weights that count: the average if there is one."""
@@ -266,24 +291,9 @@ class Trainer:
 
     # Stopping and checkpoints
 
-    def share_requests(self) -> None:
-        """All-reduce the stop and checkpoint requests.
-
-        What comes in afterwards waits for the next time, so that all do the same. A checkpoint is
-        due every so many updates and every so many minutes.
-        """
-        every, minutes = self.options.checkpoint_every, self.options.checkpoint_minutes
-        waited = time.monotonic() - self._last_checkpoint
-        due = (every and self.at.update % every == 0) or waited >= 60 * minutes
-        asked = self.interrupt.requested, self.interrupt.terminated
-        stop, terminate, checkpoint = self.ranks.largest(*asked, bool(due))
-        self.stop_requested, self.checkpoint_due = bool(stop), bool(checkpoint)
-        self.interrupt.requested |= bool(stop)
-        self.interrupt.terminated |= bool(terminate)
-
     def stop_reason(self) -> str | None:
-        """Why training should end here, if it should; see share_requests."""
-        if self.stop_requested:
+        """Why training should end here, if it should."""
+        if self.requests.stop:
             return "interrupted"
         if self.options.max_updates is not None and self.at.update >= self.options.max_updates:
             return "updates"
@@ -296,9 +306,10 @@ class Trainer:
         """
         self.checkpoint()
         if reason == "updates" and self.at.row > 0:
-            loss = self.validate()
-            if loss < self.at.best_loss:
-                self.save_best(loss)
+            with suppress(StopRequested):
+                loss = self.validate()
+                if loss < self.at.best_loss:
+                    self.save_best(loss)
         if self.at.best_epoch is None and not self.interrupt.terminated:
             self.save_model(self.folder.model_path, None)
 
@@ -310,7 +321,7 @@ class Trainer:
         if self.ranks.leader:
             path = self.folder.last_path
             self.writer.write(path, training_payload(state), self.folder.kept_path(path))
-        self._last_checkpoint = time.monotonic()
+        self.requests.checkpoint_written()
         self._stopwatch.lap()
 
     def state_dict(self) -> dict[str, Any]:
