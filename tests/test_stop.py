@@ -13,7 +13,6 @@ from typing import Any
 import pytest
 import torch
 from conftest import ROOT, TINY, Result, write_corpus
-from engine.trainer import Trainer
 from test_ranks import FLAGS as RANKS_FLAGS
 from test_ranks import assert_same_run as assert_nearly_same_run
 from test_ranks import command
@@ -23,6 +22,7 @@ import evaluation.plain
 from engine.interrupt import Interrupt, StopRequested
 from evaluation.plain import evaluate
 from model import RNNModel
+from training.requests import Requests
 
 Run = Callable[..., Result]
 SIGNALS = [signal.SIGINT, signal.SIGTERM, signal.SIGUSR1, signal.SIGHUP]
@@ -91,7 +91,7 @@ def test_an_update_is_given_up_and_repeated(
     calls = (4, 17, 16) if one_piece else (4, 30, 30)
     for call, number in zip(calls, SIGNALS, strict=False):
         with monkeypatch.context() as patch:
-            signal_at(patch, Trainer, call, number)
+            signal_at(patch, Requests, call, number)
             stopped = start(save, corpus, *flags)
         assert stopped == (0 if number == signal.SIGINT else 1)
         last = torch.load(tmp_path / "whole" / "last.pt", weights_only=True)
