@@ -3,6 +3,7 @@
 import argparse
 import inspect
 import sys
+from collections.abc import Callable
 from dataclasses import fields
 from functools import partial
 from pathlib import Path
@@ -14,6 +15,7 @@ from torch import Tensor
 from bptt import FixedWindows, FullWindows, RandomizedWindows, Scheme, VariableWindows
 from data.corpus import Corpus, load_corpus
 from data.download import ensure_corpus
+from decoders import DECODERS
 from diagnostics.probe import probe
 from engine.checkpoint import damage_reported
 from engine.device import available_memory
@@ -25,6 +27,7 @@ from engine.tracking import Tracker, WandbOptions, warn
 from kernels.choose import Choice, choose_step, install
 from kernels.fused_step import FusedStep
 from kernels.graphs import CudaRecorder, Graphs
+from layers import LAYERS
 from loss_scale import LossScale
 from model import RNNModel, count_parameters
 from noise import Noise
@@ -71,22 +74,32 @@ def read_corpus(args: argparse.Namespace, ranks: Ranks) -> Corpus:
 def build_model(args: argparse.Namespace, ntoken: int) -> RNNModel:
     """The model that the flags describe, freshly initialised.
 
-    A keyword of RNNModel is the flag of that name, but for a few whose flags the original named
-    differently.
+    A keyword of RNNModel, and of the constructors of its layers and its decoder, is the flag of
+    that name, but for a few whose flags the original named differently.
     """
-    renamed: dict[str, Any] = dict(
-        rnn_type=args.model, ntoken=ntoken, ninp=args.emsize, tie_weights=not args.untied
+    return RNNModel(
+        args.model,
+        ntoken,
+        args.emsize,
+        tie_weights=not args.untied,
+        layer_options=keywords_from(args, LAYERS[args.model]),
+        decoder_options=keywords_from(args, DECODERS[args.decoder]),
+        **keywords_from(args, RNNModel),
     )
-    names = inspect.signature(RNNModel).parameters
-    given = {name: getattr(args, name) for name in names if hasattr(args, name)}
-    return RNNModel(**given, **renamed)
+
+
+def keywords_from(args: argparse.Namespace, constructor: Callable[..., Any]) -> dict[str, Any]:
+    """The flags that have the names of a constructor's keywords."""
+    names = inspect.signature(constructor).parameters
+    return {name: value for name, value in vars(args).items() if name in names}
 
 
 def build_optimizer(args: argparse.Namespace, model: RNNModel) -> torch.optim.Optimizer:
     """The optimizer that the flags describe."""
+    if args.optimizer != "sgd" and args.lr >= 1:
+        name, lr = args.optimizer, args.lr
+        warn(f"--optimizer {name} with --lr {lr:g}, which is a learning rate for sgd")
     if args.optimizer == "adam":
-        if args.lr >= 1:
-            warn(f"--optimizer adam with --lr {args.lr:g}, which is a learning rate for sgd")
         return torch.optim.Adam(model.parameters(), lr=args.lr, weight_decay=args.wdecay)
     nonmono = None if args.no_asgd and not args.nonmono_decay else args.nonmono
     return NTASGD(model.parameters(), args.lr, args.wdecay, nonmono, args.nonmono_decay or None)
@@ -225,7 +238,7 @@ def open_tracker(
 
 def memory_needed(args: argparse.Namespace, model: RNNModel, corpus: Corpus) -> int:
     """Bytes that an update will need, about."""
-    averages = args.optimizer == "adam" or not args.no_asgd
+    averages = args.optimizer != "sgd" or not args.no_asgd
     steps = steps_per_epoch(args, corpus)
     return training_memory(model, args.batch_size, build_scheme(args), steps, averages)
 

@@ -42,6 +42,8 @@ class RNNModel(nn.Module):
         grad_filter: threshold of a gradient filter in front of every layer, over its input and its
             masked weights; 0: none.
         decoder: kind of decoder, a name in decoders.DECODERS.
+        layer_options: further keywords of the layers' constructor, plain values.
+        decoder_options: further keywords of the decoder's.
 
     Raises:
         ValueError: an unknown rnn_type or decoder, a size below 1 or a dropout outside [0, 1).
@@ -62,6 +64,8 @@ class RNNModel(nn.Module):
         tie_weights: bool = False,
         grad_filter: float = 0,
         decoder: str = "linear",
+        layer_options: dict[str, Any] | None = None,
+        decoder_options: dict[str, Any] | None = None,
     ) -> None:
         super().__init__()
         given = locals()
@@ -78,13 +82,14 @@ class RNNModel(nn.Module):
         self.layer_sizes = [ninp] + [nhid] * (nlayers - 1) + [ninp if tie_weights else nhid]
         self.encoder = nn.Embedding(ntoken, ninp)
         nn.init.uniform_(self.encoder.weight, -0.1, 0.1)
-        self.layers = [LAYERS[rnn_type](e, h) for e, h in pairwise(self.layer_sizes)]
+        own = layer_options or {}
+        self.layers = [LAYERS[rnn_type](e, h, **own) for e, h in pairwise(self.layer_sizes)]
         rnns: list[nn.Module] = list(self.layers)
         if wdrop:
             rnns = [WeightDrop(layer, layer.recurrent, dropout=wdrop) for layer in self.layers]
         self.rnns = nn.ModuleList(rnns)
         self.lockdrop = LockedDropout()
-        self.decoder = DECODERS[decoder](self.layer_sizes[-1], ntoken)
+        self.decoder = DECODERS[decoder](self.layer_sizes[-1], ntoken, **(decoder_options or {}))
         if tie_weights:
             self.decoder.weight = self.encoder.weight
         if grad_filter:

@@ -12,7 +12,8 @@ Loss = Callable[[Tensor, Tensor], Tensor]
 class Decoder(nn.Module):
     """From the last layer's output to a distribution over the vocabulary.
 
-    With tied weights the model replaces its `weight`, (V, E), by the embedding's.
+    With tied weights the model replaces its `weight`, (V, E), by the embedding's. A constructor may
+    have further keywords, as a layer's may; see layers.layer.
 
     Args:
         width: of its input, E.

@@ -2,11 +2,8 @@
 
 import torch
 
-from data.corpus import Vocabulary
+from data.corpus import EOS, UNK, Vocabulary
 from model import RNNModel
-
-END = "<eos>"
-UNKNOWN = "<unk>"
 
 
 @torch.no_grad()
@@ -31,8 +28,8 @@ def sample_sentences(
     """
     device = model.encoder.weight.device
     generator = torch.Generator().manual_seed(seed)
-    end = vocabulary.index(END)
-    banned = [vocabulary.index(UNKNOWN)] if UNKNOWN in vocabulary else []
+    end = vocabulary.index(EOS)
+    banned = [vocabulary.index(UNK)] if UNK in vocabulary else []
     training = model.training
     model.eval()
     hidden = model.init_hidden(1)

@@ -37,7 +37,8 @@ TRAINING: Sections = {
         ),
     ),
     "model": (
-        Flag("--model", "LSTM", "kind of layer", model_name, "LSTM|GRU"),
+        Flag("--model", "LSTM", "kind of layer", model_name, choices=("LSTM", "GRU")),
+        Flag("--decoder", "linear", "kind of decoder", choices=("linear",)),
         Flag("--emsize", 400, "width of the embedding, units", positive_int),
         Flag("--nhid", 1150, "units of each hidden layer", positive_int),
         Flag("--nlayers", 3, "number of layers", positive_int),

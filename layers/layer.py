@@ -22,6 +22,9 @@ class Layer(nn.Module):
     drop masks) and computes in plain torch. It uses the weights that `compute` is given: they may
     be masked, or behind a gradient filter.
 
+    A constructor may have further keywords, plain values; main.py's flags of these names fill
+    them in, and a checkpoint keeps them.
+
     Args:
         width: of its input, E.
         units: of its output, H.

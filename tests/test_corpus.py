@@ -14,7 +14,7 @@ import torch
 
 from data import cache as corpus_cache
 from data import corpus as corpus_module
-from data.corpus import Corpus, Vocabulary, batchify, load_corpus
+from data.corpus import Corpus, Vocabulary, batchify, load_corpus, read_ids
 from data.errors import DataError
 from data.files import SPLITS, atomic_write
 
@@ -300,3 +300,26 @@ def test_published_sizes(
     corpus = load_corpus(folder)
     assert len(corpus.vocabulary) == num_words
     assert (len(corpus.train), len(corpus.valid), len(corpus.test)) == lengths
+
+
+# Any text by a vocabulary
+
+
+def test_a_text_of_the_corpus_has_the_same_ids_again(tmp_path: Path) -> None:
+    corpus = load_corpus(write_texts(tmp_path / "corpus"), cache=False)
+    for split in SPLITS:
+        ids = read_ids(tmp_path / "corpus" / f"{split}.txt", corpus.vocabulary)
+        assert torch.equal(ids, getattr(corpus, split))
+        assert ids.dtype == torch.int32
+
+
+def test_words_that_a_vocabulary_lacks(tmp_path: Path) -> None:
+    text = tmp_path / "text.txt"
+    text.write_text("b new a\nother b")
+    ids = read_ids(text, Vocabulary(["a", "<unk>", "<eos>", "b"]))
+    assert ids.tolist() == [3, 1, 0, 2, 1, 3, 2]
+    message = r"text\.txt: the vocabulary lacks the word 'new', and has no <unk>"
+    with pytest.raises(DataError, match=message):
+        read_ids(text, Vocabulary(["a", "b", "<eos>"]))
+    with pytest.raises(DataError, match=r"nowhere\.txt: cannot be read \(No such file"):
+        read_ids(tmp_path / "nowhere.txt", Vocabulary(["<eos>"]))

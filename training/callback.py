@@ -12,6 +12,20 @@ from torch import Tensor
 
 
 @dataclass(frozen=True)
+class UpdateStart:
+    """An update that is about to be made.
+
+    update: its number, from 1.
+    progress: the part of all epochs' text that training has seen before it, in [0, 1).
+    optimizer: whose learning rates may be changed.
+    """
+
+    update: int
+    progress: float
+    optimizer: torch.optim.Optimizer
+
+
+@dataclass(frozen=True)
 class UpdateEnd:
     """An update whose outcome is known.
 
@@ -54,6 +68,9 @@ class Callback:
     """
 
     name = ""
+
+    def update_begins(self, start: UpdateStart) -> None:
+        """Act before an update, for instance on its learning rate."""
 
     def wants_gradients(self, update: int) -> bool:
         """True if update_ended is to be called for this update, with its gradients in place."""

@@ -22,7 +22,7 @@ from engine.run_folder import RunFolder
 from engine.tracking import Progress, Tracker
 from evaluation.plain import evaluate, perplexity
 from model import RNNModel, repackage_hidden
-from training.callback import Callback, EpochEnd, UpdateEnd
+from training.callback import Callback, EpochEnd, UpdateEnd, UpdateStart
 from training.recorded import RecordedUpdater
 from training.requests import Requests
 from training.state import Position, Stopwatch, TrainingOptions, Undo
@@ -152,6 +152,9 @@ class Trainer:
             StopRequested: it was given up, and nothing has changed.
         """
         at = self.at
+        progress = (at.epoch - 1 + at.row / self.num_steps) / self.options.epochs
+        for callback in self.callbacks:
+            callback.update_begins(UpdateStart(at.update + 1, progress, self.optimizer))
         at.advance(window.counted, window.counted * self.options.batch_size)
         looking = [c for c in self.callbacks if c.wants_gradients(at.update)]
         try:
