@@ -55,10 +55,10 @@ def planted(
 ) -> RNNModel:
     """A model whose recurrent weights are multiplied by scale, saved at path."""
     keywords: dict[str, Any] = dict(
-        nlayers=2, dropout=0.2, dropouth=0.1, dropouti=0.1, dropoute=0.1, wdrop=0.3,
-        tie_weights=True,
+        rnn_type="LSTM", ninp=32, nhid=32, nlayers=2, dropout=0.2, dropouth=0.1, dropouti=0.1,
+        dropoute=0.1, wdrop=0.3, tie_weights=True,
     )  # fmt: skip
-    model = RNNModel("LSTM", len(corpus.vocabulary), 12, 16, **{**keywords, **changes})
+    model = RNNModel(ntoken=len(corpus.vocabulary), **{**keywords, **changes})
     with torch.no_grad():
         for name, parameter in model.named_parameters():
             if "weight_hh" in name:
@@ -91,7 +91,7 @@ def test_two_models_with_everything(
     assert list(figures["filters"]["masks"]) == ["1", "5"]
     assert len(figures["filters"]["masks"]["1"][1]) == 4
     assert len(figures["layers"][1]["hidden"]["quantiles"]["0.5"]) == 13
-    assert len(figures["layers"][0]["spectrum"]["forget"]["singular_values"]) == 16
+    assert len(figures["layers"][0]["spectrum"]["forget"]["singular_values"]) == 32
     page = (folder / "summary.md").read_text()
     for sentence in [s for m in diagnosis["models"] for s in m["findings"]]:
         assert sentence in page
@@ -244,9 +244,12 @@ def test_files_that_cannot_be(
     assert f"{corpus_folder}/valid.txt: " in line
     assert "are too few" in line
 
+    planted(tmp_path / "gru.pt", corpus, 1, 0, rnn_type="GRU")
+    assert "gru.pt: its layers are GRU" in only_line(look(tmp_path / "gru.pt", *data), 1)
+
     broken = planted(tmp_path / "broken.pt", corpus, 1, 0)
     with torch.no_grad():
-        broken.decoder.bias[3] = torch.nan
+        broken.get_parameter("decoder.bias")[3] = torch.nan
     write_checkpoint(tmp_path / "broken.pt", model_payload(broken, corpus.vocabulary))
     assert "its weights are not finite" in only_line(look(tmp_path / "broken.pt", *data), 1)
     assert not list(tmp_path.glob("*-diagnosis"))
