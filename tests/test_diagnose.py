@@ -21,6 +21,7 @@ from flags import parse_training
 from layers import LAYERS
 from layers.lstm import LSTM
 from model import RNNModel
+from programs.diagnose import fresh
 
 Run = Callable[..., Result]
 SMALL = shlex.split("--batch-size 4 --lags 12 --positions 3 --windows 2 --bptt 8 --device cpu")
@@ -143,7 +144,7 @@ def test_fresh_weights_are_those_that_training_starts_from(
     args, _ = parse_training(TINY)
     torch.manual_seed(args.seed)
     start = assembly.build_model(args, len(corpus.vocabulary))
-    again = diagnose.fresh(load_model(save)[0], args.seed)
+    again = fresh(load_model(save)[0], args.seed)
     assert start.config() == again.config()
     for one, other in zip(start.parameters(), again.parameters(), strict=True):
         assert torch.equal(one, other)
