@@ -40,6 +40,7 @@ from evaluation.bigram import bigram_loss
 from evaluation.plain import evaluate, perplexity
 from evaluation.sampling import sample_sentences
 from flags import parse_training, resume_flags, settle_scheme
+from kernels.precision import set_products
 from model import count_parameters
 from training.trainer import Trainer
 
@@ -88,6 +89,7 @@ def start(
         return
     check_memory(args, model, corpus)
     precision = resolve_precision(args, device)
+    set_products(precision, device)
     optimizer, loss_scale = build_optimizer(args, model), build_loss_scale(args, precision)
     rows = batchify(corpus.train, args.batch_size)[:, ranks.share(args.batch_size)].to(device)
     generator = torch.Generator(device).manual_seed(args.seed)
