@@ -47,8 +47,8 @@ OWNERS = {
     "scipy": {"engine/ablation/statistics.py"},
     "pooch": {"data/download.py"},
 }
-LONGEST_FILE, LONGEST_FUNCTION = 310, 65  # lines
-LONGER = {"training/trainer.py": 350}
+LONGEST_FILE, LONGEST_FUNCTION = 310, 60  # lines
+LONGER = {"training/trainer.py": 370}
 
 
 def imports(path: Path) -> Iterator[str]:
