@@ -20,13 +20,13 @@ from diagnostics.probe import probe
 from engine.checkpoint import damage_reported
 from engine.device import available_memory
 from engine.errors import RunError, UsageError
-from engine.precision import DTYPES, choose_precision, set_products
 from engine.ranks import Ranks
 from engine.run_folder import RunFolder
 from engine.tracking import Tracker, WandbOptions, warn
 from kernels.choose import Choice, choose_step, install
 from kernels.fused_step import FusedStep
 from kernels.graphs import CudaRecorder, Graphs
+from kernels.precision import DTYPES, choose_precision
 from layers import LAYERS
 from loss_scale import LossScale
 from model import RNNModel, count_parameters
@@ -106,13 +106,11 @@ def build_optimizer(args: argparse.Namespace, model: RNNModel) -> torch.optim.Op
 
 
 def resolve_precision(args: argparse.Namespace, device: torch.device) -> str:
-    """What --precision means on the device; also set for its products, in the whole process."""
+    """What --precision means on the device."""
     try:
-        precision = choose_precision(args.precision, device)
+        return choose_precision(args.precision, device)
     except ValueError as error:
         raise UsageError(f"argument --precision: {error}") from None
-    set_products(precision, device)
-    return precision
 
 
 def build_updater(

@@ -4,7 +4,6 @@ import ctypes
 import os
 import resource
 import sys
-import warnings
 from pathlib import Path
 
 import torch
@@ -38,8 +37,6 @@ def select_device(name: str, local_rank: int | None = None) -> torch.device:
         if (device.index or 0) >= torch.cuda.device_count():
             number = torch.cuda.device_count()
             raise UsageError(f"argument --device: {name!r}: this machine has {number} CUDA devices")
-        # A masked weight is never part of cuDNN's flat buffer: the copy it warns of is intended.
-        warnings.filterwarnings("ignore", message="RNN module weights are not part of single")
     return device
 
 

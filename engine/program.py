@@ -3,6 +3,7 @@
 import importlib
 import os
 import sys
+import warnings
 from collections.abc import MutableMapping, Sequence
 
 from data.errors import DataError
@@ -29,6 +30,8 @@ def run_program(name: str, argv: Sequence[str] | None) -> int:
         The exit code: 0 done, 2 a flag or value that cannot be, 1 anything else.
     """
     share_cores(os.environ)
+    # A masked weight is never part of cuDNN's flat buffer: the copy it warns of is intended.
+    warnings.filterwarnings("ignore", message="RNN module weights are not part of single")
     with lasting_output():
         return _run(name, sys.argv[1:] if argv is None else argv)
 

@@ -110,15 +110,13 @@ def launched_ranks(device: torch.device) -> Iterator[Ranks]:
     """The processes that torchrun has started (RANK, WORLD_SIZE, …), or this one by itself.
 
     Args:
-        device: of this process; NCCL connects GPUs, gloo CPUs.
+        device: of this process, and torch's current one; NCCL connects GPUs, gloo CPUs.
     """
     if local_rank() is None:
         yield Ranks()
         return
     size = int(os.environ["WORLD_SIZE"])
     gpu = device.type == "cuda"
-    if gpu:
-        torch.cuda.set_device(device)
     with _peers_reported():
         store, rank, _ = next(dist.rendezvous("env://", timeout=PATIENCE))  # type: ignore[attr-defined]
         # torchrun keeps its store over a restart, and with it the addresses of the dead.

@@ -73,7 +73,7 @@ def read_model(path: Path, corpus: Corpus, data: str) -> RNNModel:
             f"{data}: its words ({len(corpus.vocabulary):,}) are not those of {path} "
             f"({len(vocabulary):,})"
         )
-    if any(not isinstance(layer, LSTM) for layer in model.layers):
+    if any(type(layer) is not LSTM for layer in model.layers):
         kind = type(model.layers[0]).__name__
         raise RunError(
             f"{path}: its layers are {kind}; diagnose.py knows the gates of an LSTM only"

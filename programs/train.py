@@ -40,6 +40,8 @@ from evaluation.bigram import bigram_loss
 from evaluation.plain import evaluate, perplexity
 from evaluation.sampling import sample_sentences
 from flags import parse_training, resume_flags, settle_scheme
+from kernels.choose import Choice
+from kernels.precision import set_products
 from model import count_parameters
 from training.trainer import Trainer
 
@@ -88,6 +90,7 @@ def start(
         return
     check_memory(args, model, corpus)
     precision = resolve_precision(args, device)
+    set_products(precision, device)
     optimizer, loss_scale = build_optimizer(args, model), build_loss_scale(args, precision)
     rows = batchify(corpus.train, args.batch_size)[:, ranks.share(args.batch_size)].to(device)
     generator = torch.Generator(device).manual_seed(args.seed)
@@ -95,7 +98,6 @@ def start(
         args, model, optimizer, rows, generator, precision, loss_scale, ranks
     )
     with RunFolder(args.save, writes=ranks.leader) as folder, Interrupt() as interrupt:
-        flags = dict(vars(args))
         trainer = Trainer(
             model,
             optimizer,
@@ -106,7 +108,7 @@ def start(
             training_options(args),
             folder,
             interrupt,
-            identity=dict(flags=flags, fingerprint=corpus.fingerprint),
+            identity=dict(flags=dict(vars(args)), fingerprint=corpus.fingerprint),
             callbacks=build_callbacks(args, model, optimizer, loss_scale, ranks),
             ranks=ranks,
         )
@@ -116,25 +118,44 @@ def start(
         if not ranks.leader:
             train_and_test(args, trainer, Silence())
             return
-        source = None if state is None else Path(args.resume).parent
-        if aside := folder.begin(source, trainer.at.best_epoch, trainer.at.best_loss):
-            warn(f"the run that was in {folder.folder} is now in {aside}")
-        commit = git_commit()
-        session: dict[str, Any] = dict(argv=list(argv), from_update=trainer.at.update)
-        session.update(precision=precision, kernel=kernels["layers"].kernel)
-        session.update(kernels={part: str(choice) for part, choice in kernels.items()})
-        session.update(processes=ranks.size, fingerprint=corpus.fingerprint)
-        session.update(versions=versions(), git_commit=commit)
-        tracker = open_tracker(args, folder, dict(flags, git_commit=commit), state)
-        exit_code = 1
-        try:
-            folder.write_config(flags, session, resumed=state is not None)
-            parts = " | ".join(f"{part}: {choice}" for part, choice in kernels.items())
-            print(f"| precision {precision} | {parts}", file=sys.stderr)
-            train_and_test(args, trainer, tracker)
-            exit_code = 0
-        finally:
-            tracker.close(exit_code)
+        lead(args, argv, state, trainer, precision, kernels)
+
+
+def lead(
+    args: argparse.Namespace,
+    argv: Sequence[str],
+    state: dict[str, Any] | None,
+    trainer: Trainer,
+    precision: str,
+    kernels: dict[str, Choice],
+) -> None:
+    """Run what was built, in the process that writes."""
+    folder, flags = trainer.folder, trainer.identity["flags"]
+    source = None if state is None else Path(args.resume).parent
+    if aside := folder.begin(source, trainer.at.best_epoch, trainer.at.best_loss):
+        warn(f"the run that was in {folder.folder} is now in {aside}")
+    commit = git_commit()
+    session = dict(
+        argv=list(argv),
+        from_update=trainer.at.update,
+        precision=precision,
+        kernel=kernels["layers"].kernel,
+        kernels={part: str(choice) for part, choice in kernels.items()},
+        processes=trainer.ranks.size,
+        fingerprint=trainer.corpus.fingerprint,
+        versions=versions(),
+        git_commit=commit,
+    )
+    tracker = open_tracker(args, folder, dict(flags, git_commit=commit), state)
+    exit_code = 1
+    try:
+        folder.write_config(flags, session, resumed=state is not None)
+        parts = " | ".join(f"{part}: {choice}" for part, choice in kernels.items())
+        print(f"| precision {precision} | {parts}", file=sys.stderr)
+        train_and_test(args, trainer, tracker)
+        exit_code = 0
+    finally:
+        tracker.close(exit_code)
 
 
 def train_and_test(args: argparse.Namespace, trainer: Trainer, tracker: Tracker) -> None:
