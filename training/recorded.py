@@ -31,7 +31,7 @@ class RecordedUpdater:
         self.updater = updater
         self.step = updater.step
         self.graphs = graphs
-        self.loss = torch.zeros((), device=updater.rows.device)
+        self.loss = next(updater.model.parameters()).detach().new_zeros(())
         self.hidden: Hidden = []
         self.texts: dict[int, Tensor] = {}  # by number of rows
         self.outcome: Outcome | None = None
