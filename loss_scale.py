@@ -136,9 +136,7 @@ class LogMax:
             m / (1 - b**self.count) for m, (b, _) in zip(self.means, samples, strict=True)
         ]
         sigma = math.sqrt(max(square - slow_mu**2, 0.0))
-        exponent = self.LOG_LIMIT - mu - self.DEVIATIONS * sigma
-        # Bounded before the power, which overflows above 2**1023.
-        exponent = min(max(exponent, math.log2(self.low)), math.log2(self.high))
+        exponent = min(self.LOG_LIMIT - mu - self.DEVIATIONS * sigma, 1023.0)  # a float's largest
         self.value = min(max(2.0**exponent, self.low), self.high)
 
     def state_dict(self) -> dict[str, Any]:
