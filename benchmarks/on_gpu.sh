@@ -1,15 +1,15 @@
 #!/usr/bin/env bash
-# Everything that wants a GPU, in one call of at most ten minutes; the same call again goes on.
+# Runs everything that needs a GPU, for at most ten minutes a call; the next call continues.
 #
 #   benchmarks/on_gpu.sh FOLDER [PTB_FOLDER]
 #
-# FOLDER gets the results, eight files at most, none of them large: report.md (a table, then all
-# Markdown), gpu-tests.log, training-penn.json, training-wikitext-2.json, probe.json, the recipe's
-# metrics.jsonl and summary.json, logs.txt (the ends of the others' logs). PTB_FOLDER has PTB's
-# train.txt, valid.txt and test.txt (data/penn, if not given); without them the recipe is left out.
+# FOLDER gets the results, small files: report.md (a table, then all Markdown), gpu-tests.log,
+# training-penn.json, training-wikitext-2.json, the recipe's metrics.jsonl and summary.json, and
+# logs.txt (the ends of the other logs). PTB_FOLDER has PTB's train.txt, valid.txt and test.txt
+# (data/penn, if not given); without them the recipe is left out.
 # Needs torch and pytest, no network. Variables: PYTHON, the interpreter (python3); BUDGET, the
-# seconds of a call (560); STATE, a folder for what a later call needs, checkpoints of some 300 MB
-# among it (FOLDER/state): where FOLDER is emptied between calls, or fetched, put it elsewhere.
+# seconds of a call (560); STATE, the folder of what a later call needs, with checkpoints of some
+# 300 MB (FOLDER/state; put it elsewhere if FOLDER is emptied or downloaded between calls).
 set -euo pipefail
 
 if [ $# -lt 1 ] || [ $# -gt 2 ]; then
@@ -31,7 +31,7 @@ deadline=$((SECONDS + ${BUDGET:-560}))
 # Without it cuDNN's recurrent layers need not give the same twice.
 export CUBLAS_WORKSPACE_CONFIG=${CUBLAS_WORKSPACE_CONFIG:-:4096:8}
 
-# What is known so far, in lines of Markdown.
+# The results so far, in lines of Markdown.
 table() {
   local name
   for name in gpu-tests penn; do
@@ -43,36 +43,34 @@ table() {
   for name in training-penn training-wikitext-2; do
     if [ -e "$state/$name.md" ]; then echo && { grep '^|' "$state/$name.md" || true; }; fi
   done
-  # of the probe its first table, a line for each part
-  if [ -e "$state/probe.md" ]; then echo && sed -n '/^|/p; /^## /q' "$state/probe.md"; fi
 }
 
-# Put the results into FOLDER. After each step, so that they are there if this is killed.
+# Copy the results into FOLDER; after each step, in case this script is killed.
 gather() {
   local name
   {
     table
-    for name in training-penn training-wikitext-2 probe; do
+    for name in training-penn training-wikitext-2; do
       if [ -e "$state/$name.md" ]; then echo && echo "# $name" && echo && cat "$state/$name.md"; fi
     done
   } >"$out/report.md"
-  for name in gpu-tests.log training-penn.json training-wikitext-2.json probe.json \
-    PTB/metrics.jsonl PTB/summary.json; do
+  for name in gpu-tests.log training-penn.json training-wikitext-2.json PTB/metrics.jsonl \
+    PTB/summary.json; do
     if [ -e "$state/$name" ]; then cp "$state/$name" "$out"; fi
   done
-  for name in training-penn training-wikitext-2 probe penn; do
+  for name in training-penn training-wikitext-2 penn; do
     if [ -e "$state/$name.log" ]; then echo "# $name" && tail -n 200 "$state/$name.log"; fi
   done >"$out/logs.txt"
 }
 
-# step NAME SECONDS COMMAND…: run it unless an earlier call did, for so long at most.
+# step NAME SECONDS COMMAND…: run it for at most so long, unless an earlier call did.
 step() {
   local name=$1 most=$2 left=$((deadline - SECONDS))
   shift 2
   if [ -e "$state/$name.done" ] || [ "$left" -lt 30 ]; then return 0; fi
   local code=0
   timeout $((left < most ? left : most)) "$@" >"$state/$name.log" 2>&1 || code=$?
-  # Tests that failed would fail again; what broke off or ran out of time may not.
+  # Failed tests would fail again; what was cut short or ran out of time may not.
   if [ $code -eq 0 ] || { [ $code -eq 1 ] && tail -n 1 "$state/$name.log" | grep -q ' failed'; }; then
     touch "$state/$name.done"
   fi
@@ -87,11 +85,8 @@ step training-penn 280 "$python" -m benchmarks.training --recipe penn --updates 
   --output "$state/training-penn.md"
 step training-wikitext-2 280 "$python" -m benchmarks.training --recipe wikitext-2 --updates 100 \
   --output "$state/training-wikitext-2.md"
-left=$((deadline - SECONDS - 15))
-step probe 300 "$python" -m benchmarks.probe --output "$state/probe.md" \
-  --budget $((left < 280 ? left : 280))
 
-# The recipe, exactly resumed by each call; SIGTERM makes it write a checkpoint.
+# The recipe, resumed exactly by each call; SIGTERM makes it write a checkpoint.
 left=$((deadline - SECONDS - 20))
 if [ -e "$penn/train.txt" ] && [ "$left" -ge 30 ] && [ ! -e "$state/penn.done" ]; then
   if timeout --signal TERM --kill-after 20 "$left" "$python" main.py @recipes/penn.txt \
