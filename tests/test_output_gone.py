@@ -15,7 +15,7 @@ from typing import Any
 import pytest
 from conftest import ROOT, TINY
 
-from engine.program import lasting_output
+from engine.output import lasting_output
 
 
 def slow(*values: object) -> Any:
@@ -103,7 +103,7 @@ def test_output_is_as_it_was(tmp_path: Path) -> None:
     """Same order, encoding and errors; nothing is lost where the disk takes only part of it."""
     code = (
         "import sys\n"
-        "from engine.program import lasting_output\n"
+        "from engine.output import lasting_output\n"
         "print('before')\n"
         "with lasting_output():\n"
         "    print('within é', sys.stdout.encoding, sys.stdout.errors, sys.stdout.line_buffering)\n"

@@ -22,7 +22,7 @@ from engine.run_folder import RunFolder
 from engine.tracking import Progress, Tracker
 from evaluation.plain import evaluate, perplexity
 from model import RNNModel, repackage_hidden
-from training.callback import Callback, EpochEnd, UpdateEnd, UpdateStart
+from training.callback import Callback, EpochEnd, StepEnd, UpdateEnd, UpdateStart
 from training.recorded import RecordedUpdater
 from training.requests import Requests
 from training.state import Position, Stopwatch, TrainingOptions, Undo
@@ -83,7 +83,7 @@ class Trainer:
         self.num_steps = len(corpus.train) // options.batch_size - 1
         self.hidden = model.init_hidden(self.columns)
         self.at = Position()
-        self.tally = Tally(self.device, self.at, self._settle, self._describe_divergence)
+        self.tally = Tally(self.device, self.at, self._end_step, self._describe_divergence)
         self.undo = Undo(self.at, [scheme, *callbacks], generator)
         self.writer = CheckpointWriter(background=self.device.type == "cuda")
         self.requests = Requests(interrupt, options, ranks)
@@ -283,10 +283,10 @@ class Trainer:
     def _log(self, event: str, **values: Any) -> None:
         self.tracker.log(event, **{"step": self.at.update, **values})
 
-    def _settle(self, update: int, overflow: bool) -> None:
-        self.updater.step.settle(overflow)
+    def _end_step(self, update: int, overflow: bool, largest: float | None) -> None:
+        self.updater.step.note(overflow)
         for callback in self.callbacks:
-            callback.settled(update, overflow, self._log)
+            callback.step_ended(StepEnd(update, overflow, largest, self._log))
 
     def _describe_divergence(self, what: str, update: int) -> str:
         lr = self.optimizer.param_groups[0]["lr"]

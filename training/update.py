@@ -23,12 +23,14 @@ class Outcome:
     hidden: the states that the next window starts from.
     overflow: 1 if its gradients overflowed and the weights are as they were, else 0; None: its
         loss was not scaled.
+    largest: the largest gradient, absolute; None: the loss scale does not use it.
     """
 
     loss: Tensor
     norm: Tensor
     hidden: Hidden
     overflow: Tensor | None = None
+    largest: Tensor | None = None
 
 
 class Updater:
@@ -75,7 +77,8 @@ class Updater:
         Args:
             window: how its text is run.
             hidden: states before the window; their history is cut off.
-            keep_gradients: the parameters' grad is looked at afterwards; here it always can be.
+            keep_gradients: the parameters' grad has to be this update's afterwards. Here it
+                always is; RecordedUpdater replays graphs otherwise.
             check: called now and then before the step; gives the update up by raising an exception.
 
         Returns:
@@ -95,5 +98,5 @@ class Updater:
         loss, hidden = self.gradient(window, text, hidden, noise, scale, check)
         gradients = [p.grad for p in self.model.parameters() if p.grad is not None]
         self.ranks.average([loss, *gradients])
-        norm, overflow = self.step(loss)
-        return Outcome(loss, norm, hidden, overflow)
+        norm, overflow, largest = self.step(loss)
+        return Outcome(loss, norm, hidden, overflow, largest)
