@@ -140,7 +140,7 @@ FLAGS: dict[str, Line] = {
     "clip": Line(0.25, 0.05, STEPPED, GIVEN),
     "grad-filter": Line(None, 0.5, "first norm, fields", "first loss"),
     "batch-size": Line(4, 5, "first loss, updates"),
-    "bptt": Line(8, 12, "first loss, updates"),
+    "bptt": Line(8, 20, "losses, updates"),
     "bptt-scheme": Line("variable", "full", "updates, losses", "parameters"),
     "k1": Line(8, 3, "updates, losses", "rates", {"bptt-scheme": "fixed", "max-updates": 12}),
     "keep-prob": Line(0.1, 0.9, "updates, losses", "", {"bptt-scheme": "randomized"}),
