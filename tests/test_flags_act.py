@@ -149,7 +149,7 @@ FLAGS: dict[str, Line] = {
     "nonmono": Line(0, 20, "averaged, kinds, test", "first loss, second loss", RESTLESS),
     "no-asgd": Line(None, True, "averaged, kinds, test", "first loss, second loss", RESTLESS),
     "nonmono-decay": Line(0, 2.0, "rates", "averaged", {**RESTLESS, "no-asgd": True}),
-    "when": Line(-1, 1, "rates, files, test", "first loss, second loss"),
+    "when": Line(-1, 1, "rates, files, losses", "first loss, second loss"),
     "seed": Line(7, 8, "first loss, weights", "parameters"),
     "precision": Line("fp32", "bf16", "first loss, first norm, weights, err", KEPT),
     "kernel": Line("auto", "plain", "weights, err", KEPT, {"precision": "bf16"}),
