@@ -20,15 +20,15 @@ from diagnostics.probe import probe
 from engine.checkpoint import damage_reported
 from engine.device import available_memory
 from engine.errors import RunError, UsageError
-from engine.precision import DTYPES, choose_precision, set_products
 from engine.ranks import Ranks
 from engine.run_folder import RunFolder
 from engine.tracking import Tracker, WandbOptions, warn
 from kernels.choose import Choice, choose_step, install
 from kernels.fused_step import FusedStep
 from kernels.graphs import CudaRecorder, Graphs
+from kernels.precision import DTYPES, choose_precision
 from layers import LAYERS
-from loss_scale import LossScale
+from loss_scale import AnyLossScale, LogMax, LossScale
 from model import RNNModel, count_parameters
 from noise import Noise
 from nt_asgd import NTASGD
@@ -106,13 +106,11 @@ def build_optimizer(args: argparse.Namespace, model: RNNModel) -> torch.optim.Op
 
 
 def resolve_precision(args: argparse.Namespace, device: torch.device) -> str:
-    """What --precision means on the device; also set for its products, in the whole process."""
+    """What --precision means on the device."""
     try:
-        precision = choose_precision(args.precision, device)
+        return choose_precision(args.precision, device)
     except ValueError as error:
         raise UsageError(f"argument --precision: {error}") from None
-    set_products(precision, device)
-    return precision
 
 
 def build_updater(
@@ -122,17 +120,17 @@ def build_updater(
     rows: Tensor,
     generator: torch.Generator,
     precision: str,
-    loss_scale: LossScale | None,
+    loss_scale: AnyLossScale | None,
     ranks: Ranks,
 ) -> tuple[Updater | RecordedUpdater, dict[str, Choice]]:
     """What makes the updates, by the fastest kernels that fit, and which these are."""
     device, dtype, fast = rows.device, DTYPES[precision], args.kernel != "plain"
     choices = install(model, dtype, device, fast)
-    choices["step"] = choose_step(optimizer, dtype, device, fast)
-    step: Step
-    if choices["step"].kernel == "plain" or not isinstance(optimizer, NTASGD):
-        step = PlainStep(optimizer, args.clip, loss_scale)
-    else:
+    choices["step"] = choose_step(optimizer, dtype, device, fast, loss_scale)
+    step: Step = PlainStep(optimizer, args.clip, loss_scale)
+    if choices["step"].kernel != "plain":
+        assert isinstance(optimizer, NTASGD)
+        assert not isinstance(loss_scale, LogMax)
         step = FusedStep(optimizer, args.clip, loss_scale)
     objective = Objective(model, build_penalties(args))
     make_noise = partial(Noise, generator, ranks.rank, ranks.size)
@@ -164,7 +162,7 @@ def build_callbacks(
     args: argparse.Namespace,
     model: RNNModel,
     optimizer: torch.optim.Optimizer,
-    loss_scale: LossScale | None,
+    loss_scale: AnyLossScale | None,
     ranks: Ranks,
 ) -> list[Callback]:
     """What takes part in training besides the loop."""
@@ -185,16 +183,16 @@ def build_callbacks(
     return callbacks
 
 
-def build_loss_scale(args: argparse.Namespace, precision: str) -> LossScale | None:
+def build_loss_scale(args: argparse.Namespace, precision: str) -> AnyLossScale | None:
     """How the flags scale the loss."""
     scale: Any = args.loss_scale or ("dynamic" if precision == "fp16" else None)
     if scale is None:
         return None
+    low, high = args.loss_scale_bounds
     if scale == "logmax":
-        raise UsageError("argument --loss-scale: logmax is not supported yet")
+        return LogMax(low=low, high=high)
     if scale != "dynamic":
         return LossScale(scale, dynamic=False)
-    low, high = args.loss_scale_bounds
     return LossScale(low=low, high=high, window=args.loss_scale_window)
 
 

@@ -1,168 +1,17 @@
-"""Look at how gradients flow back through time: python diagnose.py PTB.pt --data data/penn"""
+"""Look at how gradients flow back through time: python diagnose.py PTB.pt --data data/penn
 
-import argparse
-import json
-import re
+The program is programs/diagnose.py.
+"""
+
 import sys
-import tempfile
 from collections.abc import Sequence
-from dataclasses import asdict, fields
-from pathlib import Path
-from typing import Any
 
-import torch
-from torch import Tensor
-
-from data.corpus import Corpus, batchify, load_corpus
-from data.download import ensure_corpus
-from data.files import atomic_write
-from diagnostics import plots, summary, words
-from diagnostics.examine import Settings, examine
-from engine.checkpoint import load_model
-from engine.device import select_device
-from engine.errors import RunError
 from engine.program import run_program
-from engine.ranks import local_rank
-from engine.tracking import warn
-from flags import parse_diagnosis
-from layers.lstm import LSTM
-from model import RNNModel, count_parameters
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the program; returns its exit code."""
-    return run_program(diagnose, argv)
-
-
-def diagnose(argv: Sequence[str]) -> None:
-    """What the program does, between its command line and its errors."""
-    args = parse_diagnosis(argv)
-    device = select_device(args.device, local_rank())
-    paths = [Path(path) for path in args.compare or [args.model]]
-    ensure_corpus(args.data)
-    corpus = load_corpus(args.data)
-    models = [read_model(path, corpus, args.data) for path in paths]
-    if args.fresh:
-        models[-1] = fresh(models[-1], args.seed)
-    names = names_of(paths, args.fresh)
-    settings = settings_of(args)
-    rows = read_rows(corpus, args, settings).to(device).long()
-    folder = make_folder(args.output or default_folder(paths, args.fresh))
-    told = dict(asdict(settings), data=args.data, split=args.split, sequences=args.batch_size)
-    told["samples"] = args.batch_size * settings.positions
-    diagnosis: dict[str, Any] = dict(settings=told, models=[])
-    for path, name, model in zip(paths, names, models, strict=True):
-        print(f"| {name} | {count_parameters(model):,} parameters | {device}", file=sys.stderr)
-        try:
-            figures = examine(model.to(device), rows, settings, say)
-        except OverflowError as error:
-            raise RunError(f"{path}: {error}") from None
-        found = words.findings(figures, told)
-        diagnosis["models"].append(
-            dict(name=name, config=model.config(), findings=found, figures=figures)
-        )
-    if len(models) == 2:
-        both = [model["figures"] for model in diagnosis["models"]]
-        diagnosis["comparison"] = words.comparison(names, both, told)
-    write(folder, diagnosis)
-
-
-def read_model(path: Path, corpus: Corpus, data: str) -> RNNModel:
-    """A model whose words are those of the corpus."""
-    model, vocabulary = load_model(path)
-    if vocabulary != corpus.vocabulary:
-        raise RunError(
-            f"{data}: its words ({len(corpus.vocabulary):,}) are not those of {path} "
-            f"({len(vocabulary):,})"
-        )
-    if any(not isinstance(layer, LSTM) for layer in model.layers):
-        kind = type(model.layers[0]).__name__
-        raise RunError(
-            f"{path}: its layers are {kind}; diagnose.py knows the gates of an LSTM only"
-        )
-    if not all(p.isfinite().all() for p in model.parameters()):
-        raise RunError(f"{path}: its weights are not finite")
-    return model
-
-
-def fresh(model: RNNModel, seed: int) -> RNNModel:
-    """The model as main.py initialises it with this seed."""
-    torch.manual_seed(seed)
-    return RNNModel(**model.config())
-
-
-def names_of(paths: list[Path], fresh: bool) -> list[str]:
-    """What the models are called: file names, paths where these are the same."""
-    names = [path.stem for path in paths]
-    if len(set(names)) < len(names) and not fresh:
-        names = [str(path) for path in paths]
-    if fresh:
-        names[-1] += " (fresh)"
-    return names
-
-
-def default_folder(paths: list[Path], fresh: bool) -> Path:
-    """NAME-diagnosis beside the first model."""
-    name = "-".join([path.stem for path in paths] + (["fresh"] if fresh else []))
-    return paths[0].with_name(f"{name}-diagnosis")
-
-
-def make_folder(path: str | Path) -> Path:
-    """A folder that can be written to."""
-    path = Path(path)
-    try:
-        path.mkdir(exist_ok=True)
-        with tempfile.TemporaryFile(dir=path):
-            pass
-    except OSError as error:
-        raise RunError(f"{path}: cannot write there: {error.strerror or error}") from None
-    return path
-
-
-def settings_of(args: argparse.Namespace) -> Settings:
-    """The flags that the diagnosis looks at."""
-    values = {field.name: getattr(args, field.name) for field in fields(Settings)}
-    return Settings(**dict(values, thresholds=tuple(sorted(set(args.thresholds)))))
-
-
-def read_rows(corpus: Corpus, args: argparse.Namespace, settings: Settings) -> Tensor:
-    """The beginnings of as many columns of text as --batch-size says."""
-    ids: Tensor = getattr(corpus, args.split)
-    needed = settings.rows * args.batch_size
-    if len(ids) < needed:
-        raise RunError(
-            f"{Path(args.data) / args.split}.txt: {len(ids)} tokens are too few, {needed} are "
-            "needed; fewer of --batch-size, --lags, --positions, --windows or --bptt need less"
-        )
-    return batchify(ids, args.batch_size)[: settings.rows]
-
-
-def say(what: str) -> None:
-    """Progress goes to stderr."""
-    print(f"|   {what}", file=sys.stderr, flush=True)
-
-
-def write(folder: Path, diagnosis: dict[str, Any]) -> None:
-    """Write figures, page and pictures, and print what was found."""
-    text = json.dumps(diagnosis, indent=1, allow_nan=False)
-    # Lists of numbers on one line each.
-    text = re.sub(r"\[[^][{}\"]*\]", lambda found: " ".join(found[0].split()), text)
-    try:
-        pictures = plots.draw(diagnosis)
-    except ImportError as error:
-        warn(f"plots are left out: {error}")
-        pictures = {}
-    page = summary.markdown(diagnosis, {name: caption for name, (caption, _) in pictures.items()})
-    files = {"diagnosis.json": f"{text}\n".encode(), "summary.md": page.encode()}
-    files.update({name: content for name, (_, content) in pictures.items()})
-    for name, content in files.items():
-        with atomic_write(folder / name) as file:
-            file.write(content)
-    for model in diagnosis["models"]:
-        print(f"{model['name']}:", *model["findings"], sep="\n- ")
-    if "comparison" in diagnosis:
-        print("Side by side:", *diagnosis["comparison"], sep="\n- ")
-    print(f"| {folder}: {', '.join(files)}")
+    return run_program("programs.diagnose", argv)
 
 
 if __name__ == "__main__":

@@ -1,13 +1,16 @@
-"""Loss scaling: keeps float16 gradients between underflow and overflow."""
+"""Loss scaling: keeps float16 gradients between underflow and overflow.
 
+A loss scale is a factor on the loss that is taken out of the gradients again before they are used
+(Micikevicius et al. 2018, arXiv:1710.03740, section 3.2). An update whose gradients overflow is
+skipped. `LossScale` and `LogMax` differ in how the factor follows the updates.
+"""
+
+import math
 from typing import Any
 
 
 class LossScale:
-    """A factor on the loss, taken out of the gradients again before they are used.
-
-    Micikevicius et al. 2018 (arXiv:1710.03740), section 3.2. The dynamic one is halved by each
-    update whose gradients overflow, which is skipped, and doubled by window updates without one.
+    """Halved by each update that overflows, doubled by window updates without overflow; or fixed.
 
     Args:
         value: the factor, > 0; a dynamic one starts there.
@@ -19,6 +22,8 @@ class LossScale:
     Raises:
         ValueError: a value outside these ranges, or low > high.
     """
+
+    uses_largest = False  # note wants the largest gradient
 
     def __init__(
         self,
@@ -40,8 +45,8 @@ class LossScale:
         # Of each update that overflowed or changed it: its number, the factor since, overflowed.
         self.history: list[tuple[int, float, bool]] = []
 
-    def note(self, update: int, overflowed: bool) -> bool:
-        """Count an update, and adapt to it; returns whether it overflowed or changed the scale."""
+    def note(self, update: int, overflowed: bool, largest: float | None = None) -> bool:
+        """Count an update, and adapt to it; returns whether it goes into the history."""
         before = self.value
         if overflowed:
             self.clean = 0
@@ -65,3 +70,86 @@ class LossScale:
         self.value = state["value"]
         self.clean = state["clean"]
         self.history = list(state["history"])
+
+
+class LogMax:
+    """So large that a gradient reaches 2**16 in one update of 1,000, if they are log-normal.
+
+    LogMax of OpenSeq2Seq (Kuchaiev et al. 2018, arXiv:1805.10387), whose constants these are. With
+    x = log2 of an update's largest gradient, E_b the running mean that forgets by b per update,
+    corrected for its start from 0 as in Adam,
+
+        mu = E_0.99[x],  sigma = sqrt(E_0.999[x**2] - E_0.999[x]**2),
+        factor = 2**(16 - mu - 3.09 sigma),  within [low, high].
+
+    An update that overflows counts as x = 16. (OpenSeq2Seq's code then has x = 2**16, which keeps
+    the factor at its least for thousands of updates.) An update without any gradient is left out.
+
+    Args:
+        low: least factor, > 0, where it starts.
+        high: greatest one.
+
+    Raises:
+        ValueError: low > high, or not above 0.
+    """
+
+    uses_largest = True
+
+    LOG_LIMIT = 16.0
+    FAST, SLOW = 0.99, 0.999
+    DEVIATIONS = 3.09
+
+    def __init__(self, *, low: float = 1.0, high: float = 2.0**24) -> None:
+        if not 0 < low <= high:
+            raise ValueError(f"no loss scale: within [{low}, {high}]")
+        self.low = low
+        self.high = high
+        self.value = low
+        self.count = 0
+        # Running means, not yet corrected: of x, forgetting fast and slowly, and of x**2, slowly.
+        self.means = [0.0, 0.0, 0.0]
+        # Of each update that overflowed: its number, the factor since, True.
+        self.history: list[tuple[int, float, bool]] = []
+
+    def note(self, update: int, overflowed: bool, largest: float | None = None) -> bool:
+        """Adapt to an update; returns whether it goes into the history.
+
+        Args:
+            update: its number.
+            overflowed: its gradients did, and it was skipped.
+            largest: absolute value among its gradients, the factor taken out, before clipping.
+        """
+        if overflowed:
+            self._adapt(self.LOG_LIMIT)
+            self.history.append((update, self.value, True))
+        elif largest is None:
+            raise ValueError("LogMax needs each update's largest gradient")
+        elif largest > 0:
+            self._adapt(math.log2(largest))
+        return overflowed
+
+    def _adapt(self, x: float) -> None:
+        self.count += 1
+        samples = [(self.FAST, x), (self.SLOW, x), (self.SLOW, x * x)]
+        self.means = [b * m + (1 - b) * s for m, (b, s) in zip(self.means, samples, strict=True)]
+        mu, slow_mu, square = [
+            m / (1 - b**self.count) for m, (b, _) in zip(self.means, samples, strict=True)
+        ]
+        sigma = math.sqrt(max(square - slow_mu**2, 0.0))
+        exponent = min(self.LOG_LIMIT - mu - self.DEVIATIONS * sigma, 1023.0)  # a float's largest
+        self.value = min(max(2.0**exponent, self.low), self.high)
+
+    def state_dict(self) -> dict[str, Any]:
+        """What a resumed run goes on from."""
+        means, history = list(self.means), list(self.history)
+        return dict(value=self.value, count=self.count, means=means, history=history)
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Continue from what state_dict returned."""
+        self.value = state["value"]
+        self.count = state["count"]
+        self.means = list(state["means"])
+        self.history = list(state["history"])
+
+
+AnyLossScale = LossScale | LogMax

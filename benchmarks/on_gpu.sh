@@ -1,15 +1,12 @@
 #!/usr/bin/env bash
-# Everything that wants a GPU, in one call of at most ten minutes; the same call again goes on.
+# What needs a GPU: its tests, the benchmarks, and the PTB recipe for as long as there is time.
 #
 #   benchmarks/on_gpu.sh FOLDER [PTB_FOLDER]
 #
-# FOLDER gets the results, eight files at most, none of them large: report.md (a table, then all
-# Markdown), gpu-tests.log, training-penn.json, training-wikitext-2.json, probe.json, the recipe's
-# metrics.jsonl and summary.json, logs.txt (the ends of the others' logs). PTB_FOLDER has PTB's
-# train.txt, valid.txt and test.txt (data/penn, if not given); without them the recipe is left out.
-# Needs torch and pytest, no network. Variables: PYTHON, the interpreter (python3); BUDGET, the
-# seconds of a call (560); STATE, a folder for what a later call needs, checkpoints of some 300 MB
-# among it (FOLDER/state): where FOLDER is emptied between calls, or fetched, put it elsewhere.
+# FOLDER gets a log for each step, the tables of the benchmarks, and the run (PTB.pt and PTB/).
+# PTB_FOLDER has PTB's train.txt, valid.txt and test.txt (data/penn, if not given). A call takes
+# ten minutes at most; the next one continues: steps with a log are done, the recipe resumes.
+# Variables: PYTHON, the interpreter (python3); BUDGET, the seconds of a call (560).
 set -euo pipefail
 
 if [ $# -lt 1 ] || [ $# -gt 2 ]; then
@@ -18,88 +15,36 @@ if [ $# -lt 1 ] || [ $# -gt 2 ]; then
 fi
 python=${PYTHON:-python3}
 if ! "$python" -c 'import sys, torch; sys.exit(not torch.cuda.is_available())'; then
-  echo "error: $python sees no GPU on this machine; everything here wants one" >&2
+  echo "error: $python sees no GPU on this machine" >&2
   exit 2
 fi
-state=${STATE:-$1/state}
-mkdir -p "$1" "$state"
-out=$(cd "$1" && pwd)
-state=$(cd "$state" && pwd)
-if [ $# -eq 2 ]; then penn=$(cd "$2" && pwd); else penn=data/penn; fi
+mkdir -p "$1"
+out=$(realpath "$1")
+penn=data/penn
+if [ $# -eq 2 ]; then penn=$(realpath "$2"); fi
 cd "$(dirname "$0")/.."
 deadline=$((SECONDS + ${BUDGET:-560}))
-# Without it cuDNN's recurrent layers need not give the same twice.
+# cuDNN's recurrent layers are deterministic only with it.
 export CUBLAS_WORKSPACE_CONFIG=${CUBLAS_WORKSPACE_CONFIG:-:4096:8}
 
-# What is known so far, in lines of Markdown.
-table() {
-  local name
-  for name in gpu-tests penn; do
-    if [ -e "$state/$name.log" ]; then echo "| $name | $(tail -n 1 "$state/$name.log") |"; fi
-  done
-  if [ -e "$state/PTB/metrics.jsonl" ]; then
-    { grep '"valid"' "$state/PTB/metrics.jsonl" || true; } | tail -n 1
-  fi
-  for name in training-penn training-wikitext-2; do
-    if [ -e "$state/$name.md" ]; then echo && { grep '^|' "$state/$name.md" || true; }; fi
-  done
-  # of the probe its first table, a line for each part
-  if [ -e "$state/probe.md" ]; then echo && sed -n '/^|/p; /^## /q' "$state/probe.md"; fi
-}
-
-# Put the results into FOLDER. After each step, so that they are there if this is killed.
-gather() {
-  local name
-  {
-    table
-    for name in training-penn training-wikitext-2 probe; do
-      if [ -e "$state/$name.md" ]; then echo && echo "# $name" && echo && cat "$state/$name.md"; fi
-    done
-  } >"$out/report.md"
-  for name in gpu-tests.log training-penn.json training-wikitext-2.json probe.json \
-    PTB/metrics.jsonl PTB/summary.json; do
-    if [ -e "$state/$name" ]; then cp "$state/$name" "$out"; fi
-  done
-  for name in training-penn training-wikitext-2 probe penn; do
-    if [ -e "$state/$name.log" ]; then echo "# $name" && tail -n 200 "$state/$name.log"; fi
-  done >"$out/logs.txt"
-}
-
-# step NAME SECONDS COMMAND…: run it unless an earlier call did, for so long at most.
+# step NAME SECONDS COMMAND…: run a command once; the next call repeats it if it ran out of time.
 step() {
-  local name=$1 most=$2 left=$((deadline - SECONDS))
-  shift 2
-  if [ -e "$state/$name.done" ] || [ "$left" -lt 30 ]; then return 0; fi
-  local code=0
-  timeout $((left < most ? left : most)) "$@" >"$state/$name.log" 2>&1 || code=$?
-  # Tests that failed would fail again; what broke off or ran out of time may not.
-  if [ $code -eq 0 ] || { [ $code -eq 1 ] && tail -n 1 "$state/$name.log" | grep -q ' failed'; }; then
-    touch "$state/$name.done"
-  fi
-  if [ $code -ne 0 ]; then
-    echo "| $name | failed or out of time: $(tail -n 1 "$state/$name.log") |"
-  fi
-  gather
+  local name=$1 limit=$2 left=$((deadline - SECONDS)) code=0
+  if [ -e "$out/$name.log" ] || [ "$left" -lt 30 ]; then return 0; fi
+  timeout $((left < limit ? left : limit)) "${@:3}" >"$out/$name.part" 2>&1 || code=$?
+  echo "$name: exit code $code: $(tail -n 1 "$out/$name.part")"
+  if [ $code -ne 124 ]; then mv "$out/$name.part" "$out/$name.log"; fi
 }
 
 step gpu-tests 300 "$python" -m pytest -m gpu
 step training-penn 280 "$python" -m benchmarks.training --recipe penn --updates 200 \
-  --output "$state/training-penn.md"
+  --output "$out/training-penn.md"
 step training-wikitext-2 280 "$python" -m benchmarks.training --recipe wikitext-2 --updates 100 \
-  --output "$state/training-wikitext-2.md"
-left=$((deadline - SECONDS - 15))
-step probe 300 "$python" -m benchmarks.probe --output "$state/probe.md" \
-  --budget $((left < 280 ? left : 280))
+  --output "$out/training-wikitext-2.md"
 
-# The recipe, exactly resumed by each call; SIGTERM makes it write a checkpoint.
 left=$((deadline - SECONDS - 20))
-if [ -e "$penn/train.txt" ] && [ "$left" -ge 30 ] && [ ! -e "$state/penn.done" ]; then
-  if timeout --signal TERM --kill-after 20 "$left" "$python" main.py @recipes/penn.txt \
-    --data "$penn" --save "$state/PTB.pt" --resume auto --precision bf16 \
-    --checkpoint-minutes 2 >>"$state/penn.log" 2>&1; then
-    touch "$state/penn.done"
-  fi
+if [ "$left" -ge 30 ]; then # SIGTERM makes it write a checkpoint
+  timeout --kill-after 20 "$left" "$python" main.py @recipes/penn.txt --data "$penn" \
+    --save "$out/PTB.pt" --resume auto --precision bf16 --checkpoint-minutes 2 \
+    2>>"$out/penn.log" || tail -n 1 "$out/penn.log"
 fi
-
-gather
-table

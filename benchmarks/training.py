@@ -30,9 +30,9 @@ from data.corpus import Corpus, Vocabulary
 from data.files import atomic_write
 from engine.device import keep_freed_memory, peak_memory, select_device
 from engine.interrupt import Interrupt
-from engine.precision import DTYPES, allow_products, choose_kernel, choose_precision
 from engine.run_folder import RunFolder
 from engine.tracking import Tracker, WandbOptions
+from kernels.precision import DTYPES, allow_products, choose_kernel, choose_precision
 from model import RNNModel
 from nt_asgd import NTASGD
 

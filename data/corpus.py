@@ -119,24 +119,21 @@ def load_corpus(folder: str | os.PathLike[str], cache: bool = True) -> Corpus:
     """
     folder = Path(folder)
     _check_present(folder)
-    if not cache:
-        return _in_memory(*_encode_folder(folder))
-    cached = corpus_cache.read(folder, _fingerprint_of_files(folder))
-    if cached is not None:
+    if cache and (cached := corpus_cache.read(folder, _fingerprint_of_files(folder))):
         return _from_cache(*cached)
     vocabulary, ids, fingerprint = _encode_folder(folder)
-    try:
-        corpus_cache.write(folder, fingerprint, vocabulary.to_text(), ids)
-    except OSError as error:
-        reason = error.strerror or type(error).__name__
-        warnings.warn(
-            f"{folder}: the corpus cache cannot be written ({reason}); ids are kept in memory",
-            stacklevel=2,
-        )
-        return _in_memory(vocabulary, ids, fingerprint)
-    cached = corpus_cache.read(folder, fingerprint)
-    # Another process may have replaced texts and cache between the two calls above.
-    return _from_cache(*cached) if cached else _in_memory(vocabulary, ids, fingerprint)
+    if cache:
+        try:
+            corpus_cache.write(folder, fingerprint, vocabulary.to_text(), ids)
+        except OSError as error:
+            reason = error.strerror or type(error).__name__
+            warnings.warn(
+                f"{folder}: the corpus cache cannot be written ({reason}); ids are kept in memory",
+                stacklevel=2,
+            )
+        if cached := corpus_cache.read(folder, fingerprint):
+            return _from_cache(*cached)
+    return _in_memory(vocabulary, ids, fingerprint)
 
 
 def read_ids(path: str | os.PathLike[str], vocabulary: Vocabulary) -> Tensor:
@@ -235,7 +232,7 @@ def _encode_text(
             text = decoder.decode(block, final=not block)
         except UnicodeDecodeError as error:
             offset = num_bytes - len(error.object) + error.start
-            line = _line_at(path, offset)
+            line = len((path.read_bytes()[:offset] + b"?").splitlines())
             raise DataError(f"{path}: not UTF-8 text (byte {offset}, line {line})") from None
         last = text[-1:] or last
         if not block:
@@ -260,17 +257,6 @@ def _blocks(path: Path, block_bytes: int = BLOCK_BYTES) -> Iterator[bytes]:
         raise DataError(f"{path}: cannot be read ({error.strerror})") from error
 
 
-def _line_at(path: Path, offset: int) -> int:
-    """The number of the line, from 1, that holds a byte."""
-    decoder = io.IncrementalNewlineDecoder(None, translate=True)
-    newlines = 0
-    for block in _blocks(path):
-        text = block[:offset].decode("latin-1")  # one character a byte, line ends unchanged
-        offset -= len(text)
-        newlines += decoder.decode(text, final=not block).count("\n")
-    return newlines + 1
-
-
 def _fingerprint_of_files(folder: Path) -> str:
     digests = []
     for split in SPLITS:
@@ -286,7 +272,7 @@ def _fingerprint(digests: Iterable[bytes]) -> str:
 
 
 def _check_present(folder: Path) -> None:
-    """Find what can be found without reading, since reading a large text takes a while."""
+    """Raise for a missing or empty text before any of them is read, which may take a while."""
     expected = "a corpus is a folder with train.txt, valid.txt and test.txt"
     if folder.exists() and not folder.is_dir():
         raise DataError(f"{folder}: not a folder; {expected}")

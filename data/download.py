@@ -35,9 +35,9 @@ _BROKEN_ARCHIVE = (
 def ensure_corpus(folder: str | os.PathLike[str], timeout: float = TIMEOUT_SECONDS) -> None:
     """Fetch or build a known corpus that is not there yet.
 
-    Does nothing if the folder holds train.txt, valid.txt and test.txt, or if its path does not
-    end in ``data/NAME`` with the name of a known corpus (or ``demo``, which is built on the
-    spot). Of several processes that start together one does the work and the others wait.
+    No-op if the folder has train.txt, valid.txt and test.txt, or if its path does not end in
+    ``data/NAME`` with the name of a known corpus (or ``demo``, which is built from Python's own
+    documentation). Of several processes one does the work while the others wait.
 
     Args:
         folder: the folder that is to hold the three texts.
@@ -80,7 +80,7 @@ class _MirrorError(Exception):
 
 
 def _fill_folder(folder: Path, make_texts: Callable[[Path], None]) -> None:
-    """Make the three texts in a folder aside, then put those in place that are missing."""
+    """Make the three texts in a temporary folder, then put the missing ones in place."""
     try:
         with _only_process(folder), _workplace(folder) as work:
             if not _is_complete(folder):
@@ -202,7 +202,7 @@ def _download(url: str, path: Path, md5: str, timeout: float) -> None:
 
 
 def _cause(error: Exception, timeout: float) -> str:
-    """In a few words, what the long message of the HTTP library says."""
+    """The HTTP library's long message in a few words."""
     text = str(error)
     response = getattr(error, "response", None)
     if response is not None:

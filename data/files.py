@@ -1,6 +1,7 @@
 """Files that are either complete or absent, whatever happens while they are written."""
 
 import os
+import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
@@ -11,7 +12,9 @@ SPLITS = ("train", "valid", "test")  # a corpus is a folder with SPLIT.txt for e
 
 
 @contextmanager
-def atomic_write(path: str | os.PathLike[str], mode: str = "wb") -> Iterator[IO[Any]]:
+def atomic_write(
+    path: str | os.PathLike[str], mode: str = "wb", keep: Path | None = None
+) -> Iterator[IO[Any]]:
     """Open a file for writing that appears under its name only once it is complete.
 
     The bytes go to a temporary file in the same folder, which is flushed to the disk and renamed
@@ -21,6 +24,8 @@ def atomic_write(path: str | os.PathLike[str], mode: str = "wb") -> Iterator[IO[
     Args:
         path: the file to create or replace; its folder must exist.
         mode: "wb" for bytes, "w" for text (UTF-8, newlines written as they are).
+        keep: the name under which what ``path`` held before is kept, replacing what was there;
+            None: it is not kept.
 
     Yields:
         The open temporary file.
@@ -32,20 +37,40 @@ def atomic_write(path: str | os.PathLike[str], mode: str = "wb") -> Iterator[IO[
     if mode not in ("wb", "w"):
         raise ValueError(f"mode must be 'wb' or 'w', got {mode!r}")
     path = Path(path)
-    # The random part keeps apart two threads, and two machines that share a file system.
-    temporary = path.with_name(f".{path.name}.{os.getpid()}-{token_hex(4)}.tmp")
+    temporary = _temporary(path)
     text = {} if mode == "wb" else {"encoding": "utf-8", "newline": ""}
     try:
         with temporary.open(mode, **text) as file:  # type: ignore[call-overload]
             yield file
             file.flush()
             os.fsync(file.fileno())
+        if keep is not None and path.exists():
+            _keep(path, keep)
         temporary.replace(path)
     except BaseException:
         with suppress(OSError):
             temporary.unlink()
         raise
     sync_directory(path.parent)
+
+
+def _temporary(path: Path) -> Path:
+    # The random part keeps apart two threads, and two machines that share a file system.
+    return path.with_name(f".{path.name}.{os.getpid()}-{token_hex(4)}.tmp")
+
+
+def _keep(path: Path, name: Path) -> None:
+    """Give a file a second name."""
+    temporary = _temporary(name)
+    try:
+        try:
+            os.link(path, temporary)
+        except OSError:  # a file system without links
+            shutil.copyfile(path, temporary)
+        temporary.replace(name)
+    finally:
+        temporary.unlink(missing_ok=True)  # rename leaves it where both were the same file
+    sync_directory(name.parent)
 
 
 def sync_directory(folder: str | os.PathLike[str]) -> None:

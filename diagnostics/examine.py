@@ -22,7 +22,7 @@ SPACING = 5  # steps between the positions that gradients start from
 
 @dataclass(frozen=True, kw_only=True)
 class Settings:
-    """What to look at; the flags of diagnose.py of these names say what each means."""
+    """Settings of a diagnosis; the flags of diagnose.py of these names explain each."""
 
     lags: int = 100
     positions: int = 8
@@ -49,7 +49,7 @@ class Settings:
 def examine(
     model: RNNModel, rows: Tensor, settings: Settings, say: Callable[[str], None] = lambda _: None
 ) -> dict[str, Any]:
-    """Look at a model on a text, in float64 and without touching the model or its random stream.
+    """Diagnose a model on a text, in float64, leaving the model and the random state alone.
 
     Norms by lag, their predictions and the statistics of gates come from the model as it is
     evaluated, and norms by lag also under one draw of training's masks; gradients of whole
@@ -59,7 +59,7 @@ def examine(
         model: on the device to compute on.
         rows: word ids, (settings.rows, B).
         settings: see Settings.
-        say: told what is under way.
+        say: called with each step's name, to show progress.
 
     Returns:
         Plain values: layers (a list), gradient, filters.

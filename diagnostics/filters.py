@@ -32,7 +32,7 @@ def filter_masks(input_gradients: list[Tensor], threshold: float) -> list[Tensor
 
 
 def sequence_norms(input_gradients: list[Tensor]) -> list[Tensor]:
-    """What the filters look at: root mean square of each sequence's gradient, (B,) a layer."""
+    """Root mean square of each sequence's gradient, which filters compare; (B,) a layer."""
     return [g.square().mean(dim=(0, 2)).sqrt() for g in input_gradients]
 
 

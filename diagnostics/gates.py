@@ -1,4 +1,4 @@
-"""What the gates and states of a layer look like, and how much of them is saturated."""
+"""Statistics of the gates and states of a layer, and how much of them is saturated."""
 
 from typing import Any
 

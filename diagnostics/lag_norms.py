@@ -1,4 +1,4 @@
-"""How large the gradient of one step's loss still is, so and so many steps before."""
+"""Norms of the gradient of one step's loss by the states up to L steps earlier."""
 
 import math
 from typing import Any, NamedTuple
@@ -35,7 +35,7 @@ class LagNorms(NamedTuple):
 def lag_norms(
     model: RNNModel, unrolled: Unrolled, targets: Tensor, lags: int, positions: int
 ) -> LagNorms:
-    """Send the loss of single steps back, and measure it at every state on its way.
+    """Back-propagate the losses of single steps; measure the gradient at every state.
 
     L_t is the cross-entropy of step t alone, in nats. The derivatives are total: by c_(t-lag)
     along every path, by h_(t-lag) along every path that reads h (the next step's gates and the

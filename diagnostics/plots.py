@@ -45,19 +45,11 @@ def _grid(rows: int, columns: int, size: tuple[float, float] = (4.2, 3.2), **sha
 
 
 def _png(figure: Any) -> bytes:
-    """The figure in 256 colours, which takes a third of the bytes."""
-    from PIL import Image  # matplotlib needs it, too
-
     for axes in figure.axes:
         axes.set_visible(axes.has_data())  # a model may have fewer layers than the other
-    whole, small = io.BytesIO(), io.BytesIO()
-    figure.savefig(whole, format="png")
-    with Image.open(whole) as image:
-        few = image.convert("RGB").quantize(
-            256, Image.Quantize.MAXCOVERAGE, dither=Image.Dither.NONE
-        )
-        few.save(small, "PNG", optimize=True)
-    return small.getvalue()
+    file = io.BytesIO()
+    figure.savefig(file, format="png")
+    return file.getvalue()
 
 
 def _most_layers(models: list[dict[str, Any]]) -> int:

@@ -1,4 +1,4 @@
-"""The cheap part of the diagnosis, for training to log as it goes."""
+"""The cheap part of the diagnosis, logged during training (--diagnostics)."""
 
 import math
 
@@ -13,9 +13,9 @@ from model import RNNModel
 
 @torch.no_grad()
 def probe(model: RNNModel, grad_norm: Tensor) -> dict[str, float]:
-    """Where the last update's gradient was, and how large the recurrent matrices are now.
+    """Gradient norms by part of the model, and spectral norms of each W_hh.
 
-    Draws nothing at random and changes nothing. Reads its figures from the device.
+    Draws nothing at random and changes nothing. Synchronises with the device.
 
     Args:
         model: its parameters hold the gradients of the update, clipped or not.

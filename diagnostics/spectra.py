@@ -1,4 +1,4 @@
-"""The recurrent matrices: their spectra, and what their powers alone would predict."""
+"""The recurrent matrices: their spectra, and the gradients that their powers predict."""
 
 from typing import Any
 
@@ -51,7 +51,7 @@ def spectral_norms(matrices: Tensor, iterations: int = 30) -> Tensor:
 
 
 def power_prediction(matrices: Tensor, arriving: Tensor, lags: int) -> Tensor:
-    """What a linear recurrence h_t = W h_(t-1) would make of a gradient.
+    """Size of a gradient after lag steps back through a linear recurrence h_t = W h_(t-1).
 
     |(W^T)^lag d| / |d|, the median over samples. This is the analysis of Pascanu et al. 2013
     (arXiv:1211.5063) with the nonlinearity taken for the identity; an LSTM has four such

@@ -6,8 +6,6 @@ from diagnostics.lag_norms import EXPLOSION, NEAR
 from diagnostics.unrolled import GATES
 
 VANISHED_WITHIN = 10  # steps: a gradient that is down to a hundredth so soon vanishes
-MANY = 0.3  # a share of saturated values worth a sentence
-SOME = 0.05  # a share of samples worth a sentence
 DOMINANT = 0.5  # a share of the squared norm that settles what clipping does
 STATES = {"hidden": "h", "cells": "c"}
 
@@ -38,49 +36,33 @@ def findings(figures: dict[str, Any], settings: dict[str, Any]) -> list[str]:
         figures: what examine returned.
         settings: its settings, as a dict.
     """
-    found = [headline(figures["layers"])]
-    found += [_flow(n, layer, settings) for n, layer in enumerate(figures["layers"])]
-    found += [_linear(n, layer) for n, layer in enumerate(figures["layers"])]
-    found += [_saturation(n, layer) for n, layer in enumerate(figures["layers"])]
-    found += [_norm(figures["gradient"], settings), *_filter(figures["filters"])]
-    return found
+    layers = list(enumerate(figures["layers"]))
+    return [
+        headline(figures["layers"]),
+        *(_flow(n, layer, settings) for n, layer in layers),
+        *(_linear(n, layer) for n, layer in layers),
+        *(_saturation(n, layer) for n, layer in layers),
+        _norm(figures["gradient"], settings),
+        *_filter(figures["filters"]),
+    ]
 
 
 def headline(layers: list[dict[str, Any]]) -> str:
-    """Whether anything explodes or vanishes, and where: medians first, then tails."""
+    """Where the median gradient explodes, vanishes, fades and lasts."""
     where: dict[str, list[str]] = {}
     for n, layer in enumerate(layers):
         for state, letter in STATES.items():
-            kind = verdict(layer[state])
-            where.setdefault(kind, []).append(f"{letter} of layer {n}")
-            if kind != "explodes" and layer[state]["exploding"] >= SOME:
-                where.setdefault("tail", []).append(f"{letter} of layer {n}")
-    number = 2 * len(layers)
-    text: list[str] = []
-    for kind, verb in (("explodes", "explode"), ("vanishes", "vanish")):
-        places = where.get(kind, [])
-        if places:
-            which = "h and c of every layer" if len(places) == number else _list(places)
-            text.append(f"Gradients {verb}: {which}.")
-    if not text:
-        text = ["Gradients neither explode nor vanish at once."]
-    if tail := where.get("tail"):
-        text.append(f"In some samples they explode: {_list(tail)}.")
-    if fading := where.get("fades"):
-        reaches = [
-            layer[state]["reach"]["0.01"]
-            for layer in layers
-            for state in STATES
-            if verdict(layer[state]) == "fades"
-        ]
-        which = "in every layer" if len(fading) == number else f"in {_list(fading)}"
-        text.append(f"They fade, to 1 % within {min(reaches)} to {max(reaches)} steps, {which}.")
-    lasting = where.get("lasts", [])
-    if len(lasting) == number:
-        text.append("They last in every layer.")
-    elif lasting:
-        text.append(f"They last longest in {_list(lasting)}.")
-    return " ".join(text)
+            where.setdefault(verdict(layer[state]), []).append(f"{letter} of layer {n}")
+
+    def places(kind: str, verb: str) -> list[str]:
+        found = where.get(kind, [])
+        if len(found) == 2 * len(layers):
+            return [f"{verb}: h and c of every layer."]
+        return [f"{verb}: {_list(found)}."] if found else []
+
+    sudden = places("explodes", "Gradients explode") + places("vanishes", "Gradients vanish")
+    slow = places("fades", "They fade") + places("lasts", "They last")
+    return " ".join((sudden or ["Gradients neither explode nor vanish at once."]) + slow)
 
 
 def _flow(n: int, layer: dict[str, Any], settings: dict[str, Any]) -> str:
@@ -115,14 +97,11 @@ def _linear(n: int, layer: dict[str, Any]) -> str:
     radii = {gate: layer["spectrum"][gate]["radius"] for gate in GATES}
     low, high = min(radii, key=radii.__getitem__), max(radii, key=radii.__getitem__)
     measured = layer["hidden"]["far"]
+    against = "within their range"
     if measured < radii[low]:
         against = "less than any of them: the gates take away what the matrices alone would keep"
     elif measured > radii[high]:
         against = "more than any of them: the cells carry what the matrices alone would lose"
-    else:
-        against = "within their range, which is too wide to be a forecast"
-    if radii[high] - radii[low] < 0.1 and against.startswith("within"):
-        against = "as they say"
     return (
         f"Layer {n}, linear analysis: powers of W_hh alone would multiply the gradient by "
         f"{radii[low]:.2f} ({low} gate) to {radii[high]:.2f} ({high} gate) a step; "
@@ -132,15 +111,10 @@ def _linear(n: int, layer: dict[str, Any]) -> str:
 
 def _saturation(n: int, layer: dict[str, Any]) -> str:
     gates = layer["gates"]
-    shares = {gate: gates[gate]["saturated"] for gate in GATES}
-    most = max(shares, key=shares.__getitem__)
-    many = [f"{gate} {percent(share)}" for gate, share in shares.items() if share >= MANY]
-    text = f"none much (most: {most}, {percent(shares[most])})" if shares[most] else "none"
-    if many:
-        text = f"{_list(many)} of the values"
+    shares = [f"{gate} {percent(gates[gate]['saturated'])}" for gate in GATES]
     return (
-        f"Layer {n}, saturated gates: {text}. The forget gate alone would leave "
-        f"{percent(gates['forget']['kept_per_step'])} of a cell's gradient per step."
+        f"Layer {n}, saturated values of each gate: {_list(shares)}. The forget gate alone would "
+        f"leave {percent(gates['forget']['kept_per_step'])} of a cell's gradient per step."
     )
 
 
@@ -164,21 +138,18 @@ def _norm(gradient: dict[str, Any], settings: dict[str, Any]) -> str:
 def _filter(figures: dict[str, Any]) -> list[str]:
     found = []
     for threshold, layers in figures["singled_out"].items():
-        value = float(threshold)
-        chosen = sorted({b for layer in layers for b in layer})
-        by_layer = "; ".join(
+        chosen = {b for layer in layers for b in layer}
+        where = "; ".join(
             f"layer {n}: {', '.join(map(str, layer))}" for n, layer in enumerate(layers) if layer
         )
-        ordinary = f"an ordinary sequence is multiplied by {value / (value + 1):.2f} a layer"
-        who = f"{len(chosen)} of {len(figures['norms'][0])} sequences" if chosen else "none"
+        who = f"{len(chosen)} of {len(figures['norms'][0])} sequences ({where})"
+        ordinary = float(threshold) / (float(threshold) + 1)
         found.append(
-            f"A filter at {threshold} would single out {who}"
-            + (f" ({by_layer})" if chosen else "")
-            + f"; {ordinary}."
+            f"A filter at {threshold} would single out {who if chosen else 'none'}; an ordinary "
+            f"sequence is multiplied by {ordinary:.2f} a layer."
         )
     factor = figures["clip_factor"]
-    found.append(f"Clipping multiplies all sequences of that batch alike, by {factor:.2f}.")
-    return found
+    return [*found, f"Clipping multiplies all sequences of that batch alike, by {factor:.2f}."]
 
 
 def comparison(

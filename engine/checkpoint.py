@@ -7,16 +7,19 @@ weights_only=True, so that loading one cannot run code.
 import pickle
 import re
 import warnings
+import zipfile
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 import torch
 
 from data.corpus import Vocabulary
 from data.files import atomic_write
 from engine.errors import CheckpointError
+from engine.launch import is_follower
+from engine.tracking import warn
 from model import RNNModel
 
 MODEL_FORMAT = "awd-lstm model 1"
@@ -70,6 +73,17 @@ def load_model(path: str | Path, device: str | torch.device = "cpu") -> tuple[RN
     return model.to(device).eval(), vocabulary
 
 
+def model_details(path: Path) -> dict[str, Any]:
+    """The plain values that model_payload was given along: epoch, update, valid_loss.
+
+    Raises:
+        CheckpointError: no such file, damaged, or not a model of this project.
+    """
+    payload = _read(path, MODEL_FORMAT)
+    with damage_reported(path):
+        return dict(payload["details"])
+
+
 def training_payload(state: dict[str, Any]) -> dict[str, Any]:
     """What a training state's file holds: all that an exact resume needs, TRAINING_PARTS."""
     return dict(state, format=TRAINING_FORMAT)
@@ -78,15 +92,30 @@ def training_payload(state: dict[str, Any]) -> dict[str, Any]:
 def load_training_state(path: Path) -> dict[str, Any]:
     """Read what training_payload makes, tensors on the CPU.
 
+    Where the file cannot be read, the state before it is, if that is there, with a warning.
+
     Raises:
         CheckpointError: no such file, or not a training state of this project.
     """
-    state = _read(path, TRAINING_FORMAT)
+    before = previous_path(path)
+    try:
+        state = _read(path, TRAINING_FORMAT)
+    except CheckpointError as error:
+        if not before.exists() or not path.exists():
+            raise
+        path, state = before, _read(before, TRAINING_FORMAT)
+        if not is_follower():
+            warn(f"{error}; going on from the state before it, {before}")
     with damage_reported(path):
         for part, kind in TRAINING_PARTS.items():
             if not isinstance(state[part], kind):
                 raise TypeError(f"its {part} is not a {kind.__name__}")
     return state
+
+
+def previous_path(path: Path) -> Path:
+    """Where the checkpoint is kept that the one at path has replaced: last.previous.pt."""
+    return path.with_suffix(f".previous{path.suffix}")
 
 
 @contextmanager
@@ -99,18 +128,21 @@ def damage_reported(path: Path) -> Iterator[None]:
         raise CheckpointError(f"{path}: damaged checkpoint: {reason}") from error
 
 
-def write_checkpoint(path: Path, payload: dict[str, Any]) -> None:
+def write_checkpoint(path: Path, payload: dict[str, Any], keep: Path | None = None) -> None:
     """Write tensors and plain values.
 
     Args:
         path: where to; what was there is replaced once the new file is complete.
         payload: from model_payload or training_payload.
+        keep: where to keep what was there, unless that is damaged; None: it is not kept.
 
     Raises:
         CheckpointError: it could not be written; what was there before is untouched.
     """
+    if keep is not None and not _is_intact(path):
+        keep = None
     try:
-        with atomic_write(path) as file:
+        with atomic_write(path, keep=keep) as file:
             torch.save(payload, file)
     except OSError as error:
         raise CheckpointError(f"{path}: cannot write: {error.strerror or error}") from error
@@ -123,10 +155,14 @@ def write_checkpoint(path: Path, payload: dict[str, Any]) -> None:
 
 def _read(path: Path, expected: str) -> dict[str, Any]:
     try:
-        with warnings.catch_warnings():
+        with path.open("rb") as file, warnings.catch_warnings():
             # What torch has to say about a foreign pickle becomes the error's one line below.
             warnings.simplefilter("ignore")
-            payload: Any = torch.load(path, map_location="cpu", weights_only=True)
+            if (part := _damaged_part(file)) is not None:
+                raise CheckpointError(f"{path}: damaged: {part} does not match its checksum")
+            payload: Any = torch.load(file, map_location="cpu", weights_only=True)
+    except CheckpointError:
+        raise
     except FileNotFoundError as error:
         raise CheckpointError(f"{path}: no such file") from error
     except OSError as error:
@@ -150,6 +186,32 @@ def _read(path: Path, expected: str) -> dict[str, Any]:
         raise CheckpointError(f"{path}: {kind}, where {expected!r} is needed")
     assert isinstance(payload, dict)
     return payload
+
+
+def _damaged_part(file: IO[bytes]) -> str | None:
+    """The first part of torch.save's archive that is not what was written; None: all are.
+
+    torch.load does not look at the archive's checksums (CRC-32).
+
+    Raises:
+        Exception: of almost any kind, where the archive's own structure is damaged.
+    """
+    magic = file.read(4)
+    file.seek(0)
+    if magic != b"PK\x03\x04":
+        return None  # no archive, which torch.load says better
+    with zipfile.ZipFile(file) as archive:
+        part = archive.testzip()
+    file.seek(0)
+    return part
+
+
+def _is_intact(path: Path) -> bool:
+    try:
+        with path.open("rb") as file:
+            return _damaged_part(file) is None
+    except Exception:  # absent, or damaged in whatever way
+        return False
 
 
 def _refusal(message: str) -> str:

@@ -1,40 +1,38 @@
-"""Writes checkpoints while training goes on."""
+"""Writes checkpoints, in the background on a GPU."""
 
 import copy
 from collections import deque
 from concurrent.futures import Future, ThreadPoolExecutor
-from contextlib import suppress
 from pathlib import Path
 from types import TracebackType
 from typing import Any
 
-import torch
 from torch import Tensor
 
 from engine.checkpoint import write_checkpoint
 from engine.errors import CheckpointError
 from engine.tracking import warn
 
+MOST_PENDING = 2  # an epoch's end writes the best model and the training state
+
 
 class CheckpointWriter:
-    """Writes checkpoints in the order in which they come.
+    """Writes checkpoints in order, on a GPU in the background while training goes on.
 
-    In the background, what is written is what the tensors held when `write` was called: they are
-    copied first, into memory that is kept for the next ones (to get it from the system takes as
-    long as to write the file), as much as one checkpoint of each format needs. On a fast GPU the
-    checkpoints of an epoch's end would otherwise take a good part of the time that the epoch took.
+    In the background it writes the values that the tensors had when `write` was called: they are
+    copied to the CPU first, for at most MOST_PENDING files at a time. After a file that could not
+    be written, the pending ones are dropped, since a run's files belong together.
 
-    A context that is left once all files are there. Where an exception leaves it, a file that
-    could not be written is warned of.
+    A context that ends once all files are written. If an exception ends it, a file that could not
+    be written is a warning.
 
     Args:
-        background: write returns before the file is there; False: it writes the file.
+        background: write returns before the file is written.
     """
 
     def __init__(self, background: bool) -> None:
         self._pool = ThreadPoolExecutor(1, "checkpoints") if background else None
-        self._waiting: deque[tuple[str, Future[None]]] = deque()  # format, and when it is there
-        self._memory: dict[str, _Memory] = {}  # by format
+        self._pending: deque[Future[None]] = deque()
         self._error: BaseException | None = None
 
     def __enter__(self) -> "CheckpointWriter":
@@ -53,98 +51,67 @@ class CheckpointWriter:
                 raise
             warn(str(late))
 
-    def write(self, path: Path, payload: dict[str, Any]) -> None:
+    def write(self, path: Path, payload: dict[str, Any], keep: Path | None = None) -> None:
         """Write a checkpoint; see write_checkpoint.
 
         Raises:
-            CheckpointError: it could not be written; in the background: an earlier one could not,
-                and none since was.
+            CheckpointError: it could not be written; in the background: an earlier one could not.
         """
         if self._pool is None:
-            write_checkpoint(path, payload)
+            write_checkpoint(path, payload, keep)
             return
-        kind = payload["format"]
-        self._drain(kind)  # whose memory is in use
+        self._finish(MOST_PENDING - 1)
         self._raise()
-        kept = self._memory.setdefault(kind, _Memory()).copy(payload)
-        self._waiting.append((kind, self._pool.submit(self._write, path, kept)))
+        copied = _copied(payload, {})
+        self._pending.append(self._pool.submit(self._write, path, copied, keep))
 
     def wait(self) -> None:
-        """Return once all files are there.
+        """Return once all files are written.
 
         Raises:
-            CheckpointError: one could not be written, and none after it was.
+            CheckpointError: one could not be written.
         """
-        try:
-            self._drain()
-        except BaseException as error:  # Ctrl-C: the file in hand is finished, no other begun
-            self._error = self._error or error
-            self._drain()
-            raise
+        self._finish()
         self._raise()
 
-    def _write(self, path: Path, payload: dict[str, Any]) -> None:
-        """In the background; nothing after a failure, since a run's files belong together."""
+    def _write(self, path: Path, payload: dict[str, Any], keep: Path | None) -> None:
+        """Runs in the pool's thread; writes nothing after a failure: the files belong together."""
         if self._error is None:
             try:
-                write_checkpoint(path, payload)
+                write_checkpoint(path, payload, keep)
             except BaseException as error:
                 self._error = error
 
-    def _drain(self, kind: str | None = None) -> None:
-        """Wait for all files, or until none of this format is left."""
-        while self._waiting and (kind is None or kind in (other for other, _ in self._waiting)):
-            self._waiting[0][1].result()
-            self._waiting.popleft()
+    def _finish(self, left: int = 0) -> None:
+        """Wait until so many files are pending at most."""
+        try:
+            while len(self._pending) > left:
+                self._pending[0].result()
+                self._pending.popleft()
+        except BaseException as error:  # Ctrl-C: finish the file being written, drop the others
+            self._error = self._error or error
+            while self._pending:
+                self._pending.popleft().result()
+            raise
 
     def _raise(self) -> None:
         if self._error is not None:
-            self._drain()
+            self._finish()
             error, self._error = self._error, None
             raise error
 
 
-class _Memory:
-    """Places on the CPU for the tensors of one payload after the other; a GPU's are pinned."""
-
-    def __init__(self) -> None:
-        self.places: list[Tensor] = []
-
-    def copy(self, payload: Any) -> Any:
-        """The same containers and values, the tensors' values in these places."""
-        found: dict[Any, Tensor] = {}
-        streams = set[torch.cuda.Stream]()
-
-        def walk(value: Any) -> Any:
-            if isinstance(value, Tensor):
-                key = value.data_ptr(), value.dtype, value.shape, value.stride()
-                if key not in found:  # a tied matrix is one
-                    if value.is_cuda:
-                        streams.add(torch.cuda.current_stream(value.device))
-                    place = self._place(len(found), value)
-                    found[key] = place.copy_(value.detach(), non_blocking=True)
-                return found[key]
-            if isinstance(value, dict):
-                copied = copy.copy(value)
-                copied.update((name, walk(item)) for name, item in value.items())
-                return copied
-            if isinstance(value, (list, tuple)):
-                return type(value)([walk(item) for item in value])
-            return value
-
-        copied = walk(payload)
-        for stream in streams:
-            stream.synchronize()
+def _copied(value: Any, known: dict[Any, Tensor]) -> Any:
+    """The same containers and values, with copies of the tensors on the CPU; a tied one is one."""
+    if isinstance(value, Tensor):
+        key = value.data_ptr(), value.dtype, value.shape, value.stride()
+        if key not in known:
+            known[key] = value.detach().to("cpu", copy=True)
+        return known[key]
+    if isinstance(value, dict):
+        copied = copy.copy(value)
+        copied.update((name, _copied(item, known)) for name, item in value.items())
         return copied
-
-    def _place(self, number: int, value: Tensor) -> Tensor:
-        if number == len(self.places):
-            self.places.append(torch.empty(0))
-        place = self.places[number]
-        if (place.shape, place.dtype) != (value.shape, value.dtype):
-            place = torch.empty(value.shape, dtype=value.dtype)
-            if value.is_cuda:
-                with suppress(RuntimeError):  # the system gives no more of it: a slower copy
-                    place = place.pin_memory()
-            self.places[number] = place
-        return place
+    if isinstance(value, list | tuple):
+        return type(value)([_copied(item, known) for item in value])
+    return value

@@ -1,10 +1,9 @@
-"""The device a run is on: choosing it, its random state, its memory."""
+"""The device of a run: choice, random state, memory."""
 
 import ctypes
 import os
 import resource
 import sys
-import warnings
 from pathlib import Path
 
 import torch
@@ -16,9 +15,8 @@ def select_device(name: str, local_rank: int | None = None) -> torch.device:
     """The device that --device means: auto, cpu, cuda or cuda:N.
 
     Args:
-        name: see above.
-        local_rank: this process's number on its machine, where several train together: the GPU
-            it takes.
+        name: one of these.
+        local_rank: rank of this process on its machine under torchrun; selects the GPU.
 
     Raises:
         UsageError: not one of these, or a GPU that is not there.
@@ -39,19 +37,17 @@ def select_device(name: str, local_rank: int | None = None) -> torch.device:
         if (device.index or 0) >= torch.cuda.device_count():
             number = torch.cuda.device_count()
             raise UsageError(f"argument --device: {name!r}: this machine has {number} CUDA devices")
-        # A masked weight is never part of cuDNN's flat buffer: the copy it warns of is intended.
-        warnings.filterwarnings("ignore", message="RNN module weights are not part of single")
     return device
 
 
 def keep_freed_memory() -> bool:
-    """Have malloc keep what tensors free, for the next ones.
+    """Make glibc's malloc keep the memory that tensors free.
 
-    glibc hands large blocks back to the system at once, and each update's tensors then fault in
-    the same pages again, which takes a CPU a quarter of its time.
+    By default it returns large blocks to the system at once; page faults of the next update's
+    tensors then take a quarter of a CPU's time.
 
     Returns:
-        Whether it could be done; only glibc knows how.
+        False if this is not glibc.
     """
     trim_threshold, mmap_max = -1, -4  # their numbers in glibc's malloc.h
     try:
@@ -75,10 +71,9 @@ def peak_memory(device: torch.device) -> int:
 
 
 def available_memory(device: torch.device) -> int:
-    """Bytes that could be allocated now: free on a GPU; on a CPU, without pushing others out.
+    """Bytes that can be allocated now: a GPU's free memory; on a CPU, without swapping.
 
-    On Linux that is what the kernel calls available, within the limit of a container; elsewhere
-    all the memory there is.
+    On Linux the kernel's MemAvailable, within a container's limit; elsewhere all memory.
     """
     if device.type == "cuda":
         return int(torch.cuda.mem_get_info(device)[0])

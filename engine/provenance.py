@@ -1,4 +1,4 @@
-"""Where a run's numbers come from: versions and commit."""
+"""Versions and commit, for config.json."""
 
 import platform
 import subprocess
@@ -9,7 +9,7 @@ import torch
 
 
 def versions() -> dict[str, str]:
-    """Versions of what a result can depend on."""
+    """Versions of Python, torch, numpy and, on a GPU, CUDA and cuDNN."""
     found = dict(python=platform.python_version(), torch=torch.__version__, numpy=np.__version__)
     if torch.version.cuda is not None:
         found["cuda"] = torch.version.cuda

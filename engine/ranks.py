@@ -1,25 +1,20 @@
 """Several processes that train one model together, each on its share of the batch's columns."""
 
 import os
-import sys
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from datetime import timedelta
-from typing import NoReturn
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
 from engine.errors import PeerError
+from engine.launch import local_rank
 from model import Hidden
 
 # How long a process waits for the others, who may be waiting for rank 0 to evaluate or to write.
 PATIENCE = timedelta(hours=1)
-
-
-# What torchrun tells each process of itself.
-LAUNCH = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
 
 
 class Ranks:
@@ -115,15 +110,13 @@ def launched_ranks(device: torch.device) -> Iterator[Ranks]:
     """The processes that torchrun has started (RANK, WORLD_SIZE, …), or this one by itself.
 
     Args:
-        device: of this process; NCCL connects GPUs, gloo CPUs.
+        device: of this process, and torch's current one; NCCL connects GPUs, gloo CPUs.
     """
     if local_rank() is None:
         yield Ranks()
         return
     size = int(os.environ["WORLD_SIZE"])
     gpu = device.type == "cuda"
-    if gpu:
-        torch.cuda.set_device(device)
     with _peers_reported():
         store, rank, _ = next(dist.rendezvous("env://", timeout=PATIENCE))  # type: ignore[attr-defined]
         # torchrun keeps its store over a restart, and with it the addresses of the dead.
@@ -141,33 +134,6 @@ def launched_ranks(device: torch.device) -> Iterator[Ranks]:
         ranks.control = None
         with suppress(RuntimeError):  # the others may be gone
             dist.destroy_process_group()
-
-
-def local_rank() -> int | None:
-    """This process's number on its machine, where torchrun has started it among others."""
-    values = [os.environ.get(name, "") for name in LAUNCH]
-    if not all(values) or not all(value.isdigit() for value in values[:3]):
-        return None
-    return int(os.environ["LOCAL_RANK"]) if int(os.environ["WORLD_SIZE"]) > 1 else None
-
-
-def is_follower() -> bool:
-    """Another process, rank 0, speaks for this one."""
-    return local_rank() is not None and os.environ["RANK"] != "0"
-
-
-def leave(code: int) -> NoReturn:
-    """End the program.
-
-    Of several processes each ends without taking the interpreter down: gloo's threads may still
-    hold tensors then, and now and then abort a process that has done all it had to
-    (github.com/pytorch/pytorch/pull/179291 tells why).
-    """
-    if local_rank() is None:
-        sys.exit(code)
-    sys.stdout.flush()
-    sys.stderr.flush()
-    os._exit(code)
 
 
 @contextmanager

@@ -9,17 +9,22 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any
 
-from data.files import atomic_write
-from engine.errors import RunError
+from data.files import atomic_write, sync_directory
+from engine.checkpoint import model_details, previous_path
+from engine.errors import CheckpointError, RunError
 
 LOCK = ".lock"
+PREVIOUS_BEST = "best.previous.pt"
+# Where a run's best model may be besides its own place; the second name is that of older versions.
+OTHER_BEST = (PREVIOUS_BEST, "best-at-epoch-end.pt")
 
 
 class RunFolder:
     """The files of one run, locked against a second process while this one lives.
 
     For --save PTB.pt they are PTB.pt, the best model, and in PTB/: last.pt, metrics.jsonl,
-    config.json, summary.json.
+    config.json, summary.json, and last.previous.pt and best.previous.pt, what last.pt and PTB.pt
+    were before they were last replaced.
 
     Args:
         save: path of the best model; the folder it is in has to exist.
@@ -61,11 +66,16 @@ class RunFolder:
         """The state that an exact resume needs."""
         return self.folder / "last.pt"
 
-    @property
-    def epoch_best_path(self) -> Path:
-        """The best model at an epoch's end, kept while a run that stopped in mid-epoch has put a
-        better one in its place: a resumed run does not know of that one."""
-        return self.folder / "best-at-epoch-end.pt"
+    def kept_path(self, path: Path) -> Path | None:
+        """Where to keep what a new checkpoint at path replaces; None: nowhere.
+
+        A resumed run may need it: last.pt may get damaged, and where the run ended after the best
+        model was replaced and before last.pt was, the best model that belongs to last.pt is the
+        one before.
+        """
+        if path == self.model_path:
+            return self.folder / PREVIOUS_BEST
+        return previous_path(path) if path == self.last_path else None
 
     def __enter__(self) -> "RunFolder":
         return self
@@ -111,46 +121,41 @@ class RunFolder:
     def _numbered(self, number: int, suffix: str = "") -> Path:
         return self.folder.with_name(f"{self.folder.name}.{number}{suffix}")
 
-    def begin(self, source: Path | None = None, best_epoch: int | None = None) -> Path | None:
+    def begin(
+        self,
+        source: Path | None = None,
+        best_epoch: int | None = None,
+        best_loss: float | None = None,
+    ) -> Path | None:
         """Make the place ready for a new run, or for one that goes on.
 
         Args:
             source: the folder of the run that goes on, this one or another; None: a new run.
             best_epoch: the epoch of that run's best model; None: it has none yet.
+            best_loss: the validation loss of that model, nats per token.
 
         Returns:
             Where an earlier run that was in the way is now, if one was.
 
         Raises:
-            RunError: the best model of the run that goes on is not there.
+            RunError: the best model of the run that goes on is not there, or damaged.
         """
-        aside = None
-        if source is None or source.resolve() != self.folder.resolve():
-            aside = None if self.is_empty() else self.set_aside()
-            if source is not None:
-                self._copy_from(source)
+        best = None
+        if source is not None and best_epoch is not None:
+            model = source.with_name(source.name + self.model_path.suffix)
+            best = find_best(model, source, best_epoch, best_loss)
+        if source is not None and source.resolve() == self.folder.resolve():
+            if best is not None and best.parent == source:
+                best.replace(self.model_path)
+            return None
+        aside = None if self.is_empty() else self.set_aside()
         if source is not None:
-            if self.epoch_best_path.exists():
-                self.epoch_best_path.replace(self.model_path)
-            if best_epoch is not None and not self.model_path.exists():
-                raise RunError(
-                    f"{self.model_path}: no such file, and the run to be resumed has its best "
-                    f"model, of epoch {best_epoch}, there"
-                )
+            for name in ("metrics.jsonl", "config.json"):
+                if (source / name).exists():
+                    _copy(source / name, self.folder / name)
+        if best is not None:
+            _copy(best, self.model_path)
         return aside
-
-    def _copy_from(self, source: Path) -> None:
-        for name in ("metrics.jsonl", "config.json", self.epoch_best_path.name):
-            if (source / name).exists():
-                _copy(source / name, self.folder / name)
-        model = source.with_name(source.name + self.model_path.suffix)
-        if model.exists():
-            _copy(model, self.model_path)
-
-    def keep_epoch_best(self) -> None:
-        """Before a stop in mid-epoch replaces the best model: keep it for a resumed run."""
-        if self.model_path.exists() and not self.epoch_best_path.exists():
-            _copy(self.model_path, self.epoch_best_path)
 
     def write_config(
         self, flags: dict[str, Any], session: dict[str, Any], resumed: bool = False
@@ -180,6 +185,36 @@ def _copy(source: Path, target: Path) -> None:
         shutil.copyfileobj(old, new)
 
 
+def find_best(model: Path, folder: Path, epoch: int, loss: float | None) -> Path:
+    """The best model that belongs to a run's state, known by its epoch and validation loss.
+
+    Args:
+        model: where it should be.
+        folder: the run's, where a model that has been replaced since is kept.
+
+    Raises:
+        RunError: it is not there, or damaged.
+    """
+    others = [folder / name for name in OTHER_BEST if (folder / name).exists()]
+    reasons = []
+    for path in [model, *others]:
+        try:
+            details = model_details(path)
+        except CheckpointError as error:
+            reasons.append(str(error))
+            continue
+        if (details.get("epoch"), details.get("valid_loss")) == (epoch, loss):
+            return path
+        reasons.append(
+            f"{path}: another model, of epoch {details.get('epoch')} with a validation loss of "
+            f"{details.get('valid_loss')}"
+        )
+    raise RunError(
+        f"{reasons[0]}, where the run to be resumed has its best model, of epoch {epoch} with a "
+        f"validation loss of {loss}"
+    )
+
+
 def find_run(path: str | Path) -> Path:
     """The last.pt that is meant by a path to it, to a run's folder or to its best model.
 
@@ -206,6 +241,7 @@ def lock_folder(folder: Path) -> Any:
 
     try:
         folder.mkdir(exist_ok=True)
+        sync_directory(folder.parent)
         lock = filelock.FileLock(folder / LOCK, timeout=0)
         lock.acquire()
     except filelock.Timeout:

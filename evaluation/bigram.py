@@ -1,4 +1,4 @@
-"""An interpolated bigram model: what counting alone reaches, to hold a network against."""
+"""An interpolated bigram model: a baseline made by counting alone."""
 
 import numpy as np
 from numpy.typing import NDArray

@@ -1,6 +1,7 @@
 """Plain evaluation: the model as it is, over a whole text."""
 
 import math
+from collections.abc import Callable
 
 import torch
 import torch.nn.functional as F
@@ -15,7 +16,13 @@ BLOCK_LOGITS = 2**23
 
 
 @torch.no_grad()
-def evaluate(model: RNNModel, ids: Tensor, batch_size: int, window: int | None = None) -> float:
+def evaluate(
+    model: RNNModel,
+    ids: Tensor,
+    batch_size: int,
+    window: int | None = None,
+    check: Callable[[], None] = lambda: None,
+) -> float:
     """Mean negative log likelihood of a text, nats per token.
 
     The N - 1 predictions of a text of N tokens are dealt out to batch_size contiguous stretches
@@ -29,6 +36,8 @@ def evaluate(model: RNNModel, ids: Tensor, batch_size: int, window: int | None =
         batch_size: stretches read side by side, B.
         window: time steps per call; any gives the same result, the default is large enough to
             keep the device busy.
+        check: called between calls of the model and blocks of logits; ends the evaluation by
+            raising an exception.
 
     Raises:
         ValueError: fewer predictions than stretches.
@@ -47,7 +56,7 @@ def evaluate(model: RNNModel, ids: Tensor, batch_size: int, window: int | None =
             part = inputs[start : start + window].to(device).long()
             output, hidden = model(part, hidden)
             goal = targets[start : start + window].to(device).long().flatten()
-            total += _summed_loss(model, output, goal)
+            total += _summed_loss(model, output, goal, check)
     finally:
         model.train(training)
     return float(total) / (len(ids) - 1)
@@ -79,11 +88,14 @@ def stretches(ids: Tensor, batch_size: int) -> tuple[Tensor, Tensor]:
     return inputs, targets
 
 
-def _summed_loss(model: RNNModel, output: Tensor, targets: Tensor) -> Tensor:
+def _summed_loss(
+    model: RNNModel, output: Tensor, targets: Tensor, check: Callable[[], None]
+) -> Tensor:
     """Summed loss of outputs (T·B, E), decoded in blocks so that no (T·B, V) has to be held."""
     rows = max(1, BLOCK_LOGITS // model.ntoken)
     total = torch.zeros((), dtype=torch.float64, device=output.device)
     for part, goal in zip(output.split(rows), targets.split(rows), strict=True):
+        check()
         logits = model.decoder(part)
         if logits.itemsize < 4:
             logits = logits.float()

@@ -1,4 +1,4 @@
-"""Text that a model writes."""
+"""Sampling text from a model."""
 
 import torch
 
@@ -13,17 +13,15 @@ def sample_sentences(
     count: int,
     seed: int,
     max_words: int = 60,
-    temperature: float = 1.0,
 ) -> list[str]:
     """Draw sentences from the model, one after the other, each seeing those before it.
 
-    A sentence starts after an end of line and runs to the next. <unk> is never drawn, and an
-    empty sentence neither, where the vocabulary has other words.
+    A sentence starts after an <eos> and runs to the next. Neither <unk> nor an empty sentence is
+    drawn, if the vocabulary has other words.
 
     Args:
-        seed: of a generator of its own; the global one is left alone.
-        max_words: a longer sentence is broken off there.
-        temperature: logits are divided by it, > 0.
+        seed: of a generator of its own.
+        max_words: a longer sentence is cut.
 
     Returns:
         count sentences, words separated by spaces.
@@ -41,7 +39,7 @@ def sample_sentences(
         words: list[str] = []
         while len(words) < max_words:
             output, hidden = model(torch.tensor([[word]], device=device), hidden)
-            logits = model.decoder(output)[0].double().cpu() / temperature
+            logits = model.decoder(output)[0].double().cpu()
             forbidden = banned + ([end] if not words else [])
             if len(forbidden) < len(vocabulary):
                 logits[forbidden] = -torch.inf

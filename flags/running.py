@@ -23,14 +23,16 @@ RUNNING: Sections = {
         Flag(
             "--loss-scale",
             None,
-            "factor on the loss while gradients are taken (dynamic for fp16; else none)",
+            "factor on the loss while gradients are taken; dynamic: halved by an overflow, doubled "
+            "after --loss-scale-window updates without; logmax: follows the largest gradients, so "
+            "that one update in 1,000 overflows (dynamic for fp16, if not given; else none)",
             loss_scale,
             "dynamic|logmax|X",
         ),
         Flag(
             "--loss-scale-bounds",
             [1.0, 2.0**24],
-            "least and greatest dynamic loss scale",
+            "least and greatest loss scale, dynamic or logmax",
             positive,
             "X",
             nargs=2,
@@ -38,7 +40,7 @@ RUNNING: Sections = {
         Flag(
             "--loss-scale-window",
             2000,
-            "updates without overflow after which it doubles",
+            "updates without overflow after which the dynamic loss scale doubles",
             positive_int,
         ),
     ),

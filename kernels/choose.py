@@ -11,6 +11,7 @@ from kernels.linear_cross_entropy import FastLinear
 from kernels.lstm_cpu import CpuLSTM
 from kernels.lstm_cudnn import CudnnLSTM
 from layers.layer import Layer
+from loss_scale import AnyLossScale
 from model import RNNModel
 
 
@@ -83,11 +84,15 @@ def _install_decoder(
 
 
 def choose_step(
-    optimizer: torch.optim.Optimizer, dtype: torch.dtype | None, device: torch.device, fast: bool
+    optimizer: torch.optim.Optimizer,
+    dtype: torch.dtype | None,
+    device: torch.device,
+    fast: bool,
+    loss_scale: AnyLossScale | None = None,
 ) -> Choice:
     """Whether fused_step.FusedStep takes the optimizer's steps."""
     if not fast:
         return Choice("plain", "as asked")
-    if reason := fused_step.why_not(optimizer, dtype, device):
+    if reason := fused_step.why_not(optimizer, dtype, device, loss_scale):
         return Choice("plain", reason)
     return Choice(fused_step.FusedStep.name)

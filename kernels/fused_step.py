@@ -1,11 +1,11 @@
-"""Clipping, weight decay, SGD and averaging in a few kernels that nothing waits for."""
+"""Clipping, weight decay, SGD and averaging in a few kernels, without waiting for the device."""
 
 from itertools import accumulate
 
 import torch
 from torch import Tensor
 
-from loss_scale import LossScale
+from loss_scale import AnyLossScale, LogMax, LossScale
 from nt_asgd import NTASGD
 
 # Parameters start at multiples of so many numbers in the flat buffer.
@@ -23,15 +23,15 @@ class FusedStep:
 
     by one kernel over all parameters, and the average of the iterates by one more. The parameters
     are moved into one flat buffer, their averages into another; gradients may lie anywhere. What
-    changes from update to update (learning rate, scale, count of the average) lies on the device,
-    where an overflow is found, the update skipped and the scale adapted, by LossScale's rules. So
-    a captured graph of it stays right, and no update waits for the one before.
+    changes from update to update (learning rate, scale, number of averaged iterates) is on the
+    device, where overflows are found, their updates skipped and the scale adapted by LossScale's
+    rules. So a captured graph of the step stays right, and no update waits for the one before.
 
-    N is taken of the scaled gradients, in their dtype: float32 overflows where S N does at 1.8e19,
-    which counts as an overflow, too.
+    N is taken of the scaled gradients, in their dtype: in float32 a product S N above 1.8e19
+    overflows and counts as an overflow, too.
 
-    The optimizer and the loss scale stay what a checkpoint is made of: `settle` keeps up theirs,
-    once the caller has learned what became of an update, and `restore` takes it over.
+    Checkpoints are made of the optimizer and the loss scale. `note` keeps their counts up to date,
+    and `restore` reads them.
 
     Args:
         optimizer: with one group of parameters, all of a floating dtype and on one device.
@@ -52,60 +52,57 @@ class FusedStep:
         sizes = [-(-p.numel() // ALIGNMENT) * ALIGNMENT for p in self.params]
         self.starts = [0, *accumulate(sizes)]
         like = self.params[0].detach()
-        self.values = like.new_zeros(self.starts[-1])
-        self.places = self._views(self.values)
-        for p, place in zip(self.params, self.places, strict=True):
-            p.data = place.copy_(p.detach())
+        self.weights = like.new_zeros(self.starts[-1])
+        self.views = self._views(self.weights)
+        for p, view in zip(self.params, self.views, strict=True):
+            p.data = view.copy_(p.detach())
         self.averages: Tensor | None = None
         self.averaging = False
         zero = torch.zeros((), device=like.device)
         self.rate, self.norm = zero.clone(), zero.clone().to(like.dtype)
         self.overflow = None if loss_scale is None else zero.clone()
         self.scale, self.clean = zero.clone(), zero.clone().int()
-        self.count = zero.clone().to(like.dtype)
+        self.num_averaged = zero.clone().to(like.dtype)
         self.restore()
 
     def _views(self, flat: Tensor) -> list[Tensor]:
-        """The parameters' places in a flat buffer."""
+        """The parameters' parts of a flat buffer."""
         return [
             flat[start : start + p.numel()].view(p.shape)
             for start, p in zip(self.starts, self.params, strict=False)
         ]
 
     def restore(self) -> None:
-        """Take over what the optimizer and the loss scale say: at the start and after loading."""
-        if self.loss_scale is not None:
-            self.scale.fill_(self.loss_scale.value)
-            self.clean.fill_(self.loss_scale.clean)
-        else:
-            self.scale.fill_(1)
-        self.restore_averages()
+        """See training.step.Step."""
+        rules = self.loss_scale
+        self.scale.fill_(1 if rules is None else rules.value)
+        self.clean.fill_(0 if rules is None else rules.clean)
+        self._restore_averages()
 
-    def restore_averages(self) -> None:
-        """Take over the optimizer's averages: also where it has just started to average."""
+    def _restore_averages(self) -> None:
         self.averaging = self.optimizer.averaging
-        self.count.fill_(self.optimizer.num_averaged)
+        self.num_averaged.fill_(self.optimizer.num_averaged)
         if not self.averaging:
             return
         if self.averages is None:
-            self.averages = self.values.clone()
+            self.averages = self.weights.clone()
         for p, view in zip(self.params, self._views(self.averages), strict=True):
             # Before its first iterate, the average is taken for the weights themselves.
             view.copy_(self.optimizer.state[p].get("average", p.detach()))
             self.optimizer.state[p]["average"] = view
 
     def prepare(self, factor: float) -> None:
-        """See training.step.Step; also takes over averages where they have just begun."""
+        """See training.step.Step. Averaging may have begun since the last step."""
         if self.averaging != self.optimizer.averaging:
-            self.restore_averages()
+            self._restore_averages()
         self.rate.fill_(self.optimizer.param_groups[0]["lr"] * factor)
 
     @torch.no_grad()
-    def __call__(self, loss: Tensor) -> tuple[Tensor, Tensor | None]:
-        """See training.step.Step. Both results are overwritten by the next step."""
-        pairs = zip(self.places, self.params, strict=True)
-        there = [(place, p.grad) for place, p in pairs if p.grad is not None]
-        values, gradients = [place for place, _ in there], [gradient for _, gradient in there]
+    def __call__(self, loss: Tensor) -> tuple[Tensor, Tensor | None, None]:
+        """See training.step.Step. The next step overwrites what this one returns."""
+        pairs = zip(self.views, self.params, strict=True)
+        trained = [(view, p.grad) for view, p in pairs if p.grad is not None]
+        weights, gradients = [view for view, _ in trained], [gradient for _, gradient in trained]
         self.norm.copy_(torch.nn.utils.get_total_norm(gradients) / self.scale)
         divisor = self.scale
         if self.clip:
@@ -113,7 +110,7 @@ class FusedStep:
         if self.overflow is not None:
             self.overflow.copy_(torch.isfinite(loss) & ~torch.isfinite(self.norm))
         torch._fused_sgd_(
-            values, gradients, [], weight_decay=self.weight_decay, momentum=0.0, lr=self.rate,
+            weights, gradients, [], weight_decay=self.weight_decay, momentum=0.0, lr=self.rate,
             dampening=0.0, nesterov=False, maximize=False, is_first_step=False,
             grad_scale=divisor, found_inf=self.overflow,
         )  # fmt: skip
@@ -123,27 +120,32 @@ class FusedStep:
         if rules is not None and rules.dynamic and self.overflow is not None:
             torch._amp_update_scale_(self.scale, self.clean, self.overflow, 2.0, 0.5, rules.window)
             self.scale.clamp_(rules.low, rules.high)
-        return self.norm, self.overflow
+        return self.norm, self.overflow, None
 
     def _average(self, averages: Tensor) -> None:
-        kept = 1.0 if self.overflow is None else 1 - self.overflow.to(self.count.dtype)
-        self.count += kept
-        # m_k = m_(k-1) + (w_k - m_(k-1)) / k, and nothing where the update was skipped.
-        averages.lerp_(self.values, kept / self.count.clamp(min=1))
+        counts = 1.0 if self.overflow is None else 1 - self.overflow.to(self.num_averaged.dtype)
+        self.num_averaged += counts
+        # m_k = m_(k-1) + (w_k - m_(k-1)) / k; a skipped update has weight 0.
+        averages.lerp_(self.weights, counts / self.num_averaged.clamp(min=1))
 
-    def settle(self, overflow: bool) -> None:
-        """Count the update's iterate in the optimizer; the caller adapts the loss scale."""
+    def note(self, overflow: bool) -> None:
+        """Count the update's iterate in the optimizer; the loss scale's owner adapts that."""
         self.optimizer.num_averaged += self.averaging and not overflow
 
 
 def why_not(
-    optimizer: torch.optim.Optimizer, dtype: torch.dtype | None, device: torch.device
+    optimizer: torch.optim.Optimizer,
+    dtype: torch.dtype | None,
+    device: torch.device,
+    loss_scale: AnyLossScale | None = None,
 ) -> str:
     """Why FusedStep does not take an optimizer's steps; empty: it does."""
     if not isinstance(optimizer, NTASGD):
         return f"{type(optimizer).__name__} steps by itself"
     if len(optimizer.param_groups) != 1:
         return "there are several groups of parameters"
+    if isinstance(loss_scale, LogMax):
+        return "--loss-scale logmax reads each update's largest gradient"
     if device.type != "cuda" and dtype != torch.bfloat16:
         return "a CPU has a fused step for bf16 only"
     return ""

@@ -1,4 +1,4 @@
-"""Work on a GPU that is recorded once and replayed: one launch for all of its kernels."""
+"""CUDA graphs: work on a GPU that is captured once and replayed, one launch for all its kernels."""
 
 from collections.abc import Callable, Hashable
 from contextlib import suppress
@@ -12,24 +12,27 @@ Work = Callable[[], None]
 
 
 class Recorder(Protocol):
-    """How work is recorded."""
+    """How work is captured."""
 
     def run(self, work: Work) -> None:
-        """Do the work once, in a way that makes ready for recording it."""
+        """Do the work eagerly, on the stream that it is captured from."""
 
-    def record(self, work: Work) -> Work:
-        """Record the work, without doing it; what is returned does it, any number of times.
+    def capture(self, work: Work) -> Work:
+        """Capture the work without doing it.
 
-        The work reads what changes from memory that stays where it is, and leaves its results
-        there; numbers of Python are recorded as they are.
+        The work reads its inputs from memory that stays where it is and leaves its results there.
+        Python's numbers become constants; random numbers are drawn anew by each replay.
+
+        Returns:
+            What replays it, any number of times.
 
         Raises:
-            RuntimeError: it cannot be recorded.
+            RuntimeError: it cannot be captured.
         """
 
 
 class CudaRecorder:
-    """Records CUDA graphs, which share one pool of memory and never run at the same time.
+    """Captures CUDA graphs that share one pool of memory and never run at the same time.
 
     Args:
         device: the GPU.
@@ -42,43 +45,51 @@ class CudaRecorder:
         self.pool = torch.cuda.graph_pool_handle()
 
     def run(self, work: Work) -> None:
-        """On the stream that is recorded from: libraries keep their workspaces by stream."""
+        """See Recorder. Libraries allocate their workspaces per stream, so before a capture."""
         self.stream.wait_stream(torch.cuda.current_stream(self.stream.device))
         with torch.cuda.stream(self.stream):
             work()
         torch.cuda.current_stream(self.stream.device).wait_stream(self.stream)
 
-    def record(self, work: Work) -> Work:
-        """Random numbers are drawn anew by each replay, as if the work were done as it is."""
-        graph, before = torch.cuda.CUDAGraph(), torch.cuda.current_stream(self.stream.device)
+    def capture(self, work: Work) -> Work:
+        """See Recorder."""
+        graph = torch.cuda.CUDAGraph()
         if self.generator is not None:
             graph.register_generator_state(self.generator)
         try:
-            with torch.cuda.graph(graph, pool=self.pool, stream=self.stream):
+            # The outer context restores the stream where the inner one fails to end the capture.
+            with (
+                torch.cuda.stream(self.stream),
+                torch.cuda.graph(graph, pool=self.pool, stream=self.stream),
+            ):
                 work()
         except RuntimeError:
-            # The end of a recording that has failed fails as well, before it has put things back:
-            # the stream, the generator, and where memory comes from.
-            torch.cuda.set_stream(before)
-            device = self.stream.device.index
-            generator = torch.cuda.default_generators[device]
-            generator.graphsafe_set_state(generator.clone_state())
-            with suppress(RuntimeError):  # a PyTorch that has put this back already
-                torch._C._cuda_endAllocateToPool(device, self.pool)
+            self._end_capture()
             raise
         return graph.replay
 
+    def _end_capture(self) -> None:
+        """Undo what torch.cuda.graph leaves behind where the end of its capture fails.
+
+        Generators would count as capturing for ever, and the allocator would keep freed memory.
+        """
+        device = self.stream.device.index
+        for generator in (torch.cuda.default_generators[device], self.generator):
+            if generator is not None:
+                generator.graphsafe_set_state(generator.clone_state())
+        with suppress(RuntimeError):  # where torch has done so itself
+            torch._C._cuda_endAllocateToPool(device, self.pool)
+
 
 class Graphs:
-    """Runs work of many kinds: of each the first as it is, the second while recording it.
+    """The first call of a kind runs eagerly, the second is captured, later ones replay.
 
-    A kind that comes once is so never recorded, and by the time that one is, the libraries it
-    calls have loaded what they need. Where recording fails once, everything runs as it is from
-    then on, if the device still lets it.
+    So work that comes once is never captured, and when work is captured the libraries it calls are
+    initialised. After a capture that fails everything runs eagerly.
 
     Args:
-        recorder: how to record.
-        failed: told why recording failed.
+        recorder: captures.
+        failed: called once with the reason if a capture fails.
     """
 
     def __init__(self, recorder: Recorder, failed: Callable[[str], None]) -> None:
@@ -89,36 +100,35 @@ class Graphs:
         self.replays: dict[Hashable, Work] = {}
 
     def run(self, kind: Hashable, work: Work) -> None:
-        """Do the work, recorded if it can be.
+        """Do the work, eagerly or by its graph.
 
         Args:
-            kind: work of the same kind is the same but for what it reads from memory.
-            work: see Recorder.record.
+            kind: work of the same kind differs only in what it reads from memory.
+            work: see Recorder.capture.
 
         Raises:
-            RunError: recording failed, and the work fails since.
+            RunError: a capture failed, and left the GPU unable to compute.
         """
         if self.works and kind in self.seen and kind not in self.replays:
             try:
-                self.replays[kind] = self.recorder.record(work)
+                self.replays[kind] = self.recorder.capture(work)
             except RuntimeError as error:
-                self.works = False
-                self.replays.clear()
-                # What ends a recording in an exception may fail itself, by way of its end.
-                self._work_after(error.__context__ or error, work)
+                # Ending a capture that failed may fail too: then the first error is its context.
+                self._continue_eagerly(error.__context__ or error, work)
                 return
         self.seen.add(kind)
-        if self.works and kind in self.replays:
+        if kind in self.replays:
             self.replays[kind]()
         else:
             self.recorder.run(work)
 
-    def _work_after(self, cause: BaseException, work: Work) -> None:
-        """Do the work as it is, after a recording of it has failed."""
+    def _continue_eagerly(self, cause: BaseException, work: Work) -> None:
+        self.works = False
+        self.replays.clear()  # frees their memory
         reason = " ".join(str(cause).split())[:200]
         self.failed(reason)
         try:
             self.recorder.run(work)
         except RuntimeError:
-            what = f"a CUDA graph could not be recorded, nor anything computed since: {reason}"
+            what = f"capturing a CUDA graph failed, and so does all that follows: {reason}"
             raise RunError(f"{what}; --kernel eager does without graphs") from None

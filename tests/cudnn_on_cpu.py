@@ -1,7 +1,7 @@
 """PyTorch's operators for cuDNN's LSTM, written out for the CPU, where PyTorch has none.
 
-With them the code around cuDNN runs on a machine without a GPU as it stands: the operators'
-schemas check what it hands over, and these functions what cuDNN would check.
+With them the code around cuDNN runs unchanged on a machine without a GPU. The operators' schemas
+check what it hands over, and these functions check what cuDNN would.
 """
 
 from collections.abc import Iterator
@@ -10,6 +10,11 @@ from typing import Any
 
 import torch
 from torch import Tensor
+
+from kernels.linear_cross_entropy import FastLinear
+from kernels.lstm_cudnn import CudnnLSTM
+from layers.lstm import LSTM
+from model import RNNModel
 
 GAP = 3  # numbers between the weights in the buffer, which are none of ours
 
@@ -27,6 +32,16 @@ def cudnn_on_cpu() -> Iterator[None]:
         yield
     finally:
         library._destroy()
+
+
+def install_gpu_kernels(model: RNNModel, dtype: torch.dtype | None = None) -> None:
+    """What kernels.choose.install does on a GPU."""
+    for layer in model.layers:
+        assert isinstance(layer, LSTM)
+        weight = next(layer.parameters())
+        layer.kernel = CudnnLSTM(layer.width, layer.units, dtype or weight.dtype, weight.device)
+        layer.mask_dtype = dtype
+    model.decoder.kernel = FastLinear(model.decoder, dtype)  # type: ignore[arg-type]
 
 
 def flatten(
@@ -73,17 +88,17 @@ def forward(
     check(x, weights, buffer, [h0, c0], options)
     w_ih, w_hh, b_ih, b_hh = (w.double() for w in weights)
     h, c = h0[0].double(), c0[0].double()
-    outputs, kept = [], []
+    outputs, reserve = [], []
     for x_t in x.double():
         a = x_t @ w_ih.T + h @ w_hh.T + b_ih + b_hh
         i, f, g, o = a.chunk(4, dim=1)
         i, f, g, o = i.sigmoid(), f.sigmoid(), g.tanh(), o.sigmoid()
-        kept.append(torch.cat([i, f, g, o, c], dim=1))
+        reserve.append(torch.cat([i, f, g, o, c], dim=1))
         c = f * c + i * g
         h = (o * c.tanh()).to(x.dtype).double()
         outputs.append(h)
     output = torch.stack(outputs).to(x.dtype)
-    return output, h[None].to(x.dtype), c[None].to(x.dtype), torch.stack(kept), buffer.clone()
+    return output, h[None].to(x.dtype), c[None].to(x.dtype), torch.stack(reserve), buffer.clone()
 
 
 def backward(

@@ -1,56 +1,61 @@
-"""What a CUDA graph is, on the CPU: operators that are recorded once and replayed in place."""
+"""CUDA graphs' behaviour on the CPU: operators are captured once and replayed in place."""
 
 from typing import Any
 
 import torch
-from engine.graphs import Work
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_flatten
 
+from kernels.graphs import Work
+
 
 class CpuRecorder:
-    """Records the operators that work calls, with the very tensors that they are called on.
+    """Captures the operators that work calls, with the very tensors that they are called on.
 
-    As with a CUDA graph, a replay reads and writes the memory of the recording: numbers of Python
-    are baked in, and so is everything that was allocated, while random numbers are drawn anew. To
-    read a value back by item() or to ask which ones are not zero is an error while recording. What
-    else CUDA refuses, copies between devices above all, cannot be seen here, and nothing that was
-    recorded is ever freed. Unlike there the work is done once while it is
-    recorded, so that everything it wrote to is put back afterwards.
+    As with a CUDA graph, a replay reads and writes the memory of the capture: Python's numbers are
+    constants, everything that was allocated stays where it is, and random numbers are drawn anew.
+    To read a value back by item(), or to ask which values are not zero, is an error in a capture.
+    Other things that CUDA refuses, copies between devices above all, pass unnoticed. A capture does
+    the work once, and then restores all that it wrote to.
+
+    Args:
+        generator: that the work draws from, besides torch's default one.
     """
 
-    def __init__(self) -> None:
-        self.ran = self.recorded = self.replayed = 0
+    def __init__(self, generator: torch.Generator | None = None) -> None:
+        self.generators = [torch.default_generator, *([generator] if generator else [])]
+        self.ran = self.captured = self.replayed = 0
 
     def run(self, work: Work) -> None:
         self.ran += 1
         work()
 
-    def record(self, work: Work) -> Work:
-        self.recorded += 1
-        random = torch.get_rng_state()
-        recording = Recording()
-        with recording:
+    def capture(self, work: Work) -> Work:
+        self.captured += 1
+        states = [generator.get_state() for generator in self.generators]
+        captured = Capture()
+        with captured:
             work()
-        torch.set_rng_state(random)
-        for tensor, value in recording.before.values():
+        for generator, state in zip(self.generators, states, strict=True):
+            generator.set_state(state)
+        for tensor, value in captured.before.values():
             tensor.copy_(value)
 
         def replay() -> None:
             self.replayed += 1
-            recording.replay()
+            captured.replay()
 
         return replay
 
 
-class Recording(TorchDispatchMode):
+class Capture(TorchDispatchMode):
     """The operators called within this context."""
 
     def __init__(self) -> None:
         super().__init__()
         self.calls: list[tuple[Any, Any, Any, list[Tensor]]] = []
-        # By storage: what it held before the recording wrote to it.
+        # By storage: what it held before the capture wrote to it.
         self.before: dict[int, tuple[Tensor, Tensor]] = {}
         self.made: set[int] = set()
 
@@ -63,12 +68,12 @@ class Recording(TorchDispatchMode):
             torch.ops.aten.item.default,
             torch.ops.aten.nonzero.default,
         ):
-            raise RuntimeError(f"{function} reads a value back: not while recording")
+            raise RuntimeError(f"{function} reads a value back: not in a capture")
         inputs = [t for t in tree_flatten((args, kwargs))[0] if isinstance(t, Tensor)]
         written = function._schema.is_mutable
         if written:
             for tensor in inputs:
-                self._keep(tensor)
+                self._save(tensor)
         result = function(*args, **kwargs)
         outputs = [t for t in tree_flatten(result)[0] if isinstance(t, Tensor)]
         known = {t.untyped_storage()._cdata for t in inputs}
@@ -78,7 +83,7 @@ class Recording(TorchDispatchMode):
             self.calls.append((function, args, kwargs, [] if written else outputs))
         return result
 
-    def _keep(self, tensor: Tensor) -> None:
+    def _save(self, tensor: Tensor) -> None:
         storage = tensor.untyped_storage()
         if storage._cdata not in self.made and storage._cdata not in self.before:
             whole = torch.empty(0, dtype=tensor.dtype).set_(storage)  # type: ignore[call-overload]

@@ -23,11 +23,13 @@ import pytest
 from conftest import ROOT, TINY, Result, write_corpus
 
 import ablate
+import programs.ablate
 from engine.ablation.pool import slots
 from engine.ablation.report import latex, markdown
+from engine.ablation.results import collect
 from engine.ablation.runs import Run, read_state
 from engine.ablation.statistics import holm, paired, spread
-from engine.ablation.table import Row, load_table
+from engine.ablation.table import Row, Table, load_table
 from engine.errors import RunError
 from engine.run_folder import lock_folder
 from flags import parse_ablation
@@ -41,7 +43,7 @@ def make_table(tmp_path: Path) -> Callable[..., Path]:
     corpus = write_corpus(tmp_path / "corpus", lines=150)
 
     def make(rows: dict[str, str], seeds: tuple[int, ...] = (1, 2), flags: str = "") -> Path:
-        lines = ['title = "A table"', f"seeds = {list(seeds)}"]
+        lines = ['title = "What it costs in $x"', f"seeds = {list(seeds)}"]
         tiny = [flag for flag in TINY if flag not in ("--seed", "7")]  # the table has the seeds
         shared = [*tiny, "--data", str(corpus), "--epochs", "2", *flags.split()]
         lines.append(f"flags = {json.dumps(shared)}")
@@ -81,79 +83,86 @@ def test_a_table_with_rows_that_work_diverge_and_fail(
     make_table: Callable[..., Path], run_table: Callable[..., Result], tmp_path: Path
 ) -> None:
     rows = {"base": "", "diverges": "--lr 1e10 --clip 0", "fails": "--batch-size 100000"}
-    table, out = make_table(rows), tmp_path / "out"
+    table, out = make_table(rows, (1,)), tmp_path / "out"
     first = run_table(table, "--jobs", 2, "--output", out)
     assert first.code == 1
-    assert first.err.splitlines()[-1].startswith("error: 2 of 6 runs failed (fails, seed 1;")
+    assert first.err.splitlines()[-1].startswith("error: 1 of 3 runs failed (fails, seed 1)")
+    assert "| base, seed 1: done, test ppl " in first.err
     assert first.out == (out / "table.md").read_text()
-    figures = json.loads((out / "table.json").read_text())
-    base, diverged, failed = figures["rows"]
-
-    # The figures, from the runs' own files.
-    folders = [out / "runs" / f"base-seed{seed}" for seed in (1, 2)]
-    summaries = [json.loads((folder / "summary.json").read_text()) for folder in folders]
-    one, two = (summary["test_ppl"] for summary in summaries)
-    assert base["test"]["mean"] == pytest.approx((one + two) / 2)
-    assert base["test"]["sd"] == pytest.approx(abs(one - two) / 2**0.5)
-    valid = [summary["best_valid_ppl"] for summary in summaries]
-    assert base["valid"]["mean"] == pytest.approx(sum(valid) / 2)
+    base, diverged, failed = json.loads((out / "table.json").read_text())["rows"]
     assert base["left_out"] == []
-    for run in base["runs"]:
-        assert (out / run["folder"] / "metrics.jsonl").is_file()
-        assert len(run["curve"]) == 2
     assert diverged["difference"]["test"]["mean"] is None
-    assert [base["test"]["n"], diverged["test"]["n"], failed["test"]["n"]] == [2, 0, 0]
+    assert [base["test"]["n"], diverged["test"]["n"], failed["test"]["n"]] == [1, 0, 0]
     assert "diverged: loss is" in " ".join(diverged["left_out"])
     assert "too few for --batch-size 100000" in failed["left_out"][0]
     line = next(line for line in first.out.splitlines() if line.startswith("| diverges"))
-    assert "0 of 2 †" in line
+    assert "0 of 1 †" in line
     assert "† diverges: seed" in first.out
-    assert (out / "curves.png").read_bytes().startswith(b"\x89PNG")
-
-    # The files that other programs read.
-    with (out / "table.csv").open() as file:
-        lines = list(csv.DictReader(file))
-    assert [line["row"] for line in lines] == list(rows)
-    assert float(lines[0]["test_mean"]) == pytest.approx((one + two) / 2)
-    assert lines[1]["test_mean"] == ""
 
     # Once more: what is done stays, what failed is tried again, the rest is the same.
     times = {p: p.stat().st_mtime_ns for p in out.glob("runs/*/summary.json")}
     before = without_times(out)
-    again = run_table(table, "--jobs", 2, "--output", out)
-    assert again.code == 1
+    assert run_table(table, "--jobs", 2, "--output", out).code == 1
     assert {p: p.stat().st_mtime_ns for p in out.glob("runs/*/summary.json")} == times
     starts = {p.stem: p.read_text().count("$ python main.py") for p in out.glob("runs/*.log")}
-    assert starts == {f"{s}-seed{k}": 1 + (s == "fails") for s in
-                      ("base", "diverges", "fails") for k in (1, 2)}  # fmt: skip
+    assert starts == {"base-seed1": 1, "diverges-seed1": 1, "fails-seed1": 2}
     assert without_times(out) == before
     for path in out.glob("table.*"):
         path.unlink()
     assert run_table(table, "--report-only", "--output", out).code == 0
     assert without_times(out) == before
 
-    # Other flags are not mixed in; more epochs continue what is there.
-    mixed = run_table(table, "--flags=--alpha 0", "--output", out)
-    assert mixed.code == 2
-    assert "base-seed1: was run with other flags: --alpha 0.0 (was 2.0)" in mixed.err
-    more = ("--flags=--epochs 3", "--seeds", 1, "--output", out)
-    table = make_table({"base": ""}, (1, 2))
+
+def test_more_seeds_and_epochs_are_added_and_other_flags_refused(
+    make_table: Callable[..., Path], run_table: Callable[..., Result], tmp_path: Path
+) -> None:
+    # A flag of the row that is valid only with the table's.
+    table, out = make_table({"base": "--nonmono-decay 4"}, (1,), "--no-asgd"), tmp_path / "out"
+    assert run_table(table, "--output", out).code == 0
+    more = ("--flags=--epochs 3", "--seeds", "1,2", "--output", out)
     plan = run_table(table, *more, "--dry-run")
-    assert plan.code == 0
-    assert "1 runs with seeds 1: 1 epochs" in plan.out
-    assert run_table(table, *more).code == 0
-    figures = json.loads((out / "table.json").read_text())
-    assert [[run["epochs"] for run in row["runs"]] for row in figures["rows"]] == [[3]]
+    assert "2 runs with seeds 1, 2: 4 epochs" in plan.out
+    result = run_table(table, *more, "--jobs", 2)
+    assert result.code == 0
+
+    # The figures, from the runs' own files.
+    (row,) = json.loads((out / "table.json").read_text())["rows"]
+    folders = [out / "runs" / f"base-seed{seed}" for seed in (1, 2)]
+    summaries = [json.loads((folder / "summary.json").read_text()) for folder in folders]
+    one, two = (summary["test_ppl"] for summary in summaries)
+    assert row["test"]["mean"] == pytest.approx((one + two) / 2)
+    assert row["test"]["sd"] == pytest.approx(abs(one - two) / 2**0.5)
+    valid = [summary["best_valid_ppl"] for summary in summaries]
+    assert row["valid"]["mean"] == pytest.approx(sum(valid) / 2)
+    for run, folder in zip(row["runs"], folders, strict=True):
+        assert (out / run["folder"]).samefile(folder)
+        assert (run["epochs"], len(run["curve"])) == (3, 3)
+    with (out / "table.csv").open() as file:
+        (line,) = csv.DictReader(file)
+    assert line["row"] == "base"
+    assert float(line["test_mean"]) == pytest.approx((one + two) / 2)
+    assert (out / "curves.png").read_bytes().startswith(b"\x89PNG")
+
+    def refused(*argv: object) -> str:
+        refusal = run_table(table, "--output", out, *argv)
+        assert refusal.code == 2
+        return refusal.err
+
+    mixed = refused("--flags=--alpha 0")
+    assert "base-seed1: was run with other flags: --alpha 0.0 (was 2.0)" in mixed
+    assert "3 epochs are done, and 1 are asked for" in refused("--flags=--epochs 1")
+    write_corpus(tmp_path / "corpus", lines=150, seed=5)
+    assert "another text was in" in refused(*more[:-2])
 
 
-@pytest.mark.parametrize("kills", [2, pytest.param(10, marks=pytest.mark.slow)])
+@pytest.mark.parametrize("kills", [1, pytest.param(10, marks=pytest.mark.slow)])
 def test_killed_at_random_moments_it_gives_the_same_table(
     make_table: Callable[..., Path], tmp_path: Path, kills: int
 ) -> None:
     rows = {"base": "", "filter": "--grad-filter"}
-    if kills > 2:
+    if kills > 1:
         rows["diverges"] = "--lr 1e10 --clip 0"
-    table = make_table(rows, (1, 2) if kills > 2 else (1,), "--checkpoint-every 7 --nonmono 0")
+    table = make_table(rows, (1, 2) if kills > 1 else (1,), "--checkpoint-every 7 --nonmono 0")
     command = [sys.executable, str(ROOT / "ablate.py"), str(table), "--jobs", "2", "--output"]
     draw = random.Random(kills)
     for _ in range(kills):
@@ -229,7 +238,7 @@ def test_shipped_tables_are_what_main_takes(path: Path, monkeypatch: pytest.Monk
     monkeypatch.chdir(ROOT)
     table = load_table(path)
     args = parse_ablation([str(path)])
-    runs = ablate.plan(table, args, Path("results") / table.name)
+    runs = programs.ablate.plan(table, args, Path("results") / table.name)
     assert len(runs) == len(table.rows) * len(table.seeds) >= 10
     flags = [json.dumps(dict(run.flags, seed=0, save="")) for run in runs]
     assert len(set(flags)) == len(table.rows)  # no two rows are the same
@@ -313,6 +322,7 @@ def test_bad_flags_of_a_row_start_nothing(
         (["--rows", "nothing"], "argument --rows"),
         (["--flags=--dry-run"], "argument --dry-run: the table sets it"),
         (["--flags='"], "argument --flags"),
+        (["--flags=--seed 3", "--report-only"], "argument --seed: the table sets it"),
         (["--ray", "--gpus", "0"], "argument --gpus: does not go with --ray"),
         (["--ray-gpus", "1"], "argument --ray-gpus: needs --ray"),
         (["--dry-run", "--report-only"], "argument --report-only: does not go with --dry-run"),
@@ -328,11 +338,14 @@ def test_bad_flags_of_ablate(
     assert result.err.count("\n") == 1
 
 
-def test_jobs_share_the_gpus() -> None:
+def test_jobs_share_the_gpus(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
     places = slots(5, 2, [0, 3])
     assert [place["CUDA_VISIBLE_DEVICES"] for place in places] == ["0", "3", "0", "3", "0"]
     assert {place["OMP_NUM_THREADS"] for place in places} == {"2"}
     assert "CUDA_VISIBLE_DEVICES" not in slots(1, 1, None)[0]
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "2, GPU-abc")  # GPUs are numbered as seen
+    assert [place["CUDA_VISIBLE_DEVICES"] for place in slots(2, 1, [0, 1])] == ["2", "GPU-abc"]
 
 
 # Statistics
@@ -340,7 +353,7 @@ def test_jobs_share_the_gpus() -> None:
 
 def student_cdf(t: float, df: int) -> float:
     """By the trapezoid rule over the density."""
-    x = np.linspace(-400, t, 4_000_001)
+    x = np.linspace(-400, t, 400_001)
     log = math.lgamma((df + 1) / 2) - math.lgamma(df / 2) - 0.5 * math.log(df * math.pi)
     return float(np.trapezoid(np.exp(log) * (1 + x**2 / df) ** (-(df + 1) / 2), x))
 
@@ -388,27 +401,37 @@ def test_holm() -> None:
 # What is written
 
 
-def figures_of(name: str) -> dict[str, Any]:
-    """A report's figures with one row of this name."""
-    none = dict(n=0, mean=None, sd=None)
-    row = dict(
-        name=name, flags="", valid=none, test=dict(n=1, mean=70.0, sd=None), difference=None,
-        published={}, beyond_published={}, left_out=["seed 2 failed: 50% of $HOME_DIR"],
-        parameters=None, seconds_per_epoch=None, filter=None, runs=[],
-    )  # fmt: skip
-    return dict(
-        title="A & B", note="", source="", flags="", base=name, seeds=[1], rows=[row], commits=[],
-        made_with=[],
-    )  # fmt: skip
+def write_summary(run: Run, **fields: Any) -> None:
+    run.folder.mkdir(parents=True, exist_ok=True)
+    summary = dict(epochs=2, updates=9, seconds=4.0, diverged=False, best_valid_ppl=90.0)
+    (run.folder / "summary.json").write_text(json.dumps(dict(summary, **fields)))
 
 
-def test_names_are_escaped() -> None:
-    figures = figures_of("a|b_c & 50%")
-    table = markdown(figures, curves=False)
-    assert "| a\\|b_c & 50% |" in table
-    rows = [line for line in table.splitlines() if line.startswith("|")]
-    assert len({len(line) for line in rows[:3]}) == 1  # columns are aligned
-    assert "a|b\\_c \\& 50\\% & 0 of 0 $\\dagger$ & - & 70.00" in latex(figures)
+def test_differences_are_paired_by_seed_and_names_escaped(tmp_path: Path) -> None:
+    """Each row lacks another seed: only seeds 3 and 4 compare."""
+    rows = [Row("a|b_c & 50%"), Row("other")]
+    table = Table(tmp_path / "t.toml", "A & B", [], rows, [1, 2, 3, 4])
+    flags = dict(epochs=2, max_updates=None)
+    runs = [
+        Run(row, seed, [], flags, tmp_path / f"{row.slug}{seed}.pt")
+        for row in rows
+        for seed in table.seeds
+    ]
+    ppl = {rows[0].name: [61.0, None, 65.0, 64.0], rows[1].name: [None, 77.0, 67.0, 69.0]}
+    for run in runs:
+        if (value := ppl[run.row.name][run.seed - 1]) is not None:
+            write_summary(run, test_ppl=value)
+    runs[1].failure_path.write_text("50% of $HOME_DIR")
+    figures = collect(table, runs, tmp_path)
+    difference = figures["rows"][1]["difference"]["test"]
+    assert (difference["seeds"], difference["n"], difference["mean"]) == ([3, 4], 2, 3.5)
+    text = markdown(figures, curves=False)
+    assert "| a\\|b_c & 50% | 3 of 4 † |" in text
+    rows_of_text = [line for line in text.splitlines() if line.startswith("|")]
+    assert len({len(line) for line in rows_of_text[:4]}) == 1  # columns are aligned
+    tex = latex(figures)
+    assert "a|b\\_c \\& 50\\% & 3 of 4 $\\dagger$ & 90.00" in tex
+    assert "failed: 50% of $HOME_DIR" in tex
 
 
 # On a cluster
@@ -462,39 +485,13 @@ def test_without_ray_it_says_so(
 def test_a_perplexity_that_is_not_finite_is_divergence(tmp_path: Path) -> None:
     """Test loss and training may stay finite where exp(loss) does not."""
     run = Run(Row("no clip"), 1, [], dict(epochs=2, max_updates=None), tmp_path / "a.pt")
-    run.folder.mkdir()
-    summary = dict(epochs=2, updates=9, diverged=False, best_valid_ppl=3e20, test_ppl=None)
-    (run.folder / "summary.json").write_text(json.dumps(summary))
+    write_summary(run, test_ppl=None)
     state = read_state(run)
     assert (state.kind, state.cause) == ("diverged", "its perplexity is not finite")
-    (run.folder / "summary.json").write_text(json.dumps(dict(summary, test_ppl=2e20)))
+    write_summary(run, test_ppl=2e20)
     assert read_state(run).kind == "done"
-    (run.folder / "summary.json").write_text(json.dumps(dict(summary, epochs=1)))
+    write_summary(run, test_ppl=2e20, epochs=1)
     assert read_state(run).kind == "new"
-
-
-def test_runs_of_other_lengths_or_text_are_not_mixed(
-    make_table: Callable[..., Path], run_table: Callable[..., Result], tmp_path: Path
-) -> None:
-    table, out = make_table({"base": ""}, (1,)), tmp_path / "out"
-    # A flag of the row that only the table's make valid; a title that is no formula.
-    text = (
-        table.read_text()
-        .replace("A table", "costs $x")
-        .replace('"--epochs"', '"--no-asgd", "--epochs"')
-    )
-    table.write_text(text.replace('flags = ""', 'flags = "--nonmono-decay 4"'))
-    assert run_table(table, "--output", out).code == 0
-    assert (out / "curves.png").exists()
-    short = run_table(table, "--output", out, "--flags=--epochs 1")
-    assert short.code == 2
-    assert "2 epochs are done, and 1 are asked for" in short.err
-    write_corpus(tmp_path / "corpus", lines=150, seed=5)
-    other = run_table(table, "--output", out, "--seeds", "1,2")
-    assert other.code == 2
-    assert "another text was in" in other.err
-    assert run_table(table, "--report-only", "--output", out, "--flags=--seed 3").code == 2
-    assert run_table(table, "--dry-run", "--output", out, "--flags=-h").code == 2
 
 
 def test_a_run_that_is_older_than_a_flag_is_not_done_for_a_row_with_it(
@@ -536,8 +533,3 @@ def test_a_table_s_recipe_is_found_from_anywhere(
     missing = run_table(table, "--output", "out")
     assert missing.code == 2
     assert "@recipes/none.txt: No such file or directory" in missing.err
-
-
-def test_gpus_are_numbered_as_they_are_seen(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "2, GPU-abc")
-    assert [place["CUDA_VISIBLE_DEVICES"] for place in slots(2, 1, [0, 1])] == ["2", "GPU-abc"]

@@ -181,7 +181,7 @@ def test_load_state_dict_of_the_original() -> None:
 def test_in_the_background_it_writes_what_there_was(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, device: torch.device
 ) -> None:
-    """Whatever becomes of it meanwhile, and in the memory in which another one was."""
+    """Whatever becomes of the tensors meanwhile; a third file waits for the first."""
     may, save, writer = threading.Event(), torch.save, CheckpointWriter(True)
 
     def slow(payload: object, file: Any) -> None:
@@ -195,7 +195,7 @@ def test_in_the_background_it_writes_what_there_was(
     paths = [tmp_path / f"{number}.pt" for number in range(3)]
     for number, (model, path) in enumerate(zip(models, paths, strict=True)):
         position = {"n": number}
-        if number == 1:  # for which there is memory only once the first one is written
+        if number == 1:
             threading.Timer(0.1, may.set).start()
         writer.write(path, model_payload(model, WORDS, position=position))
         writer.write(tmp_path / "last.pt", training_payload(dict(position=position)))
@@ -276,8 +276,9 @@ def test_ctrl_c_leaves_no_file_half_written(
             if within == "wait":
                 writer.write(tmp_path / "last.pt", training_payload({"hidden": []}))
             signal.setitimer(signal.ITIMER_REAL, 0.05)
-            if within == "write":  # for which there is no memory yet
-                writer.write(tmp_path / "next.pt", model)
+            if within == "write":  # it waits for the first file
+                for name in ("next.pt", "last.pt"):
+                    writer.write(tmp_path / name, model)
 
     monkeypatch.setattr(torch, "save", slow)
     handler = signal.signal(signal.SIGALRM, signal.default_int_handler)

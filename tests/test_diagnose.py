@@ -18,7 +18,10 @@ import diagnose
 from data.corpus import Corpus, load_corpus
 from engine.checkpoint import load_model, model_payload, write_checkpoint
 from flags import parse_training
+from layers import LAYERS
+from layers.lstm import LSTM
 from model import RNNModel
+from programs.diagnose import fresh
 
 Run = Callable[..., Result]
 SMALL = shlex.split("--batch-size 4 --lags 12 --positions 3 --windows 2 --bptt 8 --device cpu")
@@ -55,15 +58,10 @@ def planted(
 ) -> RNNModel:
     """A model whose recurrent weights are multiplied by scale, saved at path."""
     keywords: dict[str, Any] = dict(
-        nlayers=2,
-        dropout=0.2,
-        dropouth=0.1,
-        dropouti=0.1,
-        dropoute=0.1,
-        wdrop=0.3,
-        tie_weights=True,
-    )
-    model = RNNModel("LSTM", len(corpus.vocabulary), 12, 16, **{**keywords, **changes})
+        rnn_type="LSTM", ninp=32, nhid=32, nlayers=2, dropout=0.2, dropouth=0.1, dropouti=0.1,
+        dropoute=0.1, wdrop=0.3, tie_weights=True,
+    )  # fmt: skip
+    model = RNNModel(ntoken=len(corpus.vocabulary), **{**keywords, **changes})
     with torch.no_grad():
         for name, parameter in model.named_parameters():
             if "weight_hh" in name:
@@ -96,7 +94,7 @@ def test_two_models_with_everything(
     assert list(figures["filters"]["masks"]) == ["1", "5"]
     assert len(figures["filters"]["masks"]["1"][1]) == 4
     assert len(figures["layers"][1]["hidden"]["quantiles"]["0.5"]) == 13
-    assert len(figures["layers"][0]["spectrum"]["forget"]["singular_values"]) == 16
+    assert len(figures["layers"][0]["spectrum"]["forget"]["singular_values"]) == 32
     page = (folder / "summary.md").read_text()
     for sentence in [s for m in diagnosis["models"] for s in m["findings"]]:
         assert sentence in page
@@ -146,7 +144,7 @@ def test_fresh_weights_are_those_that_training_starts_from(
     args, _ = parse_training(TINY)
     torch.manual_seed(args.seed)
     start = assembly.build_model(args, len(corpus.vocabulary))
-    again = diagnose.fresh(load_model(save)[0], args.seed)
+    again = fresh(load_model(save)[0], args.seed)
     assert start.config() == again.config()
     for one, other in zip(start.parameters(), again.parameters(), strict=True):
         assert torch.equal(one, other)
@@ -225,7 +223,7 @@ def test_flags_that_cannot_be(look: Run, flags: list[str], words: str) -> None:
 
 
 def test_files_that_cannot_be(
-    look: Run, corpus: Corpus, corpus_folder: Path, tmp_path: Path
+    look: Run, corpus: Corpus, corpus_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     model = tmp_path / "model.pt"
     planted(model, corpus, 1, 0)
@@ -249,9 +247,15 @@ def test_files_that_cannot_be(
     assert f"{corpus_folder}/valid.txt: " in line
     assert "are too few" in line
 
+    monkeypatch.setitem(LAYERS, "Own", type("Own", (LSTM,), {}))  # whose steps nobody here knows
+    for kind in ("GRU", "Own"):
+        planted(tmp_path / "other.pt", corpus, 1, 0, rnn_type=kind)
+        line = only_line(look(tmp_path / "other.pt", *data), 1)
+        assert f"other.pt: its layers are {kind}" in line
+
     broken = planted(tmp_path / "broken.pt", corpus, 1, 0)
     with torch.no_grad():
-        broken.decoder.bias[3] = torch.nan
+        broken.get_parameter("decoder.bias")[3] = torch.nan
     write_checkpoint(tmp_path / "broken.pt", model_payload(broken, corpus.vocabulary))
     assert "its weights are not finite" in only_line(look(tmp_path / "broken.pt", *data), 1)
     assert not list(tmp_path.glob("*-diagnosis"))

@@ -7,7 +7,6 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from engine.update import Updater
 from numpy.typing import NDArray
 from test_gradient_filter import by_hand
 from torch import Tensor
@@ -23,7 +22,11 @@ from diagnostics.spectra import masked_spectrum, power_prediction, spectral_norm
 from diagnostics.unrolled import recurrent_matrices, unroll
 from gradient_filter import GradientFilter
 from model import RNNModel
+from noise import Noise
 from nt_asgd import NTASGD
+from training.objective import Objective, paper_penalties
+from training.step import PlainStep
+from training.update import Updater
 
 Array = NDArray[np.float64]
 STEPS, BATCH, WORDS = 7, 3, 11
@@ -48,6 +51,14 @@ def text(steps: int = STEPS) -> Tensor:
 
 def some_hidden(model: RNNModel) -> Any:
     return [(h + 0.3, c - 0.2) for h, c in model.init_hidden(BATCH)]
+
+
+def noise() -> Noise:
+    return Noise(torch.Generator().manual_seed(6))
+
+
+def objective_of(model: RNNModel) -> Objective:
+    return Objective(model, paper_penalties(2.0, 1.0))
 
 
 # Norms by lag, against products of Jacobians that are written out
@@ -100,7 +111,7 @@ def by_jacobians(
     states = [(h[0, b].numpy(), c[0, b].numpy()) for h, c in hidden]
     jacobians: list[tuple[Array, Array]] = []
     for step in range(t + 1):
-        x, dx = embedding[rows[step, b]], np.zeros((model.ninp, 0))
+        x, dx = embedding[rows[step, b]], np.zeros((model.layer_sizes[0], 0))
         for n in range(model.nlayers):
             cell = Cell(weights[n], x, *states[n])
             units = len(cell.c)
@@ -121,10 +132,10 @@ def by_jacobians(
                     jacobians.append(cell.push(dx, zero, zero))
             else:
                 if n == 0:
-                    dx = np.zeros((model.ninp, jacobians[0][0].shape[1]))
+                    dx = np.zeros((model.layer_sizes[0], jacobians[0][0].shape[1]))
                 jacobians[n] = cell.push(dx, *jacobians[n])
             dx = jacobians[n][0]
-    decoder, bias = (p.detach().numpy() for p in (model.decoder.weight, model.decoder.bias))
+    decoder, bias = (p.detach().numpy() for p in model.decoder.parameters())
     scores = decoder @ x + bias
     slope = np.exp(scores) / np.exp(scores).sum()
     slope[rows[t + 1, b]] -= 1
@@ -157,10 +168,8 @@ def test_unrolled_is_the_model(changes: dict, training: bool) -> None:
     """With the same masks where there are masks."""
     model = make(**changes).train(training)
     rows, hidden = text(), some_hidden(model)
-    torch.manual_seed(5)
-    result, after, raw, _ = model(rows[:-1], hidden, return_h=True)
-    torch.manual_seed(5)
-    found = unroll(model, rows[:-1], hidden)
+    result, after, raw, _ = model(rows[:-1], hidden, return_h=True, noise=noise())
+    found = unroll(model, rows[:-1], hidden, noise())
     torch.testing.assert_close(torch.cat(found.outputs), result)
     for layer in range(model.nlayers):
         torch.testing.assert_close(torch.stack(found.hidden[layer]), raw[layer])
@@ -204,10 +213,9 @@ def test_descriptions_of_known_curves() -> None:
 def test_spectra_are_those_of_numpy() -> None:
     matrices = torch.randn(4, 9, 9, dtype=torch.float64)
     found = spectrum(matrices)
-    torch.manual_seed(8)
-    masked = masked_spectrum(matrices, 0.4, 2)
-    torch.manual_seed(8)
-    draws = [torch.nn.functional.dropout(matrices, 0.4) for _ in range(2)]
+    masked = masked_spectrum(matrices, 0.4, 2, noise())
+    drawn = noise()
+    draws = [matrices * drawn.drop(f"mask {n}", (4, 9, 9), 0.4, matrices) for n in range(2)]
     for n in range(4):
         assert np.allclose(found["singular_values"][n], np.linalg.svd(matrices[n].numpy())[1])
         radii = [abs(np.linalg.eigvals(m[n].numpy())).max() for m in (matrices, *draws)]
@@ -238,7 +246,7 @@ def test_predictions_are_powers() -> None:
 def test_gates_of_a_matrix_are_in_torch_s_order() -> None:
     model = make(nlayers=1, wdrop=0.5)
     raw = model.get_parameter("rnns.0.module.weight_hh_l0_raw")
-    for n, gate in enumerate(recurrent_matrices(model, 0)):
+    for n, gate in enumerate(recurrent_matrices(model.layers[0])):
         assert torch.equal(gate, raw[3 * n : 3 * n + 3])
 
 
@@ -270,20 +278,17 @@ def test_gate_figures_count() -> None:
 
 def updated(model: RNNModel, rows: Tensor, hidden: Any, clip: float) -> tuple[Tensor, Tensor]:
     """Loss and norm of training's own update, whose gradients stay in the model."""
-    optimizer = NTASGD(model.parameters(), 1e-9)
-    updater = Updater(model, rows, optimizer, bptt=STEPS, clip=clip, alpha=2.0, beta=1.0)
-    torch.manual_seed(6)
-    step = updater(Window(0, len(rows) - 1), hidden, want_norm=True)
-    assert step.norm is not None
-    return step.loss, step.norm
+    step = PlainStep(NTASGD(model.parameters(), 1e-9), clip)
+    updater = Updater(objective_of(model), rows, step, bptt=STEPS, make_noise=noise)
+    outcome = updater(Window(0, len(rows) - 1), hidden, keep_gradients=True)
+    return outcome.loss, outcome.norm
 
 
 @pytest.mark.parametrize("tied", [True, False])
 def test_window_gradient_is_that_of_training(tied: bool) -> None:
     model = make(tie_weights=tied).train()
     rows, hidden = text(), some_hidden(model)
-    torch.manual_seed(6)
-    found = window_gradient(model, rows, hidden, alpha=2.0, beta=1.0)
+    found = window_gradient(objective_of(model), rows, hidden, noise())
     assert all(p.grad is None for p in model.parameters())
     loss, norm = updated(model, rows, hidden, clip=0)
     assert found.loss == pytest.approx(float(loss))
@@ -319,8 +324,7 @@ def test_window_gradient_is_that_of_training(tied: bool) -> None:
 def test_probe_sees_the_gradient_before_clipping(clip: float) -> None:
     model = make().train()
     rows, hidden = text(), some_hidden(model)
-    torch.manual_seed(6)
-    expected = window_gradient(model, rows, hidden, alpha=2.0, beta=1.0)
+    expected = window_gradient(objective_of(model), rows, hidden, noise())
     _, norm = updated(model, rows, hidden, clip)
     state = torch.get_rng_state()
     found = probe(model, norm)
@@ -332,7 +336,7 @@ def test_probe_sees_the_gradient_before_clipping(clip: float) -> None:
         assert found[f"grad_norm_{name}"] == pytest.approx(size)
         assert found[f"grad_share_{name}"] == pytest.approx((size / expected.norm) ** 2)
     for layer in range(2):
-        values = [np.linalg.norm(m.numpy(), 2) for m in recurrent_matrices(model, layer)]
+        values = [np.linalg.norm(m.numpy(), 2) for m in recurrent_matrices(model.layers[layer])]
         names = [f"spectral_norm_{g}_l{layer}" for g in ("input", "forget", "cell", "output")]
         assert [found[name] for name in names] == pytest.approx(values, rel=0.02)
 
@@ -344,8 +348,7 @@ def test_filter_masks_are_those_of_filters(
     """From gradients without filters: against the equation, and against filters at work."""
     model = make(nlayers=3).train()
     rows, hidden = text(), some_hidden(model)
-    torch.manual_seed(6)
-    found = window_gradient(model, rows, hidden, alpha=2.0, beta=1.0)
+    found = window_gradient(objective_of(model), rows, hidden, noise())
     masks = filter_masks(found.inputs, threshold)
     factor = [1.0] * BATCH
     for layer in (2, 1, 0):
@@ -358,8 +361,9 @@ def test_filter_masks_are_those_of_filters(
     noted: dict[GradientFilter, Tensor] = {}
     monkeypatch.setattr(GradientFilter, "note", lambda gate, mask, _: noted.update({gate: mask}))
     updated(filtering, rows, hidden, clip=0)
-    for layer, gate in enumerate(filtering.gradient_filters):
-        torch.testing.assert_close(masks[layer], noted[gate], rtol=1e-9, atol=0)
+    for mask, filtered in zip(masks, filtering.layers, strict=True):
+        assert filtered.gradient_filter is not None
+        torch.testing.assert_close(mask, noted[filtered.gradient_filter], rtol=1e-9, atol=0)
 
 
 def test_who_is_suppressed() -> None:
@@ -384,7 +388,7 @@ def test_examining_leaves_no_trace_and_sees_no_filter() -> None:
     assert all(p.grad is None and p.dtype == torch.float32 for p in model.parameters())
     torch.manual_seed(99)
     assert examine(filtering, rows[: settings.rows], settings) == found
-    assert len(filtering.gradient_filters) == 2
+    assert all(layer.gradient_filter is not None for layer in filtering.layers)
     assert json.dumps(found, allow_nan=False)
 
 

@@ -10,10 +10,11 @@ from typing import Any
 import pytest
 import torch
 from conftest import TINY, Result
-from torch import Tensor, nn
+from torch import Tensor
 
 from gradient_filter import GradientFilter
 from model import RNNModel
+from noise import Noise
 
 Run = Callable[..., Result]
 
@@ -135,28 +136,26 @@ def test_threshold_has_to_be_positive() -> None:
         GradientFilter(threshold=0)
 
 
+@pytest.mark.parametrize("kind", ["LSTM", "GRU"])
 @pytest.mark.parametrize("wdrop", [0.0, 0.5])
-def test_in_the_model_it_filters_each_layer_s_input_and_weights(wdrop: float) -> None:
+def test_in_the_model_it_filters_each_layer_s_input_and_weights(wdrop: float, kind: str) -> None:
     """Against a model without filters, whose gradients are filtered layer by layer by hand."""
-    sizes = dict(dropouth=0.0, dropouti=0.0, dropoute=0.0, dropout=0.0, wdrop=wdrop)
-    torch.manual_seed(1)
-    plain = RNNModel("LSTM", 9, 4, 5, 1, **sizes, tie_weights=True).double()
-    model = RNNModel("LSTM", 9, 4, 5, 1, **sizes, tie_weights=True, grad_filter=0.5).double()
+    rates: dict[str, Any] = dict(dropouth=0.0, dropouti=0.0, dropoute=0.0, dropout=0.0, wdrop=wdrop)
+    plain = RNNModel(kind, 9, 4, 5, 1, **rates, tie_weights=True).double()
+    model = RNNModel(kind, 9, 4, 5, 1, **rates, tie_weights=True, grad_filter=0.5).double()
     model.load_state_dict(plain.state_dict())
-    words = torch.randint(0, 9, (6, 3))
-
-    torch.manual_seed(2)
-    output, _ = model(words, model.init_hidden(3))
-    (output.reshape(6, 3, 4) * torch.tensor([1.0, 5.0, 0.1])[:, None]).sum().backward()
-
-    torch.manual_seed(2)
+    assert list(model.state_dict()) == list(plain.state_dict())
+    words, noise = torch.randint(0, 9, (6, 3)), Noise()
     inner: list[Tensor] = []
-    lstm = next(m for m in plain.modules() if isinstance(m, torch.nn.LSTM))
-    hook = lstm.register_forward_pre_hook(lambda _, args: inner.append(args[0]))
-    output, _ = plain(words, plain.init_hidden(3))
-    hook.remove()
-    inner[0].retain_grad()
-    (output.reshape(6, 3, 4) * torch.tensor([1.0, 5.0, 0.1])[:, None]).sum().backward()
+
+    def catch(_: object, args: Any) -> None:
+        args[0].retain_grad()
+        inner.append(args[0])
+
+    plain.layers[0].register_forward_pre_hook(catch)
+    for one in (plain, model):
+        output, _ = one(words, one.init_hidden(3), noise=noise)
+        (output.reshape(6, 3, 4) * torch.tensor([1.0, 5.0, 0.1])[:, None]).sum().backward()
     named: dict[str, Any] = {n: p.grad for n, p in plain.named_parameters() if n.startswith("rnns")}
     assert inner[0].grad is not None
     x_grad, param_grads, _ = by_hand(inner[0].grad, list(named.values()), 0.5)
@@ -167,17 +166,10 @@ def test_in_the_model_it_filters_each_layer_s_input_and_weights(wdrop: float) ->
         for b in range(3):
             expected[words[t, b]] += x_grad[t, b]
     torch.testing.assert_close(model.encoder.weight.grad, expected, rtol=1e-9, atol=1e-12)
-
-
-def test_state_dicts_and_evaluation_do_not_know_of_it() -> None:
-    plain = RNNModel("LSTM", 9, 4, 5, 2, tie_weights=True, wdrop=0.5)
-    model = RNNModel("LSTM", 9, 4, 5, 2, tie_weights=True, wdrop=0.5, grad_filter=10.0)
-    assert list(model.state_dict()) == list(plain.state_dict())
-    model.load_state_dict(plain.state_dict())
-    words = torch.randint(0, 9, (6, 3))
-    one = plain.eval()(words, plain.init_hidden(3))[0]
-    assert torch.equal(one, model.eval()(words, model.init_hidden(3))[0])
-    assert isinstance(model.rnns[0], nn.Module)
+    for one in (plain, model):
+        one.eval()
+    results = [one(words, one.init_hidden(3))[0] for one in (plain, model)]
+    assert torch.equal(*results)
 
 
 def test_runs_log_it_and_resume_it(run: Run, corpus_folder: Path, tmp_path: Path) -> None:

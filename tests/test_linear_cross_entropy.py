@@ -2,11 +2,12 @@
 
 from collections.abc import Sequence
 
-import linear_cross_entropy as module
 import pytest
 import torch
-from linear_cross_entropy import linear_cross_entropy
 from torch import Tensor
+
+import kernels.linear_cross_entropy as module
+from kernels.linear_cross_entropy import linear_cross_entropy
 
 # Half the distance of two neighbours.
 ROUNDING = {torch.bfloat16: 2.0**-9, torch.float16: 2.0**-12}

@@ -2,11 +2,12 @@
 
 from collections.abc import Callable
 
-import lstm_cpu
 import pytest
 import torch
-from lstm_cpu import lstm_layer
 from torch import Tensor
+
+from kernels import lstm_cpu
+from kernels.lstm_cpu import lstm_layer
 
 NAMES = ["x", "h0", "c0", "w_ih", "w_hh", "b_ih", "b_hh"]
 # T, B, E, H: nothing a multiple of anything, one step, one sequence, one unit.
@@ -180,9 +181,9 @@ def test_gradients_without_memory_of_their_own_in_bfloat16(
     values[0] = values[0].bfloat16().requires_grad_()
     strange = torch.randn(6, 3, 4).bfloat16().permute(2, 1, 0)
     for grad in (strange, torch.ones(()).bfloat16().expand(4, 3, 6)):
-        kept = grad.clone()
+        before = grad.clone()
         (found,) = torch.autograd.grad(lstm_layer(*values)[0], values[0], grad)
-        assert torch.equal(grad, kept)
+        assert torch.equal(grad, before)
         wide = [v.detach().double() for v in values]
         wide[0].requires_grad_()
         (exact,) = torch.autograd.grad(by_steps(*wide)[0], wide[0], grad.double())

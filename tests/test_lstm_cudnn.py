@@ -2,15 +2,17 @@
 
 import pytest
 import torch
-from lstm_cudnn import CudnnLSTM
 from torch import Tensor, nn
 
-from engine.precision import allow_products
+from kernels.lstm_cudnn import CudnnLSTM
+from kernels.precision import set_products
+from layers.lstm import WEIGHTS
+from noise import Noise
 
 # E, H: padded both, one of them, neither.
 SIZES = [(5, 7), (8, 11), (6, 16), (16, 8), (1, 1)]
-NAMES = ["output", "h_n", "c_n", "x", "h0", "c0", "w_ih", "w_hh", "b_ih", "b_hh"]
-
+NAMES = ["output", "h_n", "c_n", "x", "h0", "c0", *WEIGHTS]
+Found = tuple[Tensor, tuple[Tensor, ...]]
 
 pytestmark = pytest.mark.usefixtures("with_cudnn")
 
@@ -23,13 +25,9 @@ def arguments(width: int, units: int, device: torch.device) -> list[Tensor]:
     return [v.detach().requires_grad_() for v in (*values, *lstm.parameters())]
 
 
-def results(
-    found: tuple[Tensor, tuple[Tensor, Tensor]], values: list[Tensor], units: int
-) -> list[Tensor]:
+def results(found: Found, values: list[Tensor]) -> list[Tensor]:
     """Outputs, states and the gradients of a loss that uses each of them."""
     output, (h_n, c_n) = found
-    assert not output[..., units:].any()
-    output = output[..., :units]
     like = torch.linspace(-1, 1, output.numel(), dtype=torch.float64, device=output.device)
     loss = (output.double() * like.view(output.shape)).sum()
     loss = loss + h_n.double().square().sum() + c_n.double().sin().sum()
@@ -38,30 +36,33 @@ def results(
     return [output.detach(), h_n.detach(), c_n.detach(), *grads]
 
 
-def by_torch(values: list[Tensor], mask: Tensor | None) -> tuple[Tensor, tuple[Tensor, Tensor]]:
+def by_cudnn(layer: CudnnLSTM, values: list[Tensor], mask: Tensor | None = None) -> Found:
+    x, h, c, *weights = values
+    named = dict(zip(WEIGHTS, weights, strict=True))
+    if mask is not None:
+        named["weight_hh_l0"] = named["weight_hh_l0"] * mask
+    return layer(x, (h, c), named, Noise())
+
+
+def by_torch(values: list[Tensor], mask: Tensor | None = None) -> Found:
     x, h, c, w_ih, w_hh, b_ih, b_hh = values
     weights = [w_ih, w_hh if mask is None else w_hh * mask, b_ih, b_hh]
     lstm: nn.LSTM = nn.LSTM(x.size(-1), h.size(-1), dtype=x.dtype, device=x.device)
     named = dict(zip((n for n, _ in lstm.named_parameters()), weights, strict=True))
-    found: tuple[Tensor, tuple[Tensor, Tensor]]
-    found = torch.func.functional_call(lstm, named, (x, (h, c)))
+    found: Found = torch.func.functional_call(lstm, named, (x, (h, c)))
     return found
 
 
-@pytest.mark.parametrize("masked", ["weights", "rows", "not"])
 @pytest.mark.parametrize("sizes", SIZES)
 def test_it_is_torchs_lstm_with_a_masked_weight(
-    sizes: tuple[int, int], masked: str, device: torch.device
+    sizes: tuple[int, int], device: torch.device
 ) -> None:
     values = arguments(*sizes, device)
-    shapes = dict(weights=values[4].shape, rows=(4 * sizes[1], 1))
-    mask = None
-    if masked in shapes:
-        mask = torch.empty(shapes[masked], dtype=torch.float64, device=device).bernoulli_(0.5) * 2
+    mask = torch.empty_like(values[4]).bernoulli_(0.5) * 2
     layer = CudnnLSTM(*sizes, torch.float64, device)
-    theirs = results(by_torch(values, mask), values, sizes[1])
+    theirs = results(by_torch(values, mask), values)
     for _ in range(2):  # the second call finds the buffer filled
-        ours = results(layer(values[0], (values[1], values[2]), values[3:], mask), values, sizes[1])
+        ours = results(by_cudnn(layer, values, mask), values)
         for name, a, b in zip(NAMES, ours, theirs, strict=True):
             torch.testing.assert_close(a, b, rtol=1e-11, atol=1e-12, msg=name)
 
@@ -70,47 +71,32 @@ def test_it_is_torchs_lstm_with_a_masked_weight(
 def test_weights_stay_float32_and_errors_are_those_of_the_dtype(
     dtype: torch.dtype, device: torch.device
 ) -> None:
-    allow_products({2: "bf16", 4: "fp32"}[dtype.itemsize], device)
+    set_products({2: "bf16", 4: "fp32"}[dtype.itemsize], device)
     exact = arguments(24, 30, device)
     mask = torch.empty_like(exact[4]).bernoulli_(0.5) * 2
     values = [v.detach().float().requires_grad_() for v in exact]
-    layer = CudnnLSTM(24, 30, dtype, device)
-    output, states = layer(values[0], (values[1], values[2]), values[3:], mask.float())
+    output, states = by_cudnn(CudnnLSTM(24, 30, dtype, device), values, mask.float())
     assert output.dtype == dtype
-    ours = results((output, states), values, 30)
-    theirs = results(by_torch(exact, mask), exact, 30)
+    ours = results((output, states), values)
+    theirs = results(by_torch(exact, mask), exact)
     bound = 16 * torch.finfo(dtype).eps
     for name, a, b in zip(NAMES, ours, theirs, strict=True):
         assert float((a.double() - b).norm() / b.norm()) < bound, name
 
 
-def test_padded_input_and_a_gradient_for_some_only(device: torch.device) -> None:
+def test_only_what_is_wanted_gets_a_gradient(device: torch.device) -> None:
     values = arguments(5, 7, device)
+    some = [v if k in (0, 3, 5) else v.detach() for k, v in enumerate(values)]
     layer = CudnnLSTM(5, 7, torch.float64, device)
-    padded = torch.nn.functional.pad(values[0].detach(), (0, 3)).requires_grad_()
-    hidden = (values[1].detach(), values[2].detach())
-    output, _ = layer(
-        padded, hidden, [values[3], values[4].detach(), values[5], values[6].detach()]
-    )
-    output.square().sum().backward()
-    same, _ = by_torch(values, None)
-    same.square().sum().backward()
-    assert values[0].grad is not None
-    assert padded.grad is not None
-    torch.testing.assert_close(padded.grad[..., :5], values[0].grad)
-    assert not padded.grad[..., 5:].any()
-    assert values[4].grad is not None  # from by_torch alone
-    with pytest.raises(ValueError, match="its last dimension must be 5"):
-        layer(padded[..., :6], hidden, values[3:])
+    wanted = [some[k] for k in (0, 3, 5)]
+    ours = torch.autograd.grad(by_cudnn(layer, some)[0].square().sum(), wanted)
+    theirs = torch.autograd.grad(by_torch(values)[0].square().sum(), wanted)
+    torch.testing.assert_close(ours, theirs)
 
 
 def test_states_outlive_the_window(device: torch.device) -> None:
     """They are no views of what cuDNN returned, which holds the padding, too."""
-    values = arguments(5, 7, device)
-    _, (h_n, c_n) = CudnnLSTM(5, 7, torch.float64, device)(
-        values[0], (values[1], values[2]), values[3:]
-    )
-    assert h_n.is_contiguous()
-    assert h_n.untyped_storage().nbytes() == h_n.nbytes
-    assert c_n.is_contiguous()
-    assert c_n.untyped_storage().nbytes() == c_n.nbytes
+    _, states = by_cudnn(CudnnLSTM(5, 7, torch.float64, device), arguments(5, 7, device))
+    for state in states:
+        assert state.is_contiguous()
+        assert state.untyped_storage().nbytes() == state.nbytes

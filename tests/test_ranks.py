@@ -1,4 +1,4 @@
-"""Several processes train as one would: torchrun on this machine, connected by gloo."""
+"""Several processes train as one would: as threads, and by torchrun, connected by gloo."""
 
 import json
 import os
@@ -7,17 +7,30 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
+from threading import Barrier
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
 from conftest import ROOT, TINY, Result, write_corpus
+from torch import Tensor
 
 import main
+from bptt import FixedWindows, FullWindows, RandomizedWindows, Scheme, VariableWindows
 from engine.ranks import Ranks
+from kernels.fused_step import FusedStep
 from model import RNNModel
+from noise import Noise
+from nt_asgd import NTASGD
+from training.objective import Objective, paper_penalties
+from training.step import PlainStep
+from training.trainer import Trainer
+from training.update import Updater
 
 # Everything that has to be agreed on is on: all dropouts, the filter's median, clipping,
 # averaging, windows of random length.
@@ -65,27 +78,29 @@ def corpus(tmp_path: Path) -> Path:
     return write_corpus(tmp_path / "corpus", lines=120)
 
 
-@pytest.mark.parametrize(
-    ("scheme", "sizes"),
-    [
-        ("variable", (2,)),
-        *[pytest.param(name, (2, 4), marks=pytest.mark.slow) for name in SCHEMES],
-    ],
-)
+def test_two_processes_then_one_train_as_one(
+    run: Callable[..., Result], tmp_path: Path, corpus: Path
+) -> None:
+    """Stopped after an epoch and a half, a run of two goes on with one."""
+    flags = [*FLAGS, "--data", corpus]
+    assert run(*flags, "--save", tmp_path / "one.pt").code == 0
+    train(2, *flags, "--save", tmp_path / "part.pt", "--max-updates", "30")
+    config = json.loads((tmp_path / "part" / "config.json").read_text())
+    assert config["processes"] == 2
+    assert run("--resume", tmp_path / "part").code == 0
+    assert_same_run(tmp_path / "part", tmp_path / "one")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("scheme", list(SCHEMES))
 def test_two_and_four_processes_train_as_one(
-    run: Callable[..., Result], tmp_path: Path, corpus: Path, scheme: str, sizes: tuple[int, ...]
+    run: Callable[..., Result], tmp_path: Path, corpus: Path, scheme: str
 ) -> None:
     flags = [*FLAGS, *SCHEMES[scheme], "--data", corpus]
     assert run(*flags, "--save", tmp_path / "one.pt").code == 0
-    for ranks in sizes:
+    for ranks in (2, 4):
         train(ranks, *flags, "--save", tmp_path / f"r{ranks}.pt")
         assert_same_run(tmp_path / f"r{ranks}", tmp_path / "one")
-        config = json.loads((tmp_path / f"r{ranks}" / "config.json").read_text())
-        assert config["processes"] == ranks
-    # A run of several goes on with one, and ends as if it had been one all the time.
-    train(sizes[0], *flags, "--save", tmp_path / "part.pt", "--max-updates", "1")
-    assert run("--resume", tmp_path / "part").code == 0
-    assert_same_run(tmp_path / "part", tmp_path / "one")
 
 
 @pytest.mark.slow
@@ -156,12 +171,145 @@ def test_a_batch_that_does_not_divide_is_refused(
     assert not (tmp_path / "a").exists()
 
 
+def test_all_processes_do_what_one_is_asked_for() -> None:
+    """A signal that comes while they agree waits for the next time, on each of them."""
+    interrupt = SimpleNamespace(requested=False, terminated=False)
+    answers = [[0, 0, 1], [1, 1, 0]]
+
+    def largest(*values: int) -> list[int]:
+        interrupt.requested = True  # the signal
+        return answers.pop(0)
+
+    options = SimpleNamespace(checkpoint_every=None, checkpoint_minutes=1.0, max_updates=None)
+    trainer: Any = SimpleNamespace(
+        ranks=SimpleNamespace(largest=largest), interrupt=interrupt, options=options,
+        at=SimpleNamespace(update=1), _last_checkpoint=time.monotonic(),
+    )  # fmt: skip
+    Trainer.share_requests(trainer)
+    assert trainer.checkpoint_due
+    assert Trainer.stop_reason(trainer) is None
+    assert interrupt.requested
+    Trainer.share_requests(trainer)
+    assert not trainer.checkpoint_due
+    assert Trainer.stop_reason(trainer) == "interrupted"
+    assert interrupt.terminated
+
+
+# As threads of one process
+
+
+class Threads:
+    """Where threads meet to exchange values."""
+
+    def __init__(self, size: int) -> None:
+        self.barrier = Barrier(size, timeout=60)
+        self.values: list[Any] = [None] * size
+
+    def exchange(self, rank: int, value: Any) -> list[Any]:
+        self.values[rank] = value
+        self.barrier.wait()
+        everyones = list(self.values)
+        self.barrier.wait()
+        return everyones
+
+
+class Thread(Ranks):
+    """One of them."""
+
+    def __init__(self, rank: int, threads: Threads) -> None:
+        super().__init__(rank, len(threads.values))
+        self.threads = threads
+
+    def average(self, tensors: list[Tensor]) -> None:
+        everyones = self.threads.exchange(self.rank, [t.detach().clone() for t in tensors])
+        for tensor, *parts in zip(tensors, *everyones, strict=True):
+            tensor.detach().copy_(sum(parts) / self.size)
+
+    def gather(self, columns: Tensor, dim: int) -> Tensor:
+        return torch.cat(self.threads.exchange(self.rank, columns), dim)
+
+
+WINDOWS: dict[str, Callable[[], Scheme]] = {
+    "variable": lambda: VariableWindows(8, 1),
+    "overlapping": lambda: FixedWindows(8, 3),
+    "in pieces": lambda: FixedWindows(3, 8),
+    "randomized": lambda: RandomizedWindows(4, 0.5, 1),
+    "full": lambda: FullWindows(9),
+}
+
+
+def updates(scheme: str, fused: bool, settings: dict[str, Any], ranks: Ranks) -> dict[str, Tensor]:
+    """What ten updates leave: losses, norms, weights, averages, states, the filters' counts."""
+    model = RNNModel("LSTM", 30, 5, 7, 2, **settings).double()
+    with torch.no_grad():
+        for number, p in enumerate(model.parameters()):
+            p.copy_(torch.linspace(-1, 1, p.numel()).mul(9 + number).sin().view_as(p) / 3)
+    filters = [f for layer in model.layers if (f := layer.gradient_filter) is not None]
+    for gradient_filter in filters:
+        gradient_filter.gather = lambda norms: ranks.gather(norms, 0)
+    optimizer = NTASGD(model.parameters(), 0.5, 0.01)
+    optimizer.averaging = True
+    rows = (torch.arange(60 * 4) ** 2 % 29).view(60, 4)[:, ranks.share(4)]
+    generator = torch.Generator().manual_seed(3)
+    make_step = FusedStep if fused else PlainStep
+    updater = Updater(
+        Objective(model, paper_penalties(2, 1)), rows, make_step(optimizer, 0.25), bptt=8,
+        make_noise=partial(Noise, generator, ranks.rank, ranks.size), ranks=ranks,
+    )  # fmt: skip
+    hidden, found = model.init_hidden(4 // ranks.size), dict[str, Tensor]()
+    for number, window in enumerate(WINDOWS[scheme]().windows(59)):
+        if number == 10:
+            break
+        outcome = updater(window, hidden)
+        updater.step.note(overflow=False)
+        hidden = outcome.hidden
+        found.update(
+            {f"loss {number}": outcome.loss.clone(), f"norm {number}": outcome.norm.clone()}
+        )
+    found |= {name: p.detach().clone() for name, p in model.named_parameters()}
+    with optimizer.averaged_weights():
+        found |= {f"mean {name}": p.detach().clone() for name, p in model.named_parameters()}
+    states = [part for state in ranks.gather_hidden(hidden) for part in state]
+    found |= {f"state {number}": part for number, part in enumerate(states)}
+    return found | {f"filter {number}": f.statistics for number, f in enumerate(filters)}
+
+
+ALL = dict(dropout=0.4, dropouth=0.25, dropouti=0.3, dropoute=0.1, wdrop=0.5, tie_weights=True)
+
+
+@pytest.mark.parametrize("fused", [False, True])
+@pytest.mark.parametrize(
+    ("scheme", "size", "changes"),
+    [
+        *((scheme, 2, dict(grad_filter=1.0)) for scheme in WINDOWS),
+        ("variable", 4, dict(grad_filter=1.0)),
+        ("variable", 2, dict(tie_weights=False, wdrop=0)),
+    ],
+)
+def test_two_and_four_ranks_are_one(
+    scheme: str, size: int, changes: dict[str, Any], fused: bool
+) -> None:
+    settings = ALL | changes
+    expected = updates(scheme, fused, settings, Ranks())
+    threads = Threads(size)
+    with ThreadPoolExecutor(size) as pool:
+        ranks = [Thread(rank, threads) for rank in range(size)]
+        everyones = list(pool.map(partial(updates, scheme, fused, settings), ranks))
+    for found in everyones:
+        assert found.keys() == expected.keys()
+        for name, value in found.items():
+            torch.testing.assert_close(value, expected[name], rtol=1e-6, atol=1e-9, msg=name)
+
+
 def test_masks_are_shared_out_by_columns() -> None:
-    model = RNNModel("LSTM", 9, 4, 5, 2, wdrop=0.5, tie_weights=True)
-    masks = model.draw_masks(6)
-    parts = [masks.columns(Ranks(rank, 3).share(6)) for rank in range(3)]
-    for i, mask in enumerate(masks.locked):
-        assert mask is not None
-        shared = [part.locked[i] for part in parts]
-        assert torch.equal(torch.cat([m for m in shared if m is not None], 1), mask)
-    assert all(part.words is masks.words and part.weights is masks.weights for part in parts)
+    """Those of a dimension without columns are everyone's."""
+    like = torch.zeros(())
+    noises = [Noise(torch.Generator().manual_seed(1), rank, 3) for rank in range(3)]
+    whole = Noise(torch.Generator().manual_seed(1))
+    for name, by_step in (("a", False), ("b", True)):
+        draw = [n.at(4).of("x").drop_by_step if by_step else n.of("x").drop for n in noises]
+        parts = [d(name, (5, 2, 7), 0.5, like, batch_dim=1) for d in draw]
+        one = whole.at(4).of("x").drop_by_step if by_step else whole.of("x").drop
+        assert torch.equal(torch.cat(parts, 1), one(name, (5, 6, 7), 0.5, like, batch_dim=1))
+    shared = [n.drop("words", (9, 1), 0.5, like) for n in (*noises, whole)]
+    assert all(torch.equal(mask, shared[0]) for mask in shared)

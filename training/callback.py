@@ -42,6 +42,22 @@ class UpdateEnd:
 
 
 @dataclass(frozen=True)
+class StepEnd:
+    """A step that was taken, or skipped since the gradients overflowed.
+
+    update: its number, from 1.
+    overflow: it was skipped.
+    largest: the largest gradient, absolute, where the loss scale uses it; else None.
+    log: writes an event: log(name, **values).
+    """
+
+    update: int
+    overflow: bool
+    largest: float | None
+    log: Callable[..., None]
+
+
+@dataclass(frozen=True)
 class EpochEnd:
     """A validated epoch.
 
@@ -79,8 +95,8 @@ class Callback:
     def update_ended(self, end: UpdateEnd) -> None:
         """Look at an update that was asked for and not skipped; p.grad are its gradients."""
 
-    def settled(self, update: int, overflow: bool, log: Callable[..., None]) -> None:
-        """Note whether an update was skipped, in the order of the updates."""
+    def step_ended(self, end: StepEnd) -> None:
+        """Look at a step; called for each in turn, up to one update late."""
 
     def figures(self) -> dict[str, float]:
         """What to add to the `train` event of the logging interval that ends; starts the next."""

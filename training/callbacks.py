@@ -4,9 +4,9 @@ from collections.abc import Callable
 from typing import Any
 
 from gradient_filter import GradientFilter
-from loss_scale import LossScale
+from loss_scale import AnyLossScale
 from nt_asgd import NTASGD
-from training.callback import Callback, EpochEnd, UpdateEnd
+from training.callback import Callback, EpochEnd, StepEnd, UpdateEnd
 
 
 class NonMonotonicTrigger(Callback):
@@ -92,7 +92,7 @@ class GradientFigures(Callback):
 
 
 class LossScaling(Callback):
-    """Adapts the loss scale to what became of each update, and logs what it does.
+    """Adapts the loss scale to each update, and logs overflows and its changes.
 
     Args:
         loss_scale: that the step takes out of the gradients.
@@ -100,15 +100,16 @@ class LossScaling(Callback):
 
     name = "loss_scale"
 
-    def __init__(self, loss_scale: LossScale) -> None:
+    def __init__(self, loss_scale: AnyLossScale) -> None:
         self.loss_scale = loss_scale
         self.skipped = 0  # in the logging interval under way
 
-    def settled(self, update: int, overflow: bool, log: Callable[..., None]) -> None:
-        """Adapt; an overflow and a change are events."""
-        self.skipped += overflow
-        if self.loss_scale.note(update, overflow):
-            log("loss_scale", step=update, scale=self.loss_scale.value, overflow=overflow)
+    def step_ended(self, end: StepEnd) -> None:
+        """Adapt; what goes into the scale's history is an event."""
+        self.skipped += end.overflow
+        if self.loss_scale.note(end.update, end.overflow, end.largest):
+            scale = self.loss_scale.value
+            end.log("loss_scale", step=end.update, scale=scale, overflow=end.overflow)
 
     def figures(self) -> dict[str, float]:
         """loss_scale, and overflows in the interval."""

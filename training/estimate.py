@@ -1,4 +1,4 @@
-"""What a training run will need, worked out before it starts."""
+"""The memory of a training run, estimated before it starts."""
 
 from itertools import pairwise
 
@@ -9,7 +9,7 @@ from model import RNNModel, count_parameters
 def training_memory(
     model: RNNModel, batch_size: int, scheme: Scheme, num_steps: int, averages: bool
 ) -> int:
-    """Bytes that tensors take at the height of an update with the largest window, about.
+    """Estimated bytes of tensors at the peak of an update with the largest window.
 
     Counted: weights, gradients, the average (if averages), the masked weights and their
     gradients; per layer and time step whose activations are held at once the input, the four

@@ -1,5 +1,6 @@
 """The gradient of one window of text, piece by piece."""
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from itertools import accumulate
 
@@ -100,6 +101,7 @@ class WindowGradient:
         hidden: Hidden,
         noise: Noise,
         scale: float | Tensor = 1.0,
+        check: Callable[[], None] = lambda: None,
     ) -> tuple[Tensor, Hidden]:
         """Take the gradient of one window.
 
@@ -109,6 +111,8 @@ class WindowGradient:
             hidden: states before it; their history is cut off.
             noise: the update's random factors.
             scale: factor on the gradients; see loss_scale.
+            check: called between pieces, and between forward and backward; gives the window up by
+                raising an exception.
 
         Returns:
             The mean cross-entropy without the penalties, nats per token, and the states that the
@@ -117,7 +121,7 @@ class WindowGradient:
         pieces = pieces_of(window)
         states, losses = [hidden], list[Tensor]()
         for chain in [pieces] if window.crossing else [[piece] for piece in pieces]:
-            afters, chain_losses = self._chain(window, chain, rows, states[-1], noise, scale)
+            afters, chain_losses = self._chain(window, chain, rows, states[-1], noise, scale, check)
             states += afters
             losses += chain_losses
         ends = [0, *(piece.stop for piece in pieces)]
@@ -132,6 +136,7 @@ class WindowGradient:
         hidden: Hidden,
         noise: Noise,
         scale: float | Tensor,
+        check: Callable[[], None],
     ) -> tuple[list[Hidden], list[Tensor]]:
         """Forward, then backward, through pieces none of which is cut off from the one before.
 
@@ -141,6 +146,8 @@ class WindowGradient:
         befores, calls = [repackage_hidden(hidden)], list[_Call]()
         afters: list[Hidden] = []
         for piece in pieces:
+            if piece.start:
+                check()
             if afters:
                 befores.append(_leaves(afters[-1]))
             if len(afters) < len(pieces) - window.kept:
@@ -153,6 +160,7 @@ class WindowGradient:
         losses: list[Tensor] = []
         arriving: list[Tensor] = []
         for piece, before in zip(reversed(pieces), reversed(befores), strict=True):
+            check()
             call = calls.pop() if calls else self._call(piece, rows, before, noise)
             call.backward(arriving, scale)
             if call.loss is not None:

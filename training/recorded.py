@@ -1,5 +1,6 @@
-"""Updates on a GPU recorded as CUDA graphs: one launch for all the kernels of an update."""
+"""Updates on a GPU as CUDA graphs: one launch for all the kernels of an update."""
 
+from collections.abc import Callable
 from dataclasses import replace
 
 import torch
@@ -11,63 +12,72 @@ from model import Hidden
 from training.gradient import pieces_of
 from training.update import Outcome, Updater
 
-# Windows of more pieces are too long, or of too many shapes, to be recorded each.
+# A window of more pieces runs eagerly: its graph would be large, and there are too many kinds.
 MOST_PIECES = 8
 
 
 class RecordedUpdater:
-    """The same update, a CUDA graph for each kind of window.
+    """An updater whose updates are captured as CUDA graphs, one for each kind of window.
 
-    A graph holds a whole update: noise, forward, backward, norm, step, average. Everything that
-    differs between updates of a kind is read from memory of the device: the window's text, its
-    states, and what the step keeps there.
+    A graph holds a whole update: noise, forward, backward, norm, step, average. Windows are of one
+    kind if they differ only in where they start. What differs between updates of a kind is read
+    from fixed memory on the device: the text, the states before it, and the step's own scalars.
 
     Args:
-        updater: of one process, whose step never synchronises.
-        graphs: captures and replays them.
+        updater: of a single process, whose step never synchronises.
+        graphs: captures and replays.
     """
 
     def __init__(self, updater: Updater, graphs: Graphs) -> None:
         self.updater = updater
         self.step = updater.step
         self.graphs = graphs
-        self.loss = torch.zeros((), device=updater.rows.device)
+        self.loss = next(updater.model.parameters()).detach().new_zeros(())
         self.hidden: Hidden = []
-        self.texts: dict[int, Tensor] = {}
-        self.last: Outcome | None = None
+        self.texts: dict[int, Tensor] = {}  # by number of rows
+        self.outcome: Outcome | None = None
 
-    def __call__(self, window: Window, hidden: Hidden, keep_gradients: bool = False) -> Outcome:
-        """Update the weights once; as Updater's.
+    def __call__(
+        self,
+        window: Window,
+        hidden: Hidden,
+        keep_gradients: bool = False,
+        check: Callable[[], None] = lambda: None,
+    ) -> Outcome:
+        """Update the weights once; see Updater.
 
-        The tensors of the Outcome are overwritten by the next update. Where gradients are looked at
-        the update is not replayed, so that the parameters' grad is that of this update.
+        Args:
+            keep_gradients: run eagerly, so that the parameters' grad is this update's afterwards.
+
+        Returns:
+            An Outcome whose tensors the next update overwrites.
         """
         self.step.prepare(window.counted / self.updater.bptt)
-        self._keep(hidden)
-        text = self.updater.rows[window.start : window.start + window.length + 1]
-        place = self.texts.setdefault(len(text), torch.empty_like(text))
-        place.copy_(text)
-        anywhere = replace(window, start=0)
+        self._write_hidden(hidden)
+        rows = self.updater.rows[window.start : window.start + window.length + 1]
+        text = self.texts.setdefault(len(rows), torch.empty_like(rows))
+        text.copy_(rows)
+        kind = replace(window, start=0)
 
-        def work() -> None:
-            outcome = self.updater.compute(anywhere, place, self.hidden)
+        def work(check: Callable[[], None] = lambda: None) -> None:
+            outcome = self.updater.compute(kind, text, self.hidden, check)
             self.loss.copy_(outcome.loss)
-            self._keep(outcome.hidden)
-            self.last = replace(outcome, loss=self.loss, hidden=self.hidden)
+            self._write_hidden(outcome.hidden)
+            self.outcome = replace(outcome, loss=self.loss, hidden=self.hidden)
 
         if keep_gradients or len(pieces_of(window)) > MOST_PIECES:
-            work()
+            work(check)
         else:
-            self.graphs.run((anywhere, self.step.averaging), work)
-        assert self.last is not None
-        return self.last
+            self.graphs.run((kind, self.step.averaging), work)
+        assert self.outcome is not None
+        return self.outcome
 
     @torch.no_grad()
-    def _keep(self, hidden: Hidden) -> None:
-        """Copy states to where graphs read them."""
+    def _write_hidden(self, hidden: Hidden) -> None:
+        """Copy states to the memory that graphs read them from."""
         if not self.hidden:
             self.hidden = [tuple(torch.empty_like(part) for part in state) for state in hidden]
         if hidden is not self.hidden:
-            for kept, new in zip(self.hidden, hidden, strict=True):
-                for place, part in zip(kept, new, strict=True):
-                    place.copy_(part)
+            for fixed, state in zip(self.hidden, hidden, strict=True):
+                for target, part in zip(fixed, state, strict=True):
+                    target.copy_(part)

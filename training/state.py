@@ -2,7 +2,24 @@
 
 import math
 import time
-from dataclasses import dataclass
+from collections.abc import Iterator, Sequence
+from dataclasses import asdict, dataclass
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor
+
+from bptt import Window
+
+
+class Stateful(Protocol):
+    """Has a state of tensors and plain values."""
+
+    def state_dict(self) -> dict[str, Any]:
+        """The state, which what follows does not change."""
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Continue from what state_dict returned."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -67,6 +84,41 @@ class Position:
         self.interval_tokens = self.interval_updates = 0
         self.interval_skipped_tokens = 0
         self.interval_loss = self.interval_seconds = 0.0
+
+
+class Undo:
+    """Takes back an update that was given up before its step.
+
+    Args:
+        at: the position.
+        parts: what else such an update has changed; each has state_dict and load_state_dict.
+        generator: that the update has drawn from.
+    """
+
+    def __init__(self, at: Position, parts: Sequence[Stateful], generator: torch.Generator) -> None:
+        self._at = at
+        self._parts = parts
+        self._generator = generator
+        self._before: tuple[dict[str, Any], list[dict[str, Any]], Tensor]
+
+    def watch(self, windows: Iterator[Window]) -> Iterator[Window]:
+        """The same windows; before each is drawn, the state to go back to is copied."""
+        while True:
+            states = [part.state_dict() for part in self._parts]
+            self._before = (asdict(self._at), states, self._generator.get_state())
+            try:
+                window = next(windows)
+            except StopIteration:
+                return
+            yield window
+
+    def restore(self) -> None:
+        """Go back to where the last window was not drawn yet."""
+        position, states, generator = self._before
+        vars(self._at).update(position)
+        for part, state in zip(self._parts, states, strict=True):
+            part.load_state_dict(state)
+        self._generator.set_state(generator)
 
 
 class Stopwatch:

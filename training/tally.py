@@ -2,27 +2,49 @@
 
 import math
 from collections.abc import Callable
+from dataclasses import dataclass
 
 import torch
+from torch import Tensor
 
 from engine.errors import DivergenceError
-from training.late_look import LateLook
 from training.state import Position
 from training.update import Outcome
 
 # So many overflows one after another are no matter of scale: training has diverged.
 MOST_OVERFLOWS = 50
-# An update's number, its tokens, and the names of the values that it left.
-Noted = tuple[int, int, tuple[str, ...]]
+
+
+@dataclass(frozen=True)
+class _Unread:
+    """An update's scalars on their way to the host.
+
+    values: in the order of names, on the CPU once event has happened; None: at once.
+    """
+
+    update: int
+    tokens: int
+    names: tuple[str, ...]
+    values: Tensor
+    event: torch.cuda.Event | None
+
+    def read(self) -> dict[str, float]:
+        if self.event is not None:
+            self.event.synchronize()
+        return dict(zip(self.names, self.values.tolist(), strict=True))
 
 
 class Tally:
     """Losses, norms and overflows of the updates of a logging interval.
 
+    On a GPU an update's scalars are copied to pinned memory behind its kernels, and read after the
+    next update has been queued, so that the device never waits for the host.
+
     Args:
         device: that trains.
-        at: whose counts of skipped updates are kept.
-        settled: told of each update, once it is known, its number and whether it was skipped.
+        at: whose counts of skipped updates are incremented.
+        on_read: called for each update in turn, once its scalars are read, with its number, whether
+            it was skipped, and its largest gradient where the loss scale uses that.
         describe: makes an error's text out of what is not finite, e.g. "loss is nan", and the
             update's number.
 
@@ -36,53 +58,67 @@ class Tally:
         self,
         device: torch.device,
         at: Position,
-        settled: Callable[[int, bool], None],
+        on_read: Callable[[int, bool, float | None], None],
         describe: Callable[[str, int], str],
     ) -> None:
+        self.device = device
         self.at = at
-        self.settled = settled
+        self.on_read = on_read
         self.describe = describe
         self.summed = torch.zeros((), dtype=torch.float64, device=device)
         self.grad_norm = torch.zeros((), device=device)
         self.skipped = 0
-        self._late = LateLook(self._look, device)
+        self._unread: _Unread | None = None
 
     def add(self, update: int, outcome: Outcome, tokens: int) -> None:
-        """Count an update without waiting for it.
+        """Count an update without waiting for it, and read the one before.
 
         Raises:
             DivergenceError: the one before was not finite.
         """
-        values = {"loss": outcome.loss, "gradient norm": outcome.norm}
+        scalars = {"loss": outcome.loss, "gradient norm": outcome.norm}
         loss = outcome.loss.double() * tokens
         if outcome.overflow is None:
             self.grad_norm = outcome.norm
         else:
-            values["overflow"] = outcome.overflow
+            scalars["overflow"] = outcome.overflow
             loss = loss * (1 - outcome.overflow.double())
             self.grad_norm = torch.where(outcome.overflow > 0, self.grad_norm, outcome.norm)
-        self._late.push((update, tokens, tuple(values)), list(values.values()))
+        if outcome.largest is not None:
+            scalars["largest"] = outcome.largest
+        copied = self._copy(update, tokens, scalars)
+        self.check()
+        self._unread = copied
         self.summed += loss
 
     def check(self) -> None:
-        """Wait for the last update, and read what it left.
+        """Wait for the last update and read its scalars, unless they have been read.
 
         Raises:
             DivergenceError: it is not finite.
         """
-        self._late.check()
-
-    def _look(self, noted: Noted, values: list[float]) -> None:
-        update, tokens, names = noted
-        found = dict(zip(names, values, strict=True))
-        overflow = bool(found.pop("overflow", 0))
-        self.settled(update, overflow)
+        if self._unread is None:
+            return
+        unread, self._unread = self._unread, None
+        found = unread.read()
+        overflow, largest = bool(found.pop("overflow", 0)), found.pop("largest", None)
+        self.on_read(unread.update, overflow, largest)
         self.at.overflows += overflow
         self.at.overflows_in_a_row = self.at.overflows_in_a_row + 1 if overflow else 0
         if overflow and self.at.overflows_in_a_row <= MOST_OVERFLOWS:
-            self.skipped = update
-            self.at.interval_skipped_tokens += tokens
+            self.skipped = unread.update
+            self.at.interval_skipped_tokens += unread.tokens
             return
         for name, value in found.items():
             if not abs(value) < math.inf:
-                raise DivergenceError(self.describe(f"{name} is {value}", update))
+                raise DivergenceError(self.describe(f"{name} is {value}", unread.update))
+
+    def _copy(self, update: int, tokens: int, scalars: dict[str, Tensor]) -> _Unread:
+        dtype = scalars["loss"].dtype
+        values = torch.stack([value.detach().to(dtype) for value in scalars.values()])
+        values = values.to("cpu", non_blocking=True)  # from a GPU: into pinned memory
+        event = None
+        if self.device.type == "cuda":
+            event = torch.cuda.Event()
+            event.record(torch.cuda.current_stream(self.device))
+        return _Unread(update, tokens, tuple(scalars), values, event)

@@ -1,9 +1,8 @@
 """The training loop."""
 
 import math
-import time
 from collections.abc import Sequence
-from contextlib import AbstractContextManager, nullcontext
+from contextlib import AbstractContextManager, nullcontext, suppress
 from dataclasses import asdict
 from functools import partial
 from pathlib import Path
@@ -16,16 +15,17 @@ from data.corpus import Corpus
 from engine.checkpoint import model_payload, training_payload
 from engine.checkpoint_writer import CheckpointWriter
 from engine.errors import DivergenceError
-from engine.interrupt import Interrupt
+from engine.interrupt import Interrupt, StopRequested
 from engine.ranks import Ranks
 from engine.report import RULE, epoch_line, interval_line
 from engine.run_folder import RunFolder
 from engine.tracking import Progress, Tracker
 from evaluation.plain import evaluate, perplexity
 from model import RNNModel, repackage_hidden
-from training.callback import Callback, EpochEnd, UpdateEnd, UpdateStart
+from training.callback import Callback, EpochEnd, StepEnd, UpdateEnd, UpdateStart
 from training.recorded import RecordedUpdater
-from training.state import Position, Stopwatch, TrainingOptions
+from training.requests import Requests
+from training.state import Position, Stopwatch, TrainingOptions, Undo
 from training.tally import Tally
 from training.update import Updater
 
@@ -83,11 +83,11 @@ class Trainer:
         self.num_steps = len(corpus.train) // options.batch_size - 1
         self.hidden = model.init_hidden(self.columns)
         self.at = Position()
-        self.tally = Tally(self.device, self.at, self._settle, self._describe_divergence)
+        self.tally = Tally(self.device, self.at, self._end_step, self._describe_divergence)
+        self.undo = Undo(self.at, [scheme, *callbacks], generator)
         self.writer = CheckpointWriter(background=self.device.type == "cuda")
-        self.stop_requested = self.checkpoint_due = False
+        self.requests = Requests(interrupt, options, ranks)
         self._stopwatch = Stopwatch(self.at)
-        self._last_checkpoint = time.monotonic()
 
     # The loop
 
@@ -106,15 +106,20 @@ class Trainer:
         """
         self.tracker = tracker
         self._stopwatch = Stopwatch(self.at)
-        self._last_checkpoint = time.monotonic()
+        self.requests.checkpoint_written()
         with self.writer:
             while self.at.epoch <= self.options.epochs:
-                self.share_requests()
-                reason = self.stop_reason() or self.train_epoch()
+                self.requests.share()
+                try:
+                    whole = self.at.row == self.num_steps  # its validation was given up
+                    reason = None if whole else self.stop_reason() or self.train_epoch()
+                    if reason is None:
+                        self.end_epoch()
+                except StopRequested:
+                    reason = "interrupted"
                 if reason is not None:
                     self.stop_early(reason)
                     return reason
-                self.end_epoch()
         return "epochs"
 
     def train_epoch(self) -> str | None:
@@ -126,29 +131,37 @@ class Trainer:
         self.model.train()
         description = f"epoch {self.at.epoch}"
         with Progress(self.num_steps, initial=self.at.row, description=description) as progress:
-            for window in self.scheme.windows(self.num_steps, self.at.row):
+            for window in self.undo.watch(self.scheme.windows(self.num_steps, self.at.row)):
                 self.update(window)
                 progress.update(window.counted)
                 if self.at.batch % self.options.log_interval == 0 or self.at.row == self.num_steps:
                     self.log_interval(progress)
                 if self.at.row == self.num_steps:
                     break
-                self.share_requests()
+                self.requests.share(self.at.update)
                 if reason := self.stop_reason():
                     return reason
-                if self.checkpoint_due:
+                if self.requests.checkpoint:
                     self.checkpoint()
         return None
 
     def update(self, window: Window) -> None:
-        """One update of the weights from one window of text."""
+        """One update of the weights from one window of text.
+
+        Raises:
+            StopRequested: it was given up, and nothing has changed.
+        """
         at = self.at
         progress = (at.epoch - 1 + at.row / self.num_steps) / self.options.epochs
         for callback in self.callbacks:
             callback.update_begins(UpdateStart(at.update + 1, progress, self.optimizer))
         at.advance(window.counted, window.counted * self.options.batch_size)
         looking = [c for c in self.callbacks if c.wants_gradients(at.update)]
-        outcome = self.updater(window, self.hidden, keep_gradients=bool(looking))
+        try:
+            outcome = self.updater(window, self.hidden, bool(looking), self.requests.check)
+        except StopRequested:
+            self.undo.restore()
+            raise
         self.hidden = outcome.hidden
         self.tally.add(at.update, outcome, window.counted * self.options.batch_size)
         if self.updater.step.synchronizes:
@@ -211,14 +224,17 @@ class Trainer:
         self.checkpoint()
 
     def validate(self) -> float:
-        """Measure the weights as they would be saved, print and log it; nats per token."""
+        """Measure the weights as they would be saved, print and log it; nats per token.
+
+        Raises:
+            StopRequested: it was given up, and nothing has changed.
+        """
         self.tally.check()
-        loss = 0.0
-        if self.ranks.leader:
-            with self.evaluated_weights():
-                loss = evaluate(self.model, self.corpus.valid, self.options.eval_batch_size)
-        loss = self.ranks.from_leader(loss)
+        loss = self.ranks.from_leader(self._evaluate() if self.ranks.leader else 0.0)
         self._stopwatch.lap()
+        if loss < 0:
+            self.requests.share()
+            raise StopRequested
         if not math.isfinite(loss):
             what = f"validation loss is {loss}"
             raise DivergenceError(self._describe_divergence(what, self.at.update))
@@ -229,6 +245,15 @@ class Trainer:
         averaged = getattr(self.optimizer, "num_averaged", 0) > 0
         self._log("valid", epoch=at.epoch, loss=loss, ppl=perplexity(loss), averaged=averaged)
         return loss
+
+    def _evaluate(self) -> float:
+        """The validation loss; below 0 where a stop was asked for meanwhile."""
+        valid, batch_size = self.corpus.valid, self.options.eval_batch_size
+        try:
+            with self.evaluated_weights():
+                return evaluate(self.model, valid, batch_size, check=self.interrupt.check)
+        except StopRequested:
+            return -1.0
 
     def evaluated_weights(self) -> AbstractContextManager[None]:
         """A context in which the model has the weights that count: the average if there is one."""
@@ -249,7 +274,7 @@ class Trainer:
         details = dict(epoch=self.at.epoch, update=self.at.update, valid_loss=loss)
         with self.evaluated_weights():
             payload = model_payload(self.model, self.corpus.vocabulary, **details)
-            self.writer.write(path, payload)
+            self.writer.write(path, payload, self.folder.kept_path(path))
 
     def _save_copy(self, suffix: str, loss: float) -> None:
         path = self.folder.model_path
@@ -258,10 +283,10 @@ class Trainer:
     def _log(self, event: str, **values: Any) -> None:
         self.tracker.log(event, **{"step": self.at.update, **values})
 
-    def _settle(self, update: int, overflow: bool) -> None:
-        self.updater.step.settle(overflow)
+    def _end_step(self, update: int, overflow: bool, largest: float | None) -> None:
+        self.updater.step.note(overflow)
         for callback in self.callbacks:
-            callback.settled(update, overflow, self._log)
+            callback.step_ended(StepEnd(update, overflow, largest, self._log))
 
     def _describe_divergence(self, what: str, update: int) -> str:
         lr = self.optimizer.param_groups[0]["lr"]
@@ -269,24 +294,9 @@ class Trainer:
 
     # Stopping and checkpoints
 
-    def share_requests(self) -> None:
-        """All-reduce the stop and checkpoint requests.
-
-        What comes in afterwards waits for the next time, so that all do the same. A checkpoint is
-        due every so many updates and every so many minutes.
-        """
-        every, minutes = self.options.checkpoint_every, self.options.checkpoint_minutes
-        waited = time.monotonic() - self._last_checkpoint
-        due = (every and self.at.update % every == 0) or waited >= 60 * minutes
-        asked = self.interrupt.requested, self.interrupt.terminated
-        stop, terminate, checkpoint = self.ranks.largest(*asked, bool(due))
-        self.stop_requested, self.checkpoint_due = bool(stop), bool(checkpoint)
-        self.interrupt.requested |= bool(stop)
-        self.interrupt.terminated |= bool(terminate)
-
     def stop_reason(self) -> str | None:
-        """Why training should end here, if it should; see share_requests."""
-        if self.stop_requested:
+        """Why training should end here, if it should."""
+        if self.requests.stop:
             return "interrupted"
         if self.options.max_updates is not None and self.at.update >= self.options.max_updates:
             return "updates"
@@ -299,12 +309,10 @@ class Trainer:
         """
         self.checkpoint()
         if reason == "updates" and self.at.row > 0:
-            loss = self.validate()
-            if loss < self.at.best_loss:
-                if self.ranks.leader:
-                    self.writer.wait()
-                    self.folder.keep_epoch_best()
-                self.save_best(loss)
+            with suppress(StopRequested):
+                loss = self.validate()
+                if loss < self.at.best_loss:
+                    self.save_best(loss)
         if self.at.best_epoch is None and not self.interrupt.terminated:
             self.save_model(self.folder.model_path, None)
 
@@ -314,8 +322,9 @@ class Trainer:
         self._stopwatch.lap()
         state = self.state_dict()
         if self.ranks.leader:
-            self.writer.write(self.folder.last_path, training_payload(state))
-        self._last_checkpoint = time.monotonic()
+            path = self.folder.last_path
+            self.writer.write(path, training_payload(state), self.folder.kept_path(path))
+        self.requests.checkpoint_written()
         self._stopwatch.lap()
 
     def state_dict(self) -> dict[str, Any]:

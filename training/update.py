@@ -23,12 +23,14 @@ class Outcome:
     hidden: the states that the next window starts from.
     overflow: 1 if its gradients overflowed and the weights are as they were, else 0; None: its
         loss was not scaled.
+    largest: the largest gradient, absolute; None: the loss scale does not use it.
     """
 
     loss: Tensor
     norm: Tensor
     hidden: Hidden
     overflow: Tensor | None = None
+    largest: Tensor | None = None
 
 
 class Updater:
@@ -63,27 +65,38 @@ class Updater:
         self.ranks = ranks or Ranks()
         self.gradient = WindowGradient(objective)
 
-    def __call__(self, window: Window, hidden: Hidden, keep_gradients: bool = False) -> Outcome:
+    def __call__(
+        self,
+        window: Window,
+        hidden: Hidden,
+        keep_gradients: bool = False,
+        check: Callable[[], None] = lambda: None,
+    ) -> Outcome:
         """Update the weights once.
 
         Args:
             window: how its text is run.
             hidden: states before the window; their history is cut off.
-            keep_gradients: the parameters' grad is looked at afterwards; here it always can be.
+            keep_gradients: the parameters' grad has to be this update's afterwards. Here it
+                always is; RecordedUpdater replays graphs otherwise.
+            check: called now and then before the step; gives the update up by raising an exception.
 
         Returns:
             See Outcome. Nothing is read back from the device, unless by the step.
         """
         self.step.prepare(window.counted / self.bptt)
         text = self.rows[window.start : window.start + window.length + 1]
-        return self.compute(window, text, hidden)
+        return self.compute(window, text, hidden, check)
 
-    def compute(self, window: Window, text: Tensor, hidden: Hidden) -> Outcome:
+    def compute(
+        self, window: Window, text: Tensor, hidden: Hidden, check: Callable[[], None]
+    ) -> Outcome:
         """The update itself, once the step is prepared; text is the window's rows and one more."""
         for parameter in self.model.parameters():
             parameter.grad = None
-        loss, hidden = self.gradient(window, text, hidden, self.make_noise(), self.step.scale)
+        noise, scale = self.make_noise(), self.step.scale
+        loss, hidden = self.gradient(window, text, hidden, noise, scale, check)
         gradients = [p.grad for p in self.model.parameters() if p.grad is not None]
         self.ranks.average([loss, *gradients])
-        norm, overflow = self.step(loss)
-        return Outcome(loss, norm, hidden, overflow)
+        norm, overflow, largest = self.step(loss)
+        return Outcome(loss, norm, hidden, overflow, largest)

@@ -71,7 +71,7 @@ def draw_curves(figures: dict[str, Any], path: Path) -> bool:
 
 
 def _plain(text: str) -> str:
-    """Text that matplotlib takes neither for formulas nor for a label to be left out."""
+    """Escapes $, and a leading _, by which matplotlib leaves a label out."""
     return " " * text.startswith("_") + text.replace("$", r"\$")
 
 

@@ -1,4 +1,4 @@
-"""Running main.py for the runs of a table: one process a run, several at a time."""
+"""Runs a table's runs on this machine: a process of main.py each, several in parallel."""
 
 import os
 import shlex
@@ -15,29 +15,29 @@ from queue import SimpleQueue
 from data.files import atomic_write
 from engine.ablation.runs import FINISHED, Run, read_state
 from engine.interrupt import Interrupt
-from engine.ranks import LAUNCH
+from engine.launch import LAUNCH
 from engine.run_folder import is_in_use
 
 PROGRAM = Path(__file__).resolve().parents[2] / "main.py"
 POLL_SECONDS = 0.2
 GRACE_SECONDS = 1.5
 
-# What a pool calls once a second, with the runs that are under way.
+# Called once a second with the names of the runs under way.
 Tick = Callable[[set[str]], None]
 
 
 def slots(jobs: int, threads: int, gpus: Sequence[int] | None) -> list[dict[str, str]]:
-    """What each of so many runs at a time finds in its environment.
+    """Environment variables for each of `jobs` parallel runs.
 
     Args:
-        jobs: runs at a time.
+        jobs: parallel runs.
         threads: CPU threads of each.
-        gpus: dealt out to the jobs in turn, several jobs a GPU if need be; None: as it is.
+        gpus: dealt out to the jobs in turn, several jobs to a GPU if need be; None: not set.
     """
     shared = dict(OMP_NUM_THREADS=str(threads), MKL_NUM_THREADS=str(threads))
     if gpus is None:
         return [dict(shared) for _ in range(jobs)]
-    # Numbers count what this process sees, which may itself be a choice among the machine's.
+    # Numbers count the GPUs that this process sees.
     seen = os.environ.get("CUDA_VISIBLE_DEVICES")
     names = [str(gpu) if seen is None else seen.split(",")[gpu].strip() for gpu in gpus]
     return [dict(shared, CUDA_VISIBLE_DEVICES=names[j % len(names)]) for j in range(jobs)]
@@ -46,10 +46,10 @@ def slots(jobs: int, threads: int, gpus: Sequence[int] | None) -> list[dict[str,
 def run_locally(
     runs: list[Run], places: list[dict[str, str]], interrupt: Interrupt, tick: Tick
 ) -> None:
-    """Run them on this machine, one at a time in each place.
+    """Run them on this machine, one at a time with each environment of `places`.
 
-    Returns when all have ended, or when an interrupt was asked for and those under way have
-    written a checkpoint.
+    Returns when all have ended, or after an interrupt, once those under way have written a
+    checkpoint.
     """
     free: SimpleQueue[dict[str, str]] = SimpleQueue()
     for place in places:
@@ -82,13 +82,14 @@ def run_locally(
 
 
 def execute(run: Run, environment: Mapping[str, str], stop: threading.Event) -> None:
-    """Bring a run to its end, from where it is; how it went is in its files.
+    """Start main.py for a run, or let it resume, and wait for its end.
 
-    A run that another process is still at (its table was killed, it was not) is waited for.
+    Waits first if another process still works on the run (of a table that was killed). A failure
+    is written to the run's failure_path.
 
     Args:
         environment: variables besides this process's own.
-        stop: when set, the run is asked to write a checkpoint and end.
+        stop: when set, the run is told to write a checkpoint and exit.
     """
     while is_in_use(run.save):
         if stop.wait(POLL_SECONDS):
@@ -110,14 +111,14 @@ def execute(run: Run, environment: Mapping[str, str], stop: threading.Event) -> 
             env={k: v for k, v in os.environ.items() if k not in LAUNCH} | dict(environment),
         )
         code = _wait(process, stop)
-    # Ctrl-C reaches the run before it is known here: what it ended is no failure.
+    # Ctrl-C may reach the run before `stop` is set: that is no failure.
     if read_state(run).kind not in FINISHED and not stop.wait(GRACE_SECONDS):
         with atomic_write(run.failure_path, "w") as file:
             file.write(_cause(code, run.log_path, begin) + "\n")
 
 
 def _wait(process: "subprocess.Popen[bytes]", stop: threading.Event) -> int:
-    """The exit code; whatever ends the waiting ends the process first."""
+    """The exit code; if this wait is interrupted, the process is ended first."""
     try:
         while process.poll() is None:
             if stop.wait(POLL_SECONDS):
@@ -133,7 +134,7 @@ def _wait(process: "subprocess.Popen[bytes]", stop: threading.Event) -> int:
 
 
 def _cause(code: int, log: Path, begin: int) -> str:
-    """Why a run ended with this exit code: its error line, or what else is known."""
+    """Why a run failed: its error line, else its signal, else its last line."""
     with log.open("rb") as file:
         file.seek(begin)
         lines = file.read().decode(errors="replace").replace("\r", "\n").splitlines()

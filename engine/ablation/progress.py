@@ -1,70 +1,49 @@
-"""What is shown while a table runs: which runs are done, which are under way, how long it takes."""
+"""What is shown while a table runs: which runs are done, which are under way, the time left."""
 
-import shutil
 import sys
 import time
-from typing import TextIO
 
 from engine.ablation.report import number
 from engine.ablation.runs import FINISHED, Run, State, counted, read_state
 
+LINE_SECONDS = 30.0  # between two lines about the runs under way
+ENDED = (*FINISHED, "failed")
+
 
 class Board:
-    """Progress over all runs, on stderr.
-
-    On a terminal a block of lines that is written over once a second; elsewhere a line whenever a
-    run has validated an epoch or has ended.
+    """Progress over all runs, on stderr: a line when one has ended, and every LINE_SECONDS.
 
     Args:
         runs: all runs of the table, finished ones too.
-        stream: where to; None: stderr.
     """
 
-    def __init__(self, runs: list[Run], stream: TextIO | None = None) -> None:
-        self._stream = sys.stderr if stream is None else stream
+    def __init__(self, runs: list[Run]) -> None:
         self._runs = {run.name: run for run in runs}
         self._states = {run.name: read_state(run) for run in runs}
-        self._reported = {name: state.kind for name, state in self._states.items()}
-        self._begin = time.monotonic()
+        self._open = {name for name, state in self._states.items() if state.kind not in ENDED}
+        self._begin = self._printed = time.monotonic()
         self._done_before = self._work_done()
-        self._lines = 0
 
     def tick(self, running: set[str]) -> None:
-        """Look at what changed; the pools call this once a second."""
-        for name, run in self._runs.items():
-            if name in running or self._states[name].kind not in (*FINISHED, "failed"):
-                state = read_state(run)
-                if name not in running and state.kind in ("started", "new"):
-                    state = self._states[name]
-                self._states[name] = state
-        if self._stream.isatty():
-            self._redraw(running)
-        else:
-            self._report(running)
+        """Read the files of the runs that have not ended; the pools call this once a second."""
+        self._open |= running  # a run that failed may be tried again
+        for name in [name for name in self._runs if name in self._open]:
+            state = self._states[name] = read_state(self._runs[name])
+            if name not in running and state.kind in ENDED:
+                self._open.remove(name)
+                self._print([name], running)
+        if running and time.monotonic() - self._printed >= LINE_SECONDS:
+            self._print([name for name in self._runs if name in running], running)
 
-    def _redraw(self, running: set[str]) -> None:
-        lines = [self.headline(running)]
-        lines += [f"  {self._describe(name)}" for name in self._runs if name in running]
-        width = shutil.get_terminal_size().columns - 1
-        lines = [line[:width] for line in lines]  # a line that wraps would be two to go back over
-        up = f"\x1b[{self._lines}A" if self._lines else ""
-        self._stream.write(up + "".join(f"\x1b[2K{line}\n" for line in lines) + "\x1b[J")
-        self._stream.flush()
-        self._lines = len(lines)
+    def _print(self, names: list[str], running: set[str]) -> None:
+        self._printed = time.monotonic()
+        runs = "; ".join(map(self._describe, names))
+        print(f"| {runs} | {self._headline(running)}", file=sys.stderr, flush=True)
 
-    def _report(self, running: set[str]) -> None:
-        for name, state in self._states.items():
-            ended = name not in running or state.kind in FINISHED
-            mark = state.kind if ended else f"epoch {state.epochs}"
-            if mark not in (self._reported[name], "new", "started", "epoch 0"):
-                line = f"| {self._describe(name)} | {self.headline(running)}"
-                print(line, file=self._stream, flush=True)
-                self._reported[name] = mark
-
-    def headline(self, running: set[str]) -> str:
-        """How many runs are done, and the estimated time left."""
+    def _headline(self, running: set[str]) -> str:
+        """How many runs have ended, and the estimated time left."""
         states = list(self._states.values())
-        ended = [state for state in states if state.kind in FINISHED or state.kind == "failed"]
+        ended = [state for state in states if state.kind in ENDED]
         share = f"{len(ended)} of {len(states)} runs ended"
         if any(state.kind != "done" for state in ended):
             share += f" ({counted(ended)})"
@@ -76,32 +55,27 @@ class Board:
             return f"{name}: done, test ppl {number(state.summary['test_ppl'])}"
         if state.cause:
             return f"{name}: {state.kind}: {state.cause}"
-        validations = state.of("valid")
-        if not validations:
+        if not (validations := state.of("valid")):
             return f"{name}: epoch 1 of {planned}"
-        ppl = validations[-1]["ppl"]
-        known = "not finite" if ppl is None else f"{ppl:.2f}"
-        return f"{name}: {state.epochs} of {planned} epochs, valid ppl {known}"
+        ppl = number(validations[-1]["ppl"])
+        return f"{name}: {state.epochs} of {planned} epochs, valid ppl {ppl}"
 
     def _work_done(self) -> float:
-        """Runs done, a run under way as its share of epochs."""
+        """Runs that have ended, plus the share of epochs of each that has not."""
         return sum(map(self._share, self._runs.values(), self._states.values()))
 
     def _share(self, run: Run, state: State) -> float:
-        if state.kind in FINISHED or state.kind == "failed":
+        if state.kind in ENDED:
             return 1.0
-        updates = run.flags.get("max_updates")
-        if updates is not None and state.events:
-            return min(1.0, float(state.events[-1]["step"] / updates))
         return min(1.0, float(state.epochs / run.flags["epochs"]))
 
     def _time_left(self) -> str:
-        """From the work of this start so far; nothing before an epoch has ended."""
-        done = self._work_done()
-        if done <= self._done_before:
+        """From the work since the start of this program; empty before the first epoch's end."""
+        done = self._work_done() - self._done_before
+        left = len(self._runs) - self._done_before - done
+        if done <= 0 or left <= 0:
             return ""
-        rate = (done - self._done_before) / (time.monotonic() - self._begin)
-        return f", about {duration((len(self._runs) - done) / rate)} left"
+        return f", about {duration(left / done * (time.monotonic() - self._begin))} left"
 
 
 def duration(seconds: float) -> str:

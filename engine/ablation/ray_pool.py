@@ -1,4 +1,4 @@
-"""Running the runs of a table on a Ray cluster. The only module that imports ray."""
+"""Runs a table's runs on a Ray cluster. The only module that imports ray."""
 
 import importlib
 import os
@@ -11,7 +11,7 @@ from engine.ablation.runs import Run
 from engine.errors import RunError
 from engine.interrupt import Interrupt
 
-# A task whose node dies is run again elsewhere, and its run goes on from its last checkpoint.
+# A task whose node dies is run again on another, where its run resumes.
 RETRIES = 20
 
 
@@ -57,7 +57,7 @@ def run_on_ray(
 
 
 def _check_fits(nodes: list[dict[str, Any]], threads: int, gpus: float) -> None:
-    """A task that no node can ever hold would wait for one without end."""
+    """Refuse tasks that no node can hold: Ray would wait for one for ever."""
     sizes = [node["Resources"] for node in nodes if node["Alive"]]
     if not any(s.get("CPU", 0) >= threads and s.get("GPU", 0) >= gpus for s in sizes):
         raise RunError(f"--ray: no node of the cluster has {threads} CPUs and {gpus:g} GPUs")
@@ -83,7 +83,7 @@ def _gather(ray: Any, names: dict[Any, str], interrupt: Interrupt, tick: Tick) -
 
 
 def _execute(run: Run, threads: int, folder: str) -> None:
-    """A task: bring one run to its end on this node."""
+    """A Ray task: one run, on this node."""
     os.chdir(folder)
     places = dict(OMP_NUM_THREADS=str(threads), MKL_NUM_THREADS=str(threads))
     execute(run, places, threading.Event())

@@ -19,7 +19,7 @@ def write_report(figures: dict[str, Any], folder: Path, curves: bool) -> list[Pa
     Args:
         figures: from results.collect.
         folder: made if need be.
-        curves: curves.png is there, to be shown.
+        curves: the page shows curves.png.
 
     Returns:
         The files.

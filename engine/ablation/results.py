@@ -1,4 +1,4 @@
-"""From the folders of a table's runs to everything that its report says."""
+"""Collects a table's figures from the folders of its runs."""
 
 import os
 import shlex
@@ -15,10 +15,10 @@ SPLITS = ("valid", "test")
 def collect(table: Table, runs: list[Run], folder: Path) -> dict[str, Any]:
     """All of a table's figures, as table.json has them.
 
-    Perplexities. Means are over the seeds that are done; a run that diverged, failed or is not
-    done yet counts nowhere, and is listed with its cause in its row's "left_out". Differences to
-    the base row, the first, are paired by seed: see statistics.paired; p_holm is adjusted over
-    the rows. Time is in seconds, over everything a run does but start.
+    Means of perplexities are over the seeds that are done; any other run is listed with its cause
+    in its row's "left_out". Differences to the first row, the base, are paired by seed (see
+    statistics.paired); p_holm is adjusted over the rows. Times are in seconds, without a run's
+    start.
 
     Args:
         runs: of each row and seed.
@@ -77,7 +77,7 @@ def _run_figures(run: Run, state: State, folder: Path) -> dict[str, Any]:
 
 
 def _made_with(config: dict[str, Any]) -> str:
-    """What a run's arithmetic depends on, besides its flags and the code."""
+    """torch's version, precision and kernel of a run: its arithmetic depends on them."""
     found = (
         [f"torch {config['versions']['torch']}"] if "torch" in config.get("versions", {}) else []
     )
@@ -87,7 +87,7 @@ def _made_with(config: dict[str, Any]) -> str:
 
 
 def _filter_figures(state: State) -> dict[str, float] | None:
-    """What the gradient filters did over the whole run and all layers; None without filters."""
+    """Means of the gradient filters' statistics over run and layers; None without filters."""
     names = ("masked", "smallest", "params")
     found: dict[str, list[float]] = {name: [] for name in names}
     for line in state.of("train"):
@@ -124,7 +124,7 @@ def _row_figures(row: Row, runs: list[dict[str, Any]]) -> dict[str, Any]:
 
 
 def _left_out(runs: list[dict[str, Any]]) -> list[str]:
-    """Why runs do not count, for instance "seed 3 diverged: loss is nan at update 12"."""
+    """Why runs are left out, for instance "seed 3 diverged: loss is nan at update 12"."""
     seeds: dict[str, list[int]] = {}
     for run in runs:
         waiting = f"not done yet, {run['epochs']} epochs so far"

@@ -1,4 +1,4 @@
-"""The runs of a table, and what their folders say about them."""
+"""The runs of a table, and their states as read from their folders."""
 
 import json
 from collections import Counter
@@ -29,7 +29,7 @@ class Run:
 
     @property
     def name(self) -> str:
-        """How the run is called in messages."""
+        """Its name in messages."""
         return f"{self.row.name}, seed {self.seed}"
 
     @property
@@ -39,23 +39,23 @@ class Run:
 
     @property
     def log_path(self) -> Path:
-        """What the run printed, over all its starts."""
+        """All that the run printed, over all its starts."""
         return self.save.with_suffix(".log")
 
     @property
     def failure_path(self) -> Path:
-        """How its last start failed, if it did; beside the folder, which may not be there."""
+        """The cause, if its last start failed; beside the folder, which may not exist."""
         return self.save.with_suffix(".failed")
 
 
 @dataclass(frozen=True)
 class State:
-    """How far a run is.
+    """A run's progress.
 
     kind: "new", "started", "done", "diverged" or "failed".
     cause: why it diverged or failed, one line.
-    summary: its summary.json, where there is one.
-    config: its config.json, the same.
+    summary: its summary.json, or empty.
+    config: its config.json, or empty.
     events: the lines of its metrics.jsonl.
     """
 
@@ -76,7 +76,7 @@ class State:
 
 
 def read_state(run: Run) -> State:
-    """Look at a run's folder. A run whose planned epochs were raised is not done."""
+    """Read a run's files. A run whose --epochs were raised since is not done."""
     summary = _read_json(run.folder / "summary.json")
     config = _read_json(run.folder / "config.json")
     events = read_events(run.folder / "metrics.jsonl")
@@ -97,14 +97,14 @@ def read_state(run: Run) -> State:
 
 
 def _reached(summary: dict[str, Any], flags: dict[str, Any]) -> bool:
-    """The run has done all that its flags ask for, and was tested (then its summary is written)."""
+    """True if the run trained as long as its flags say, and was tested."""
     updates = flags.get("max_updates")
     enough = updates is not None and summary.get("updates", 0) >= updates
     return bool(enough or summary.get("epochs", 0) >= flags["epochs"])
 
 
 def _read_json(path: Path) -> dict[str, Any]:
-    """A JSON object; empty where there is none (both files are written atomically)."""
+    """A JSON object; empty if the file is missing or not one."""
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError):
@@ -113,7 +113,7 @@ def _read_json(path: Path) -> dict[str, Any]:
 
 
 def read_events(path: Path) -> list[dict[str, Any]]:
-    """The whole lines of a metrics.jsonl, which may be written at this moment."""
+    """The complete lines of a metrics.jsonl, to which a run may be writing."""
     events = []
     with suppress(OSError):
         for line in path.read_text(encoding="utf-8", errors="replace").splitlines():

@@ -1,0 +1,1 @@
+"""The programs themselves; main.py, ablate.py and diagnose.py run them."""

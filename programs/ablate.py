@@ -1,0 +1,258 @@
+"""Run an ablation table and print it: python ablate.py ablations/demo.toml --jobs 2"""
+
+import argparse
+import io
+import os
+import shlex
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from assembly import build_scheme
+from data.corpus import Corpus, load_corpus
+from data.download import ensure_corpus
+from engine.ablation.curves import draw_curves
+from engine.ablation.pool import run_locally, slots
+from engine.ablation.progress import Board, duration
+from engine.ablation.ray_pool import run_on_ray
+from engine.ablation.report import flat, write_report
+from engine.ablation.results import collect
+from engine.ablation.runs import FINISHED, Run, State, counted, read_state
+from engine.ablation.table import Row, Table, load_table
+from engine.errors import RunError, UsageError
+from engine.interrupt import Interrupt
+from engine.run_folder import lock_folder
+from engine.tracking import WandbOptions, log_table, warn
+from flags import given_flags, other_flags, parse_ablation, parse_training, settle_scheme
+
+PROJECT = Path(__file__).resolve().parent.parent
+# What a row may not say: ablate.py does.
+OURS = {"seed", "save", "resume", "dry_run", "wandb_name", "wandb_group", "wandb_job_type"}
+
+
+def run(argv: Sequence[str]) -> None:
+    """Run the program.
+
+    Raises:
+        UsageError, RunError, DataError: what a user can cause; see engine.program.
+    """
+    args = parse_ablation(argv)
+    table = select(load_table(args.table, PROJECT), args)
+    output = Path(args.output or Path("results") / table.name)
+    runs = plan(table, args, output)
+    check_folders(runs)
+    if args.report_only:
+        report(table, runs, output, args)
+        return
+    check_places(args)
+    ensure_corpus(runs[0].flags["data"])
+    corpus = load_corpus(runs[0].flags["data"])  # its cache is made once, not by every run
+    check_folders(runs, corpus.fingerprint)
+    if args.dry_run:
+        print_plan(table, runs, corpus, args)
+        return
+    try:
+        output.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise RunError(f"{output}: cannot write: {error.strerror or error}") from None
+    lock = lock_folder(output)
+    try:
+        run_all(runs, args)
+        report(table, runs, output, args)
+    finally:
+        lock.release()
+    if failed := [run.name for run in runs if read_state(run).kind == "failed"]:
+        raise RunError(f"{len(failed)} of {len(runs)} runs failed ({'; '.join(failed)})")
+
+
+# The plan
+
+
+def select(table: Table, args: argparse.Namespace) -> Table:
+    """The table with what the command line changes of it."""
+    rows = table.rows
+    if args.rows is not None:
+        words = [word.lower() for word in args.rows]
+        rows = [rows[0]] + [r for r in rows[1:] if any(w in r.name.lower() for w in words)]
+        if len(rows) == 1:
+            raise UsageError(f"argument --rows: {args.table} has no such row")
+    try:
+        flags = [*table.flags, *shlex.split(args.flags)]
+    except ValueError as error:
+        raise UsageError(f"argument --flags: {error}") from None
+    changes: dict[str, Any] = dict(rows=rows, flags=flags, seeds=args.seeds or table.seeds)
+    return Table(**{**vars(table), **changes})
+
+
+def plan(table: Table, args: argparse.Namespace, output: Path) -> list[Run]:
+    """A run for each seed and row, in the order in which they start: seed by seed.
+
+    Raises:
+        UsageError: main.py would refuse a row's flags.
+    """
+    runs = [make_run(table, row, s, args, output) for s in table.seeds for row in table.rows]
+    if len(texts := {run.flags["data"] for run in runs}) > 1:
+        raise UsageError(f"{table.path}: rows of different --data: {', '.join(sorted(texts))}")
+    return runs
+
+
+def make_run(table: Table, row: Row, seed: int, args: argparse.Namespace, output: Path) -> Run:
+    """One row with one seed, its flags checked."""
+    save = output / "runs" / f"{row.slug}-seed{seed}.pt"
+    argv = [*table.flags, *row.flags]
+    argv += ["--seed", str(seed), "--save", str(save), "--resume", "auto"]
+    if args.gpus is not None:
+        argv += ["--device", "cuda"]
+    if args.wandb != "disabled":
+        argv += ["--wandb", args.wandb, "--wandb-group", table.name, "--wandb-job-type", row.slug]
+        argv += ["--wandb-name", f"{table.name}/{row.slug}/{seed}"]
+        argv += ["--wandb-project", args.wandb_project] if args.wandb_project else []
+    try:
+        for flags in (row.flags, [flag for flag in table.flags if not flag.startswith("@")]):
+            if taken := given_flags(flags) & OURS:
+                raise UsageError(f"argument --{min(taken).replace('_', '-')}: the table sets it")
+        parsed = parse_training(argv)[0]
+        settle_scheme(parsed)
+        resolved = vars(parsed)
+        if resolved["dry_run"]:
+            raise UsageError("argument --dry-run: nothing would be run")
+    except UsageError as error:
+        raise UsageError(f"{table.path}: row {row.name!r}: {error}") from None
+    except SystemExit:  # of -h
+        raise UsageError(f"{table.path}: row {row.name!r}: -h runs nothing") from None
+    return Run(row, seed, argv, resolved, save)
+
+
+def check_folders(runs: list[Run], fingerprint: str | None = None) -> None:
+    """Refuse to mix these runs with others that are in their folders.
+
+    Args:
+        fingerprint: of the text that they read; None: not looked at.
+    """
+    for run in runs:
+        state = read_state(run)
+        differences = ""
+        if saved := state.config.get("flags"):
+            differences = other_flags(run.flags, saved, also=("test_batch_size", "bigram"))
+        for name, done in (("epochs", "epochs"), ("max_updates", "updates")):
+            most, reached = run.flags[name], state.summary.get(done, 0)
+            if most is not None and reached > most:
+                differences = differences or f"{reached} {done} are done, and {most} are asked for"
+        if fingerprint not in (None, state.config.get("fingerprint", fingerprint)):
+            differences = differences or f"another text was in {run.flags['data']}"
+        if differences:
+            raise UsageError(
+                f"{run.folder}: was run with other flags: {differences}; give another --output, "
+                "or move it away"
+            )
+
+
+def check_places(args: argparse.Namespace) -> None:
+    """Refuse GPUs that are not there."""
+    for gpu in args.gpus or []:
+        if gpu >= torch.cuda.device_count():
+            raise UsageError(
+                f"argument --gpus: there is no GPU {gpu} ({torch.cuda.device_count()} in all)"
+            )
+
+
+def sharing(args: argparse.Namespace) -> tuple[int, int]:
+    """Jobs at a time, and the CPU threads of each."""
+    jobs = args.jobs or len(args.gpus or [0])
+    return jobs, args.threads or max(1, (os.cpu_count() or 1) // jobs)
+
+
+def print_plan(table: Table, runs: list[Run], corpus: Corpus, args: argparse.Namespace) -> None:
+    """What --dry-run prints: the runs, how far they are, and what the rest costs."""
+    states = {run.name: read_state(run) for run in runs}
+    width = max(len(row.name) for row in table.rows)
+    for row in table.rows:
+        mine = [states[run.name] for run in runs if run.row == row]
+        print(f"| {row.name:{width}} | {counted(mine):20} | {shlex.join(row.flags)}")
+    epochs = [epochs_left(run, states[run.name], corpus) for run in runs]
+    left = sum(epochs)
+    jobs, threads = sharing(args)
+    jobs = max(1, min(jobs, sum(n > 0 for n in epochs)))
+    tokens = left * len(corpus.train)
+    print(f"| flags of every row: {shlex.join(table.flags)}")
+    print(f"| {len(runs)} runs with seeds {', '.join(map(str, table.seeds))}: {left:,.4g} epochs")
+    where = "as many at a time as the cluster holds"
+    if args.ray is None:
+        where = f"{jobs} at a time, {threads} CPU threads each"
+    print(f"| to train, {tokens:,.0f} tokens; {where}")
+    known = [s.summary for s in states.values() if s.summary.get("epochs")]
+    if known:
+        seconds = sum(s["seconds"] for s in known) / sum(s["epochs"] for s in known)
+        print(f"| about {duration(left * seconds / jobs)}, at {seconds:.1f} s an epoch so far")
+    else:
+        print("| how long that takes is known once a first run is done")
+
+
+def epochs_left(run: Run, state: State, corpus: Corpus) -> float:
+    """Epochs that a run has yet to do, by its flags; a part of one where updates are limited."""
+    if state.kind in FINISHED:
+        return 0
+    args = argparse.Namespace(**run.flags)
+    steps = len(corpus.train) // args.batch_size - 1
+    planned = float(args.epochs)
+    if args.max_updates is not None and steps > 0:
+        planned = min(planned, args.max_updates / build_scheme(args).expected_windows(steps))
+    return max(0.0, planned - state.epochs)
+
+
+# Running and reporting
+
+
+def run_all(runs: list[Run], args: argparse.Namespace) -> None:
+    """Bring every run to its end.
+
+    Raises:
+        RunError: it was interrupted; the same command goes on.
+    """
+    board = Board(runs)
+    left = [run for run in runs if read_state(run).kind not in FINISHED]
+    jobs, threads = sharing(args)
+    with Interrupt() as interrupt:
+        if args.ray is not None:
+            run_on_ray(
+                left,
+                args.ray or None,
+                threads=args.threads or 1,
+                gpus=args.ray_gpus,
+                interrupt=interrupt,
+                tick=board.tick,
+            )
+        else:
+            run_locally(left, slots(jobs, threads, args.gpus), interrupt, board.tick)
+    if interrupt.requested:
+        states = counted([read_state(run) for run in runs])
+        raise RunError(f"interrupted ({states}); the same command goes on")
+
+
+def report(table: Table, runs: list[Run], output: Path, args: argparse.Namespace) -> None:
+    """Write the report and print its Markdown."""
+    figures = collect(table, runs, output)
+    if not any(row["runs"] and row["valid"]["n"] for row in figures["rows"]):
+        warn(f"{output}: no run is done yet")
+    output.mkdir(parents=True, exist_ok=True)
+    picture: Path | None = output / "curves.png"
+    try:
+        drawn = draw_curves(figures, output / "curves.png")
+    except ImportError:
+        warn("matplotlib is not installed: no curves")
+        drawn = False
+    if not drawn:
+        (output / "curves.png").unlink(missing_ok=True)
+        picture = None
+    paths = write_report(figures, output, curves=drawn)
+    if isinstance(sys.stdout, io.TextIOWrapper):
+        sys.stdout.reconfigure(errors="replace")  # where it cannot show a dagger
+    print(paths[0].read_text(encoding="utf-8"), end="", flush=True)
+    if picture is not None:
+        paths.append(picture)
+    print(f"| {', '.join(map(str, paths))}", file=sys.stderr)
+    wandb = WandbOptions(args.wandb, args.wandb_project, table.name, table.name, "table")
+    log_table(output, wandb, [flat(row) for row in figures["rows"]], picture)

@@ -1,0 +1,252 @@
+"""Train an AWD-LSTM language model, then test it: python main.py @recipes/demo.txt"""
+
+import argparse
+import math
+import os
+import sys
+from collections.abc import Sequence
+from contextlib import ExitStack, redirect_stderr, redirect_stdout
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from assembly import (
+    build_callbacks,
+    build_loss_scale,
+    build_model,
+    build_optimizer,
+    build_scheme,
+    build_updater,
+    check_memory,
+    open_tracker,
+    print_plan,
+    read_corpus,
+    resolve_precision,
+    training_options,
+)
+from data.corpus import batchify
+from engine.checkpoint import damage_reported, load_model, load_training_state
+from engine.device import keep_freed_memory, peak_memory, select_device
+from engine.errors import CheckpointError, DivergenceError, RunError, UsageError
+from engine.interrupt import Interrupt
+from engine.launch import local_rank
+from engine.provenance import git_commit, versions
+from engine.ranks import Ranks, launched_ranks
+from engine.report import DOUBLE_RULE, final_line
+from engine.run_folder import RunFolder, find_run
+from engine.tracking import Silence, Tracker, warn
+from evaluation.bigram import bigram_loss
+from evaluation.plain import evaluate, perplexity
+from evaluation.sampling import sample_sentences
+from flags import parse_training, resume_flags, settle_scheme
+from kernels.choose import Choice
+from kernels.precision import set_products
+from model import count_parameters
+from training.trainer import Trainer
+
+
+def run(argv: Sequence[str]) -> None:
+    """Run the program.
+
+    Raises:
+        UsageError, RunError, DataError: what a user can cause; see engine.program.
+    """
+    args, given = parse_training(argv)
+    args, state = find_state(args, given)
+    settle_scheme(args)
+    device = select_device(args.device, local_rank())
+    if device.type == "cpu":
+        keep_freed_memory()
+    elif device.index is not None:
+        torch.cuda.set_device(device)
+    with launched_ranks(device) as ranks, ExitStack() as stack:
+        try:
+            ranks.share(args.batch_size)
+        except ValueError as error:
+            raise UsageError(f"argument --batch-size: {error}") from None
+        if not ranks.leader:  # which speaks for all
+            nowhere = stack.enter_context(Path(os.devnull).open("w"))
+            stack.enter_context(redirect_stdout(nowhere))
+            stack.enter_context(redirect_stderr(nowhere))
+        start(args, argv, state, device, ranks)
+
+
+def start(
+    args: argparse.Namespace,
+    argv: Sequence[str],
+    state: dict[str, Any] | None,
+    device: torch.device,
+    ranks: Ranks,
+) -> None:
+    """Build everything that a run consists of, and run it."""
+    corpus = read_corpus(args, ranks)
+    if state is not None and state["fingerprint"] != corpus.fingerprint:
+        raise CheckpointError(f"{args.data}: its text is not that of the run to be resumed")
+    torch.manual_seed(args.seed)
+    model = build_model(args, len(corpus.vocabulary)).to(device)
+    if args.dry_run:
+        print_plan(args, model, corpus)
+        return
+    check_memory(args, model, corpus)
+    precision = resolve_precision(args, device)
+    set_products(precision, device)
+    optimizer, loss_scale = build_optimizer(args, model), build_loss_scale(args, precision)
+    rows = batchify(corpus.train, args.batch_size)[:, ranks.share(args.batch_size)].to(device)
+    generator = torch.Generator(device).manual_seed(args.seed)
+    updater, kernels = build_updater(
+        args, model, optimizer, rows, generator, precision, loss_scale, ranks
+    )
+    with RunFolder(args.save, writes=ranks.leader) as folder, Interrupt() as interrupt:
+        trainer = Trainer(
+            model,
+            optimizer,
+            build_scheme(args),
+            corpus,
+            updater,
+            generator,
+            training_options(args),
+            folder,
+            interrupt,
+            identity=dict(flags=dict(vars(args)), fingerprint=corpus.fingerprint),
+            callbacks=build_callbacks(args, model, optimizer, loss_scale, ranks),
+            ranks=ranks,
+        )
+        if state is not None:  # before any file is touched: the state may be damaged
+            with damage_reported(Path(args.resume)):
+                trainer.load_state_dict(state)
+        if not ranks.leader:
+            train_and_test(args, trainer, Silence())
+            return
+        lead(args, argv, state, trainer, precision, kernels)
+
+
+def lead(
+    args: argparse.Namespace,
+    argv: Sequence[str],
+    state: dict[str, Any] | None,
+    trainer: Trainer,
+    precision: str,
+    kernels: dict[str, Choice],
+) -> None:
+    """Run what was built, in the process that writes."""
+    folder, flags = trainer.folder, trainer.identity["flags"]
+    source = None if state is None else Path(args.resume).parent
+    if aside := folder.begin(source, trainer.at.best_epoch, trainer.at.best_loss):
+        warn(f"the run that was in {folder.folder} is now in {aside}")
+    commit = git_commit()
+    session = dict(
+        argv=list(argv),
+        from_update=trainer.at.update,
+        precision=precision,
+        kernel=kernels["layers"].kernel,
+        kernels={part: str(choice) for part, choice in kernels.items()},
+        processes=trainer.ranks.size,
+        fingerprint=trainer.corpus.fingerprint,
+        versions=versions(),
+        git_commit=commit,
+    )
+    tracker = open_tracker(args, folder, dict(flags, git_commit=commit), state)
+    exit_code = 1
+    try:
+        folder.write_config(flags, session, resumed=state is not None)
+        parts = " | ".join(f"{part}: {choice}" for part, choice in kernels.items())
+        print(f"| precision {precision} | {parts}", file=sys.stderr)
+        train_and_test(args, trainer, tracker)
+        exit_code = 0
+    finally:
+        tracker.close(exit_code)
+
+
+def train_and_test(args: argparse.Namespace, trainer: Trainer, tracker: Tracker) -> None:
+    """Train, test the best model, and write down what came out."""
+    device, folder = trainer.device, trainer.folder
+    parameters = count_parameters(trainer.model)
+    summary: dict[str, Any] = dict(parameters=parameters)
+    words = len(trainer.corpus.vocabulary)
+    if tracker.wandb_url is not None:
+        print(f"W&B: {tracker.wandb_url}", file=sys.stderr)
+    print(
+        f"| {folder.model_path} | {parameters:,} parameters | {words:,} words | {device}"
+        f"{f' x {trainer.ranks.size} processes' * (trainer.ranks.size > 1)} "
+        f"| from update {trainer.at.update}",
+        file=sys.stderr,
+    )
+    try:
+        ended = trainer.train(tracker)
+    except DivergenceError as error:
+        if trainer.ranks.leader:
+            conclude(trainer, tracker, dict(summary, diverged=True, cause=str(error)))
+        raise
+    trainer.interrupt.release()
+    if trainer.interrupt.terminated:
+        raise RunError(f"terminated; --resume {folder.last_path} goes on from here")
+    if ended == "interrupted":
+        best = trainer.at.best_epoch
+        which = f"the best model is of epoch {best}"
+        if best is None:
+            which = "nothing was validated yet, so the model as it is now counts"
+        print(DOUBLE_RULE)
+        print(
+            f"Exiting from training early: {which}; --resume {folder.last_path} goes on from here"
+        )
+    if not trainer.ranks.leader:
+        return
+
+    model, vocabulary = load_model(folder.model_path, device)
+    ids = trainer.corpus.test
+    loss = evaluate(model, ids, args.test_batch_size)
+    results = dict(loss=loss, ppl=perplexity(loss), bpc=loss / math.log(2))
+    tracker.log("test", step=trainer.at.update, **results)
+    summary["test_ppl"] = results["ppl"]
+    print(DOUBLE_RULE)
+    if args.bigram:
+        corpus = trainer.corpus
+        texts = (corpus.train.numpy(), corpus.valid.numpy(), ids.numpy())
+        bigram = perplexity(bigram_loss(*texts, len(vocabulary)))
+        summary["bigram_ppl"] = bigram
+        print(f"| Interpolated bigram model of the same text | test ppl {bigram:8.2f}")
+    print(final_line(loss), flush=True)
+    for sentence in sample_sentences(model, vocabulary, args.samples, args.seed):
+        print(f"| It writes: {sentence}")
+    conclude(trainer, tracker, dict(summary, diverged=False))
+
+
+def conclude(trainer: Trainer, tracker: Tracker, summary: dict[str, Any]) -> None:
+    """Write summary.json and W&B's summary."""
+    at = trainer.at
+    summary = dict(
+        best_valid_ppl=perplexity(at.best_loss),
+        test_ppl=summary.pop("test_ppl", None),
+        best_epoch=at.best_epoch,
+        epochs=at.epoch - 1,
+        updates=at.update,
+        seconds=at.seconds,
+        tokens_per_second=at.tokens / max(at.training_seconds, 1e-9),
+        peak_memory_bytes=peak_memory(trainer.device),
+        overflows=at.overflows,
+        **summary,
+    )
+    trainer.folder.write_json("summary.json", summary)
+    tracker.summarize(**summary)
+
+
+def find_state(
+    args: argparse.Namespace, given: set[str]
+) -> tuple[argparse.Namespace, dict[str, Any] | None]:
+    """The state to resume from, if any, and the flags that go with it."""
+    if args.resume is None:
+        return args, None
+    if args.resume == "auto":
+        path = Path(args.save).with_suffix("") / "last.pt"
+        if not path.exists():
+            return args, None
+    else:
+        path = find_run(args.resume)
+    state = load_training_state(path)
+    with damage_reported(path):
+        args = resume_flags(args, given, state["flags"])
+        if "save" not in given:
+            args.save = str(path.parent) + Path(state["flags"]["save"]).suffix
+    args.resume = str(path)
+    return args, state
