@@ -80,10 +80,13 @@ def created(patch: Path) -> list[str]:
 
 @pytest.mark.parametrize("name", ROWS)
 def test_a_change_is_small(tmp_path: Path, name: str) -> None:
-    """A file of its own and its test; besides, lines added and removed are both counted."""
+    """A file of its own and its test; besides, lines added and removed are both counted.
+
+    A program also has its entry point, a file at the top.
+    """
     new = created(PATCHES[name])
-    assert len([path for path in new if not path.startswith("tests/")]) == 1
-    assert len(new) == 2
+    assert len([path for path in new if path.startswith("tests/")]) == 1
+    assert len(new) == (3 if name == "program" else 2)
     counts = [line.split("\t") for line in git_apply(PATCHES[name], tmp_path, "--numstat")]
     touched = {path: int(more) + int(less) for more, less, path in counts if path not in new}
     assert len(touched) <= MOST_FILES
@@ -158,6 +161,14 @@ def test_the_page_shows_what_the_patches_do() -> None:
         assert f"| `{flags}` |" in PAGE.read_text() or not flags
     for code in blocks("python"):
         assert code in added
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ROWS)
+def test_a_change_keeps_to_the_rules_of_the_project(changed: Path) -> None:
+    command = [sys.executable, "-m", "pytest", "tests/test_architecture.py", "tests/test_flags.py"]
+    result = subprocess.run(command, cwd=changed, capture_output=True, text=True)
+    assert result.returncode == 0, result.stdout
 
 
 @pytest.mark.slow
