@@ -89,6 +89,7 @@ def test_scalars_are_read_one_update_late(fake_cuda: list[str], device: str) -> 
     assert seen == []
     tally.add(2, outcome(5.0, float("inf"), overflow=1), 10)
     assert seen == [(1, False, None)]
+    assert float(tally.grad_norm) == 3.0
     tally.add(3, outcome(4.0, 7.0, overflow=0), 20)
     tally.check()
     tally.check()
