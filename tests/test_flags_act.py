@@ -122,7 +122,8 @@ EXPLODING = {"lr": 1e30, "clip": 0}  # not finite from the second update on
 
 FLAGS: dict[str, Line] = {
     "data": Line("{corpus}", "{other}", "parameters, first loss, test"),
-    "model": Line("LSTM", "QRNN", "code"),
+    "model": Line("LSTM", "GRU", SIZE),
+    "decoder": Line("linear", "none", "code"),
     "emsize": Line(6, 7, SIZE),
     "nhid": Line(8, 9, SIZE),
     "nlayers": Line(2, 3, SIZE),
@@ -153,7 +154,6 @@ FLAGS: dict[str, Line] = {
     "seed": Line(7, 8, "first loss, weights", "parameters"),
     "precision": Line("fp32", "bf16", "first loss, first norm, weights, err", KEPT),
     "kernel": Line("auto", "plain", "weights, err", KEPT, {"precision": "bf16"}),
-    "wavefront": Line(1, 2, "err", TRAINED),  # for GPUs; elsewhere a run says so
     "loss-scale": Line(None, 1024.0, "fields", TRAINED),
     "loss-scale-bounds": Line([1.0, 2.0**24], [2.0, 4.0], "scales", "losses", DYNAMIC),
     "loss-scale-window": Line(2000, 3, "scales", "losses", DYNAMIC),
