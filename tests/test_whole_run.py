@@ -266,7 +266,7 @@ SCALED: dict[str, tuple[Flags, float]] = {
         0,
     ),
     "bf16": (dict(GROWING, **DECAYING, precision="bf16"), 0.02),
-    "fp16": (dict(DECAYING, precision="fp16", loss_scale_bounds=[1.0, 2.0**30], epochs=6), 0.002),
+    "fp16": (dict(DECAYING, precision="fp16", loss_scale_bounds=[1.0, 2.0**30], epochs=9), 0.002),
 }
 
 
