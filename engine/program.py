@@ -11,10 +11,10 @@ from engine.errors import PeerError, RunError, UsageError
 from engine.launch import is_follower
 from engine.output import lasting_output
 
-# How often one of libgomp's threads looks for work before it goes to sleep: about 20 microseconds,
-# longer than the pauses between the small operations of an LSTM's time loop, and short enough that
-# two programs on the same cores do not keep each other waiting. By default it is 300,000.
-SPIN_COUNT = "1000"
+# How often one of libgomp's threads looks for work before it sleeps: some 10 microseconds, as long
+# as the pauses in an LSTM's time loop, and short enough that programs that share cores do not keep
+# each other waiting (benchmarks/threads.py). libgomp's own number is 300,000.
+SPIN_COUNT = "500"
 
 
 def run_program(name: str, argv: Sequence[str] | None) -> int:

@@ -119,7 +119,8 @@ class FusedStep:
         rules = self.loss_scale
         if rules is not None and rules.dynamic and self.overflow is not None:
             torch._amp_update_scale_(self.scale, self.clean, self.overflow, 2.0, 0.5, rules.window)
-            self.scale.clamp_(rules.low, rules.high)
+            largest = torch.finfo(self.scale.dtype).max
+            self.scale.clamp_(min(rules.low, largest), min(rules.high, largest))
         return self.norm, self.overflow, None
 
     def _average(self, averages: Tensor) -> None:
