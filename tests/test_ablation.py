@@ -155,7 +155,8 @@ def test_more_seeds_and_epochs_are_added_and_other_flags_refused(
     assert "another text was in" in refused(*more[:-2])
 
 
-@pytest.mark.parametrize("kills", [1, pytest.param(10, marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("kills", [1, 10])
 def test_killed_at_random_moments_it_gives_the_same_table(
     make_table: Callable[..., Path], tmp_path: Path, kills: int
 ) -> None:
