@@ -247,16 +247,16 @@ def steps_per_epoch(args: argparse.Namespace, corpus: Corpus) -> int:
     return len(corpus.train) // columns - 1
 
 
-def check_memory(args: argparse.Namespace, model: RNNModel, corpus: Corpus) -> None:
-    """Refuse windows that cannot fit; say what full BPTT takes and does.
+def check_memory(
+    args: argparse.Namespace, model: RNNModel, corpus: Corpus, device: torch.device
+) -> None:
+    """Refuse sizes that cannot fit on the device; say what full BPTT takes and does.
 
     Raises:
         UsageError: an update needs more than there is.
     """
     needed = memory_needed(args, model, corpus) / 2**20
-    # The weights are counted in what is needed, and have been allocated already.
-    weights = 4 * count_parameters(model)
-    there = (available_memory(model.encoder.weight.device) + weights) / 2**20
+    there = available_memory(device) / 2**20
     if needed > there:
         flag = "--bptt-scheme" if args.bptt_scheme == "full" else "--bptt"
         raise UsageError(

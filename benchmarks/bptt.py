@@ -12,28 +12,28 @@ import argparse
 import json
 import subprocess
 import sys
-import tempfile
 import time
-from collections.abc import Callable
-from contextlib import ExitStack
+from collections.abc import Callable, Iterator
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
-from engine.trainer import Trainer
-from engine.training_state import TrainingOptions
 
 from benchmarks.training import hardware_of
 from bptt import FixedWindows, FullWindows, RandomizedWindows, Scheme, VariableWindows, Window
-from data.corpus import Corpus, load_corpus
+from data.corpus import Corpus, batchify, load_corpus
 from data.download import ensure_corpus
 from engine.device import peak_memory, select_device
-from engine.interrupt import Interrupt
-from engine.run_folder import RunFolder
 from evaluation.plain import evaluate, perplexity
 from model import RNNModel
+from noise import Noise
 from nt_asgd import NTASGD
+from training.objective import Objective, paper_penalties
+from training.state import Position
+from training.step import PlainStep
+from training.update import Updater
 
 SIZES = dict(ninp=64, nhid=128, nlayers=2, tie_weights=True)
 RATES = dict(dropout=0.2, dropouth=0.15, dropouti=0.2, dropoute=0.05, wdrop=0.3)
@@ -63,27 +63,48 @@ CONTENDERS = {
 }
 
 
-def build(name: str, corpus: Corpus, device: torch.device, stack: ExitStack) -> Trainer:
-    """A trainer with this scheme."""
-    contender = CONTENDERS[name]
-    torch.manual_seed(SEED)
-    model = RNNModel("LSTM", len(corpus.vocabulary), **SIZES, **RATES).to(device)  # type: ignore[arg-type]
-    place = Path(stack.enter_context(tempfile.TemporaryDirectory()))
-    options = TrainingOptions(
-        epochs=1, batch_size=BATCH, bptt=contender.bptt, clip=CLIP, alpha=2, beta=1
-    )
-    steps = len(corpus.train) // BATCH - 1
-    lr = LR * contender.bptt / steps if contender.rate is None else contender.rate
-    return Trainer(
-        model,
-        NTASGD(model.parameters(), lr, WDECAY),
-        contender.make(),
-        corpus,
-        options,
-        stack.enter_context(RunFolder(place / "run.pt")),
-        Interrupt(),
-        identity={},
-    )
+class Training:
+    """A small model that is trained with one scheme, window by window.
+
+    at: updates, tokens and rows so far.
+    seconds: that its updates took, of the GPU, or of this process on a CPU.
+    """
+
+    def __init__(self, name: str, corpus: Corpus, device: torch.device) -> None:
+        contender = CONTENDERS[name]
+        torch.manual_seed(SEED)
+        model = RNNModel("LSTM", len(corpus.vocabulary), **SIZES, **RATES)  # type: ignore[arg-type]
+        self.model = model.to(device)
+        self.scheme = contender.make()
+        self.rows = batchify(corpus.train, BATCH).to(device)
+        self.num_steps = len(self.rows) - 1
+        self.lr = contender.rate or LR * contender.bptt / self.num_steps
+        optimizer = NTASGD(model.parameters(), self.lr, WDECAY)
+        generator = torch.Generator(device).manual_seed(SEED)
+        self.updater = Updater(
+            Objective(model, paper_penalties(alpha=2, beta=1)), self.rows,
+            PlainStep(optimizer, CLIP), bptt=contender.bptt, make_noise=partial(Noise, generator),
+        )  # fmt: skip
+        self.at = Position()
+        self.seconds = 0.0
+
+    def windows(self) -> Iterator[Window]:
+        """Windows of epoch after epoch; each is trained on after it was yielded."""
+        while True:
+            hidden = self.model.init_hidden(BATCH)
+            for window in self.scheme.windows(self.num_steps):
+                yield window
+                self.model.train()
+                start = self._clock()
+                hidden = self.updater(window, hidden).hidden
+                self.seconds += self._clock() - start
+                self.at.advance(window.counted, window.counted * BATCH)
+
+    def _clock(self) -> float:
+        if self.rows.device.type == "cpu":
+            return time.process_time()
+        torch.cuda.synchronize(self.rows.device)
+        return time.perf_counter()
 
 
 def measure(name: str, corpus: Corpus, goal: argparse.Namespace) -> dict[str, Any]:
@@ -95,47 +116,24 @@ def measure(name: str, corpus: Corpus, goal: argparse.Namespace) -> dict[str, An
         validation perplexity] at the start, at half and all of the tokens and at the seconds.
     """
     device = select_device(goal.device)
-    with ExitStack() as stack:
-        trainer = build(name, corpus, device, stack)
-        before = peak = peak_memory(device)
-        at, seconds = trainer.at, 0.0
-        curve: list[list[float]] = []
-        marks = [0, goal.tokens / 2, goal.tokens]
-        timed = False
-        while marks or not timed:
-            trainer.model.train()
-            for window in trainer.scheme.windows(trainer.num_steps):
-                due = not timed and seconds >= goal.seconds
-                if due or (marks and at.tokens >= marks[0]):
-                    timed |= due
-                    marks = [mark for mark in marks if mark > at.tokens]
-                    peak = peak if len(curve) > 1 else peak_memory(device)
-                    loss = evaluate(trainer.model, corpus.valid[:VALID_TOKENS], 10)
-                    curve.append([at.tokens, seconds, at.update, perplexity(loss)])
-                if seconds >= 1.5 * goal.seconds or not (marks or not timed):
-                    marks, timed = [], True
-                    break
-                seconds += _timed(device, trainer, window)
-            trainer.hidden = trainer.model.init_hidden(BATCH)
-            at.begin_epoch()
-        lr = trainer.optimizer.param_groups[0]["lr"]
+    training = Training(name, corpus, device)
+    before = peak = peak_memory(device)
+    at, curve = training.at, list[list[float]]()
+    marks, timed = [0, goal.tokens / 2, goal.tokens], False
+    for _ in training.windows():
+        due = not timed and training.seconds >= goal.seconds
+        if due or (marks and at.tokens >= marks[0]):
+            timed |= due
+            marks = [mark for mark in marks if mark > at.tokens]
+            peak = peak if len(curve) > 1 else peak_memory(device)
+            loss = evaluate(training.model, corpus.valid[:VALID_TOKENS], 10)
+            curve.append([at.tokens, training.seconds, at.update, perplexity(loss)])
+        if training.seconds >= 1.5 * goal.seconds or (timed and not marks):
+            break
     return dict(
-        lr=lr, tokens=at.tokens, updates=at.update, seconds=seconds, curve=curve,
+        lr=training.lr, tokens=at.tokens, updates=at.update, seconds=training.seconds, curve=curve,
         memory_before=before, memory=peak,
     )  # fmt: skip
-
-
-def _timed(device: torch.device, trainer: Trainer, window: Window) -> float:
-    """Seconds that an update takes: of the GPU, or of this process on a CPU."""
-    if device.type == "cpu":
-        start = time.process_time()
-        trainer.update(window)
-        return time.process_time() - start
-    torch.cuda.synchronize(device)
-    start = time.perf_counter()
-    trainer.update(window)
-    torch.cuda.synchronize(device)
-    return time.perf_counter() - start
 
 
 def at_tokens(result: dict[str, Any], tokens: int) -> list[float] | None:

@@ -106,7 +106,7 @@ def train(tree: Path, folder: Path, name: str, flags: str) -> dict[str, Any]:
         values = json.loads(line)
         values.pop("tokens_per_second", None)
         found.update({f"line {number} {key}": value for key, value in values.items()})
-    weights = torch.load(save, weights_only=True)["weights"]
+    weights: dict[str, Any] = torch.load(save, weights_only=True)["weights"]
     return found | weights
 
 

@@ -6,52 +6,50 @@ python -m benchmarks.training --recipe penn --updates 20 --output FILE.md
 import argparse
 import json
 import platform
+import shlex
 import statistics
 import subprocess
 import sys
-import tempfile
 import time
 from collections.abc import Callable
-from contextlib import ExitStack, closing
 from itertools import pairwise
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
-from engine.graphs import CudaRecorder
-from engine.loss_scale import LossScale
-from engine.trainer import Trainer
-from engine.training_state import TrainingOptions
 
+from assembly import build_loss_scale, build_model, build_optimizer, build_updater
 from benchmarks.baseline import BaselineModel, BaselineStep
 from bptt import VariableWindows, Window
-from data.corpus import Corpus, Vocabulary
+from data.corpus import batchify
 from data.files import atomic_write
 from engine.device import keep_freed_memory, peak_memory, select_device
-from engine.interrupt import Interrupt
-from engine.run_folder import RunFolder
-from engine.tracking import Tracker, WandbOptions
-from kernels.precision import DTYPES, allow_products, choose_kernel, choose_precision
-from model import RNNModel
-from nt_asgd import NTASGD
+from engine.ranks import Ranks
+from flags import parse_training
+from kernels.precision import choose_precision, set_products
+from training.state import Position
+from training.tally import Tally
 
-# The sizes and dropouts of the recipes of these names, and the tokens of their corpora.
-RECIPES: dict[str, dict[str, Any]] = {
-    "penn": dict(
-        ntoken=10_000, tokens=929_589, batch_size=20, ninp=400, nhid=1150, nlayers=3, bptt=70,
-        dropouts=dict(dropout=0.4, dropouth=0.25, dropouti=0.4, dropoute=0.1, wdrop=0.5),
+
+class Recipe(NamedTuple):
+    """Words and tokens of a corpus, and the flags of its model that differ from main.py's."""
+
+    ntoken: int
+    tokens: int
+    flags: str
+
+
+RECIPES = {
+    "penn": Recipe(10_000, 929_589, "--batch_size 20 --dropouth 0.25 --dropouti 0.4"),
+    "wikitext-2": Recipe(33_278, 2_088_628, "--batch_size 80 --dropouth 0.2"),
+    "small": Recipe(
+        10_000,
+        929_589,
+        "--batch_size 40 --emsize 128 --nhid 256 --bptt 35 --dropout 0.2 --dropouth 0.15 "
+        "--dropouti 0.2 --dropoute 0.05 --wdrop 0.3",
     ),
-    "wikitext-2": dict(
-        ntoken=33_278, tokens=2_088_628, batch_size=80, ninp=400, nhid=1150, nlayers=3, bptt=70,
-        dropouts=dict(dropout=0.4, dropouth=0.2, dropouti=0.65, dropoute=0.1, wdrop=0.5),
-    ),
-    "small": dict(
-        ntoken=10_000, tokens=929_589, batch_size=40, ninp=128, nhid=256, nlayers=3, bptt=35,
-        dropouts=dict(dropout=0.2, dropouth=0.15, dropouti=0.2, dropoute=0.05, wdrop=0.3),
-    ),
-}  # fmt: skip
-LR, CLIP, WDECAY = 1.0, 0.25, 1.2e-6
+}
 
 # Makes updates from windows; returns the seconds that each took.
 Updates = Callable[[list[Window]], list[float]]
@@ -60,84 +58,81 @@ Updates = Callable[[list[Window]], list[float]]
 IN_A_ROW, IN_A_ROW_GPU = 1, 10
 
 
-def zipf_corpus(ntoken: int, tokens: int) -> Corpus:
+def recipe_flags(recipe: Recipe, *more: str) -> argparse.Namespace:
+    """main.py's flags, with a learning rate that suits random text."""
+    return parse_training([*shlex.split(recipe.flags), "--lr", "1", *more])[0]
+
+
+def zipf_text(recipe: Recipe) -> torch.Tensor:
     """Random text whose words are as frequent as those of a real one (1 / rank)."""
-    share = 1 / np.arange(1, ntoken + 1)
-    words = np.random.default_rng(0).choice(ntoken, tokens, p=share / share.sum())
-    train = torch.from_numpy(words.astype(np.int32))
-    vocabulary = Vocabulary([f"w{i}" for i in range(ntoken)])
-    return Corpus(vocabulary, train, train[:1000], train[:1000], "zipf")
+    share = 1 / np.arange(1, recipe.ntoken + 1)
+    words = np.random.default_rng(0).choice(recipe.ntoken, recipe.tokens, p=share / share.sum())
+    return torch.from_numpy(words.astype(np.int32))
 
 
-def ours(
-    path: str,
-    recipe: dict[str, Any],
-    corpus: Corpus,
-    device: torch.device,
-    stack: ExitStack,
-) -> Updates:
-    """The trainer's own update, by the kernel that main.py would take, or by its flags.
+def ours(path: str, recipe: Recipe, text: torch.Tensor, device: torch.device) -> Updates:
+    """main.py's own update.
 
     Args:
-        path: PRECISION, PRECISION-KERNEL for --kernel's, PRECISION-wavefront for --wavefront 3.
+        path: PRECISION, or PRECISION-KERNEL for --kernel's.
     """
-    precision, _, asked = path.partition("-")
-    kernel = "plain" if asked == "plain" else choose_kernel(precision, device)[0]
-    recorded = device.type == "cuda" and asked in ("", "wavefront")
-    model = RNNModel(
-        "LSTM", recipe["ntoken"], recipe["ninp"], recipe["nhid"], recipe["nlayers"],
-        **recipe["dropouts"], tie_weights=True,
-    ).to(device)  # fmt: skip
-    chunks = 3 if asked == "wavefront" and kernel == "cudnn" else 1
-    model.compute_in(DTYPES[precision], kernel, chunks)
-    folder = stack.enter_context(
-        RunFolder(Path(stack.enter_context(tempfile.TemporaryDirectory())) / "run.pt")
-    )
-    options = TrainingOptions(
-        epochs=1, batch_size=recipe["batch_size"], bptt=recipe["bptt"], clip=CLIP, alpha=2, beta=1
-    )
-    trainer = Trainer(
-        model, NTASGD(model.parameters(), LR, WDECAY), VariableWindows(recipe["bptt"], 1), corpus,
-        options, folder, Interrupt(), identity={},
-        loss_scale=LossScale() if precision == "fp16" else None,
-        recorder=CudaRecorder(device) if recorded else None,
-    )  # fmt: skip
-    trainer.tracker = stack.enter_context(closing(Tracker(folder.folder, {}, WandbOptions())))
-    model.train()
+    precision, _, kernel = path.partition("-")
     choose_precision(precision, device)
+    args = recipe_flags(recipe, "--precision", precision, "--kernel", kernel or "auto")
+    model = build_model(args, recipe.ntoken).to(device).train()
+    optimizer, loss_scale = build_optimizer(args, model), build_loss_scale(args, precision)
+    rows = batchify(text, args.batch_size).to(device)
+    generator = torch.Generator(device).manual_seed(1)
+    updater, _ = build_updater(
+        args, model, optimizer, rows, generator, precision, loss_scale, Ranks()
+    )
+
+    def end_step(update: int, overflow: bool, largest: float | None) -> None:
+        updater.step.note(overflow)
+        if loss_scale is not None:
+            loss_scale.note(update, overflow, largest)
+
+    position = Position()
+    tally = Tally(device, position, end_step, lambda what, update: f"{what} at update {update}")
+    hidden = model.init_hidden(args.batch_size)
+
+    def update(window: Window) -> None:
+        """As Trainer.update."""
+        nonlocal hidden
+        tokens = window.counted * args.batch_size
+        position.advance(window.counted, tokens)
+        outcome = updater(window, hidden)
+        hidden = outcome.hidden
+        tally.add(position.update, outcome, tokens)
+        if updater.step.synchronizes:
+            tally.check()
 
     def updates(windows: list[Window]) -> list[float]:
-        allow_products(precision, device)  # a setting of the whole process
-        return _timed(device, trainer.update, windows)
+        set_products(precision, device)  # a setting of the whole process
+        return _timed(device, update, windows)
 
     return updates
 
 
-def baseline(
-    precision: str,
-    recipe: dict[str, Any],
-    corpus: Corpus,
-    device: torch.device,
-    stack: ExitStack,
-) -> Updates:
+def baseline(precision: str, recipe: Recipe, text: torch.Tensor, device: torch.device) -> Updates:
     """The straightforward implementation's update: float32, or bf16 by autocast."""
-    names = ("ntoken", "ninp", "nhid", "nlayers", "dropouts")
-    model = BaselineModel(**{name: recipe[name] for name in names}).to(device)
-    step = BaselineStep(model, LR, CLIP, WDECAY)
-    batch_size = recipe["batch_size"]
-    rows = corpus.train[: len(corpus.train) // batch_size * batch_size]
-    rows = rows.long().view(batch_size, -1).t().contiguous().to(device)
-    hidden = model.init_hidden(batch_size)
+    args = recipe_flags(recipe)
+    names = ("dropout", "dropouth", "dropouti", "dropoute", "wdrop")
+    dropouts = {name: getattr(args, name) for name in names}
+    model = BaselineModel(recipe.ntoken, args.emsize, args.nhid, args.nlayers, dropouts).to(device)
+    step = BaselineStep(model, args.lr, args.clip, args.wdecay)
+    rows = batchify(text, args.batch_size).long().to(device)
+    hidden = model.init_hidden(args.batch_size)
 
     def step_on(window: Window) -> None:
         nonlocal hidden
         part = rows[window.start : window.start + window.length + 1]
         with torch.autocast(device.type, torch.bfloat16, enabled=precision == "bf16"):
-            _, hidden = step(part[:-1], part[1:], hidden, window.length / recipe["bptt"])
+            _, hidden = step(part[:-1], part[1:], hidden, window.length / args.bptt)
         hidden = [(h.float(), c.float()) for h, c in hidden]
 
     def updates(windows: list[Window]) -> list[float]:
-        allow_products("fp32" if precision == "bf16" else precision, device)
+        set_products("fp32" if precision == "bf16" else precision, device)
         return _timed(device, step_on, windows)
 
     return updates
@@ -147,8 +142,7 @@ def paths_on(device: torch.device) -> list[str]:
     """The paths that a device can take; the last one is what they are held against."""
     ours = ["fp32", "bf16", "bf16-plain"]
     if device.type == "cuda":
-        ours = ["fp32", "tf32", "bf16", "fp16"]
-        ours += ["tf32-wavefront", "bf16-wavefront", "bf16-eager", "fp16-eager"]
+        ours = ["fp32", "tf32", "bf16", "fp16", "bf16-eager", "fp16-eager"]
         ours += ["tf32-plain", "bf16-plain", "fp16-plain"]
     return [*ours, "baseline-bf16", "baseline-fp32"]
 
@@ -184,9 +178,7 @@ def _timed(
     return seconds
 
 
-def measure(
-    recipe: dict[str, Any], paths: list[str], updates: int, device: torch.device
-) -> dict[str, Any]:
+def measure(recipe: Recipe, paths: list[str], updates: int, device: torch.device) -> dict[str, Any]:
     """Time the paths in turn, over the same windows.
 
     Returns:
@@ -194,36 +186,35 @@ def measure(
         path's time over its own, median of the pairs); and the bytes of memory at the peak, of
         all paths together.
     """
-    with ExitStack() as stack:
-        corpus = zipf_corpus(recipe["ntoken"], recipe["tokens"])
-        steps = {name: start(name, recipe, corpus, device, stack) for name in paths}
-        num_steps = len(corpus.train) // recipe["batch_size"] - 1
-        windows = list(VariableWindows(recipe["bptt"], 2).windows(num_steps))[: updates + 2]
-        if device.type == "cuda":  # graphs are recorded when a length comes a second time
-            for window in {window.length: window for window in windows}.values():
-                for name in paths:
-                    steps[name]([window] * 2)
-        seconds: dict[str, list[float]] = {name: [] for name in paths}
-        size = turn_length(device)
-        for turn, first in enumerate(range(0, len(windows), size)):
-            shift = turn % len(paths)  # so that none always follows the same one
-            for name in paths[shift:] + paths[:shift]:
-                seconds[name] += steps[name](windows[first : first + size])
-        tokens = [window.length * recipe["batch_size"] for window in windows[2:]]
-        results: dict[str, Any] = {}
-        for name in paths:
-            times = seconds[name][2:]  # the first two warm up
-            rates = [n / s for n, s in zip(tokens, times, strict=True)]
-            results[name] = dict(
-                tokens_per_second=statistics.median(rates),
-                ms=1000 * statistics.median(times),
-                ms_p90=1000 * sorted(times)[int(0.9 * len(times))],
-                seconds_per_epoch=num_steps * recipe["batch_size"] / statistics.median(rates),
-            )
-        results["peak_memory"] = peak_memory(device)
-        for name in paths:
-            pairs = zip(seconds[name][2:], seconds[paths[-1]][2:], strict=True)
-            results[name]["ratio"] = statistics.median(theirs / own for own, theirs in pairs)
+    args, text = recipe_flags(recipe), zipf_text(recipe)
+    steps = {name: start(name, recipe, text, device) for name in paths}
+    num_steps = len(text) // args.batch_size - 1
+    windows = list(VariableWindows(args.bptt, 2).windows(num_steps))[: updates + 2]
+    if device.type == "cuda":  # graphs are captured when a length comes a second time
+        for window in {window.length: window for window in windows}.values():
+            for name in paths:
+                steps[name]([window] * 2)
+    seconds: dict[str, list[float]] = {name: [] for name in paths}
+    size = turn_length(device)
+    for turn, first in enumerate(range(0, len(windows), size)):
+        shift = turn % len(paths)  # so that none always follows the same one
+        for name in paths[shift:] + paths[:shift]:
+            seconds[name] += steps[name](windows[first : first + size])
+    tokens = [window.length * args.batch_size for window in windows[2:]]
+    results: dict[str, Any] = {}
+    for name in paths:
+        times = seconds[name][2:]  # the first two warm up
+        rates = [n / s for n, s in zip(tokens, times, strict=True)]
+        results[name] = dict(
+            tokens_per_second=statistics.median(rates),
+            ms=1000 * statistics.median(times),
+            ms_p90=1000 * sorted(times)[int(0.9 * len(times))],
+            seconds_per_epoch=num_steps * args.batch_size / statistics.median(rates),
+        )
+    results["peak_memory"] = peak_memory(device)
+    for name in paths:
+        pairs = zip(seconds[name][2:], seconds[paths[-1]][2:], strict=True)
+        results[name]["ratio"] = statistics.median(theirs / own for own, theirs in pairs)
     return results
 
 
@@ -263,8 +254,7 @@ def table(args: argparse.Namespace, results: dict[str, Any], device: torch.devic
         f"{turn_length(device)} at a time; ratio: the "
         "float32 baseline's time over a path's own, median of the pairs; memory: peak of each path "
         "in a process of its own, median of three (one on a GPU). A path is a precision by the "
-        "fastest kernel, or by `--kernel eager` or `plain`, or with `--wavefront 3`; the baselines "
-        "are stock parts.",
+        "fastest kernel, or by `--kernel eager` or `plain`; the baselines are stock parts.",
         "",
         f"| {args.recipe} | tokens/s | ratio | ms/update | p90 | s/epoch | memory, MiB |",
         "|---|---:|---:|---:|---:|---:|---:|",

@@ -14,6 +14,7 @@ from flags.values import (
     between_0_and_1,
     decay,
     epoch_number,
+    layer_count,
     model_name,
     natural,
     non_negative,
@@ -41,7 +42,7 @@ TRAINING: Sections = {
         Flag("--decoder", "linear", "kind of decoder", choices=("linear",)),
         Flag("--emsize", 400, "width of the embedding, units", positive_int),
         Flag("--nhid", 1150, "units of each hidden layer", positive_int),
-        Flag("--nlayers", 3, "number of layers", positive_int),
+        Flag("--nlayers", 3, "number of layers", layer_count),
         Flag("--untied", False, "a decoder matrix of its own; the last layer has --nhid units"),
     ),
     "regularisers (0 switches one off)": (

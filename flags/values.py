@@ -37,6 +37,7 @@ def _several(convert: Callable[[str], Any]) -> Callable[[str], list[Any]]:
 
 positive_int = _number(int, "a whole number in [1, 2**31)", lambda n: 1 <= n <= LARGEST)
 natural = _number(int, "a whole number in [0, 2**31)", lambda n: 0 <= n <= LARGEST)
+layer_count = _number(int, "a whole number from 1 to 1000", lambda n: 1 <= n <= 1000)
 seed_value = _number(int, "a whole number in [0, 2**32)", lambda n: 0 <= n < 2**32)
 epoch_number = _number(
     int, "an epoch in [1, 2**31), or -1 for never", lambda n: 1 <= n <= LARGEST or n == -1

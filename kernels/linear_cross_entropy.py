@@ -42,7 +42,7 @@ class FastLinear:
 def why_not(decoder: Decoder, dtype: torch.dtype | None, device: torch.device) -> str:
     """Why FastLinear does not compute this decoder's loss; empty: it does."""
     if type(decoder) is not Linear:
-        return f"a {type(decoder).__name__} decoder has no fast kernel"
+        return f"{type(decoder).__name__} has no fast kernel"
     if device.type != "cuda" and dtype != torch.bfloat16:
         return "a CPU has a fast kernel for bf16 only"
     return ""

@@ -44,7 +44,7 @@ class CpuLSTM:
 def why_not(layer: Layer, dtype: torch.dtype | None, device: torch.device) -> str:
     """Why CpuLSTM does not compute this layer; empty: it does."""
     if type(layer) is not LSTM:
-        return f"a {type(layer).__name__} has no fast kernel on a CPU"
+        return f"{type(layer).__name__} has no fast kernel on a CPU"
     if device.type != "cpu" or dtype != torch.bfloat16:
         return "a CPU has a fast kernel for bf16 only"
     return ""

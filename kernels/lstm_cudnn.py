@@ -212,7 +212,7 @@ class _Layer(torch.autograd.Function):
 def why_not(layer: Layer, dtype: torch.dtype | None, device: torch.device) -> str:
     """Why CudnnLSTM does not compute this layer; empty: it does. A small one is tried."""
     if type(layer) is not LSTM:
-        return f"a {type(layer).__name__} has no kernel over cuDNN here"
+        return f"{type(layer).__name__} has no kernel over cuDNN here"
     if device.type != "cuda":
         return "this is no GPU"
     if not torch.backends.cudnn.is_available():

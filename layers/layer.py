@@ -87,6 +87,7 @@ class Layer(nn.Module):
 
         Args:
             weights: to compute with, by the parameters' names.
-            noise: has random factors, where the layer wants any of its own; in training only.
+            noise: has random factors, where the layer wants any of its own; in training only. In
+                16 bits they are float32, and everything else is in 16 bits.
         """
         raise NotImplementedError

@@ -83,12 +83,14 @@ def start(
     corpus = read_corpus(args, ranks)
     if state is not None and state["fingerprint"] != corpus.fingerprint:
         raise CheckpointError(f"{args.data}: its text is not that of the run to be resumed")
+    with torch.device("meta"):  # sizes without memory
+        plan = build_model(args, len(corpus.vocabulary))
+    if args.dry_run:
+        print_plan(args, plan, corpus)
+        return
+    check_memory(args, plan, corpus, device)
     torch.manual_seed(args.seed)
     model = build_model(args, len(corpus.vocabulary)).to(device)
-    if args.dry_run:
-        print_plan(args, model, corpus)
-        return
-    check_memory(args, model, corpus)
     precision = resolve_precision(args, device)
     set_products(precision, device)
     optimizer, loss_scale = build_optimizer(args, model), build_loss_scale(args, precision)

@@ -1,11 +1,12 @@
 """What several tests need: small corpora, and the programs run in this process."""
 
+import json
 import os
 import random
 import shlex
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import pytest
 
@@ -19,6 +20,7 @@ import torch
 from cudnn_on_cpu import cudnn_on_cpu
 
 import main
+from engine.checkpoint import load_model
 
 ROOT = Path(__file__).resolve().parent.parent
 REAL_DATA = Path(os.environ.get("AWD_DATA", ROOT.parent / "shared" / "data"))
@@ -103,6 +105,38 @@ def write_corpus(folder: Path, lines: int = 60, seed: int = 0, words: int = 30) 
             text.append(" " + " ".join(sentence) + " \n")
         (folder / f"{split}.txt").write_text("".join(text))
     return folder
+
+
+def command_line(flags: dict[str, Any]) -> list[str]:
+    """Flags by their names; True: a switch that is given; False, None: not given."""
+    argv: list[str] = []
+    for name, value in flags.items():
+        if value is not None and value is not False:
+            values = value if isinstance(value, list | tuple) else [value]
+            argv += [f"--{name}", *([] if value is True else map(str, values))]
+    return argv
+
+
+def read_events(save: Path) -> list[dict[str, Any]]:
+    """The lines of metrics.jsonl of the run whose best model is at save, without measured times."""
+    lines = (save.with_suffix("") / "metrics.jsonl").read_text().splitlines()
+    events = [json.loads(line) for line in lines]
+    return [{k: v for k, v in line.items() if k != "tokens_per_second"} for line in events]
+
+
+def read_summary(save: Path) -> dict[str, Any]:
+    """The run's summary.json."""
+    summary: dict[str, Any] = json.loads((save.with_suffix("") / "summary.json").read_text())
+    return summary
+
+
+def read_weights(path: Path) -> dict[str, torch.Tensor]:
+    """The weights of a saved model, a tied matrix once, by the names of plain layers."""
+    model, _ = load_model(path)
+    return {
+        name.replace(".module.", ".").removesuffix("_raw"): weight.detach()
+        for name, weight in model.named_parameters()
+    }
 
 
 @pytest.fixture

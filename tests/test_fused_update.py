@@ -17,9 +17,11 @@ import training.trainer
 from bptt import FixedWindows, FullWindows, RandomizedWindows, Scheme, VariableWindows, Window
 from engine.checkpoint_writer import CheckpointWriter
 from engine.errors import RunError
-from kernels.choose import Choice, install
+from kernels import lstm_cpu
+from kernels.choose import Choice, choose_step, install
 from kernels.fused_step import FusedStep
 from kernels.graphs import CudaRecorder, Graphs, Work
+from kernels.linear_cross_entropy import FastLinear
 from kernels.precision import set_products
 from layers import LAYERS
 from layers.layer import Layer, State, Weights
@@ -139,6 +141,8 @@ class Built:
             install(self.model, compute, torch.device(device), fast=path != "plain")
         elif path != "plain" and rnn == "LSTM":
             install_gpu_kernels(self.model, compute)
+        else:
+            install(self.model, compute, torch.device(device), fast=path != "plain")
         rows = torch.randint(0, WORDS, (ROWS, 4)).to(device)
         self.generator = torch.Generator(device).manual_seed(6)
         self.optimizer = NTASGD(self.model.parameters(), 3.0 if scheme != "full" else 0.1, wdecay)
@@ -203,7 +207,8 @@ class OwnLayer(Layer):
         factors = [x.new_ones(())] * len(x)
         if self.training:
             shape = (len(x), x.size(1), self.units)
-            factors = list(noise.drop_by_step("steps", shape, 0.2, like=x, batch_dim=1))
+            drawn = noise.drop_by_step("steps", shape, 0.2, like=x, batch_dim=1)
+            factors = list(drawn.to(x.dtype))
         new, outputs = (x @ weights["w"].t()).tanh(), []
         for x_t, d in zip(new, factors, strict=True):
             h = h + (h @ weights["u"].t()).sigmoid() * (x_t - h) * d
@@ -247,6 +252,24 @@ def test_fast_and_captured_updates_are_the_plain_ones(
     else:
         assert 0 < recorder.captured < recorder.replayed
         assert recorder.replayed > 10
+
+
+def test_a_layer_of_ones_own_in_sixteen_bits_keeps_the_fast_decoder_step_and_graphs(
+    own_layer: None,
+) -> None:
+    same: dict[str, Any] = dict(rnn="OWN", dtype=torch.float32)
+    exact = Built("plain", **same).train()
+    fast = Built("fast", **same, compute=torch.bfloat16)
+    captured = Built("captured", **same, compute=torch.bfloat16)
+    reason = lstm_cpu.why_not(fast.model.layers[0], torch.bfloat16, torch.device("cpu"))
+    assert reason == "OwnLayer has no fast kernel on a CPU"
+    assert isinstance(fast.model.decoder.kernel, FastLinear)
+    assert choose_step(fast.optimizer, torch.bfloat16, torch.device("cpu"), True) == Choice("fused")
+    found = fast.train()
+    assert all(torch.equal(a, b) for a, b in zip(captured.train(), found, strict=True))
+    for a, b in zip(found[:10], exact[:10], strict=True):
+        torch.testing.assert_close(a, b, rtol=0.02, atol=0)
+    assert not torch.equal(found[0], exact[0])
 
 
 @pytest.mark.parametrize("path", ["fast", "captured"])
@@ -445,10 +468,10 @@ def test_main_trains_and_resumes_exactly(
     for stop in stops:
         name = tmp_path / f"part{stop}"
         assert run(*flags, "--save", f"{name}.pt", "--max-updates", stop).code == 0
-        last = torch.load(name / "last.pt", weights_only=True)["position"]
-        models = [p for p in (Path(f"{name}.pt"), name / "best.previous.pt") if p.exists()]
-        kept = [torch.load(p, weights_only=True)["details"]["epoch"] for p in models]
-        assert last["best_epoch"] is None or last["best_epoch"] in kept
+        if (kept := name / "best-at-epoch-end.pt").exists():
+            last = torch.load(name / "last.pt", weights_only=True)["position"]
+            best = torch.load(kept, weights_only=True)["details"]["epoch"]
+            assert best == last["best_epoch"]
         resumed = run("--resume", name, "--test-batch-size", 1)
         assert resumed.code == 0, resumed.err
         ours, theirs = (

@@ -20,7 +20,7 @@ import torch
 from conftest import ROOT, TINY, Result, write_corpus
 from torch import Tensor
 
-import main
+import programs.train
 from bptt import FixedWindows, FullWindows, RandomizedWindows, Scheme, VariableWindows
 from engine.ranks import Ranks
 from kernels.fused_step import FusedStep
@@ -28,8 +28,9 @@ from model import RNNModel
 from noise import Noise
 from nt_asgd import NTASGD
 from training.objective import Objective, paper_penalties
+from training.requests import Requests
+from training.state import TrainingOptions
 from training.step import PlainStep
-from training.trainer import Trainer
 from training.update import Updater
 
 # Everything that has to be agreed on is on: all dropouts, the filter's median, clipping,
@@ -164,7 +165,7 @@ def test_a_batch_that_does_not_divide_is_refused(
     def three(device: torch.device) -> Iterator[Ranks]:
         yield Ranks(0, 3)
 
-    monkeypatch.setattr(main, "launched_ranks", three)
+    monkeypatch.setattr(programs.train, "launched_ranks", three)
     result = run(*FLAGS, "--data", corpus, "--save", tmp_path / "a.pt")
     message = "4 columns cannot be shared equally by 3 processes"
     assert (result.code, result.err) == (2, f"error: argument --batch-size: {message}\n")
@@ -180,19 +181,14 @@ def test_all_processes_do_what_one_is_asked_for() -> None:
         interrupt.requested = True  # the signal
         return answers.pop(0)
 
-    options = SimpleNamespace(checkpoint_every=None, checkpoint_minutes=1.0, max_updates=None)
-    trainer: Any = SimpleNamespace(
-        ranks=SimpleNamespace(largest=largest), interrupt=interrupt, options=options,
-        at=SimpleNamespace(update=1), _last_checkpoint=time.monotonic(),
-    )  # fmt: skip
-    Trainer.share_requests(trainer)
-    assert trainer.checkpoint_due
-    assert Trainer.stop_reason(trainer) is None
-    assert interrupt.requested
-    Trainer.share_requests(trainer)
-    assert not trainer.checkpoint_due
-    assert Trainer.stop_reason(trainer) == "interrupted"
-    assert interrupt.terminated
+    options = TrainingOptions(epochs=1, batch_size=4, checkpoint_every=1)
+    ranks: Any = SimpleNamespace(largest=largest)
+    signals: Any = interrupt
+    requests = Requests(signals, options, ranks)
+    requests.share(update=1)
+    assert (requests.stop, requests.checkpoint, interrupt.requested) == (False, True, True)
+    requests.share(update=2)
+    assert (requests.stop, requests.checkpoint, interrupt.terminated) == (True, False, True)
 
 
 # As threads of one process

@@ -13,6 +13,8 @@ import pytest
 import torch
 from conftest import ROOT, TINY, Result, write_corpus
 
+from engine.run_folder import RunFolder
+
 Run = Callable[..., Result]
 TIMES = {"tokens_per_second"}
 # nonmono 0 and a high learning rate: averaging starts within the first epochs
@@ -72,49 +74,35 @@ def start(save: Path, corpus: Path, *more: object) -> int:
     )
 
 
-def places(whole: Path) -> dict[str, int]:
-    """Updates to stop after, by what they mean."""
+PLACES = [
+    "epoch's end",
+    "just before the switch",
+    "at the switch",
+    "just after the switch",
+    "after the learning rate fell",
+    "the end",
+]
+
+
+def update_of(place: str, whole: Path) -> int:
+    """The update to stop after."""
     events = metrics(whole / "whole")
     ends = [e["step"] for e in events if e["event"] == "valid"]
     switch = next(e["step"] for e in events if e["event"] == "averaging")
-    return {
-        "first update": 1,
-        "mid-epoch": ends[0] // 2,
-        "epoch's end": ends[0],
-        "just before the switch": switch - 1,
-        "at the switch": switch,
-        "just after the switch": switch + 1,
-        "while averaging": (ends[-2] + ends[-1]) // 2,
-        "after the learning rate fell": ends[3] + 2,
-        "last update but one": ends[-1] - 1,
-        "the end": ends[-1],
-    }
+    updates: list[int] = [ends[0], switch - 1, switch, switch + 1, ends[3] + 2, ends[-1]]
+    return updates[PLACES.index(place)]
 
 
-@pytest.mark.parametrize(
-    "place",
-    [
-        "first update",
-        "mid-epoch",
-        "epoch's end",
-        "just before the switch",
-        "at the switch",
-        "just after the switch",
-        "while averaging",
-        "after the learning rate fell",
-        "last update but one",
-        "the end",
-    ],
-)
+@pytest.mark.parametrize("place", PLACES)
 def test_stopped_and_resumed(whole: Path, tmp_path: Path, place: str) -> None:
     save = tmp_path / "whole.pt"
-    assert start(save, whole / "corpus", "--max-updates", places(whole)[place]) == 0
+    assert start(save, whole / "corpus", "--max-updates", update_of(place, whole)) == 0
     assert start(save, whole / "corpus") == 0
     assert_same_run(whole / "whole.pt", save)
 
 
 def test_stopped_at_every_turn(whole: Path, tmp_path: Path) -> None:
-    """Fourteen sessions of a few updates each."""
+    """Sessions of four updates each."""
     save = tmp_path / "whole.pt"
     total = metrics(whole / "whole")[-1]["step"]
     for updates in range(4, total, 4):
@@ -149,19 +137,22 @@ def test_adam_resumes_too(whole: Path, tmp_path: Path) -> None:
     assert_same_run(tmp_path / "one" / "run.pt", tmp_path / "two" / "run.pt")
 
 
-SCHEMES = {
+KINDS = {
     "1, 1": "--bptt-scheme fixed --bptt 1",
     "4, 10": "--bptt-scheme fixed --k1 4",
     "25, 10": "--bptt-scheme fixed --k1 25",
     "randomized": "--bptt-scheme randomized --keep-prob 0.6 --bptt 5 --lr 2",
     "full": "--bptt-scheme full --lr 0.5",
+    "GRU": "--model GRU --untied",
+    "bf16": "--precision bf16 --loss-scale dynamic --loss-scale-window 5",
 }
 
 
-@pytest.mark.parametrize("name", SCHEMES)
-def test_every_scheme_resumes(whole: Path, tmp_path: Path, name: str) -> None:
-    """Stopped twice within an epoch (full: at its ends), with the gradient filter on."""
-    flags = [*SCHEMES[name].split(), "--epochs", "3", "--grad-filter", "2"]
+@pytest.mark.parametrize("name", KINDS)
+def test_every_kind_of_run_resumes(whole: Path, tmp_path: Path, name: str) -> None:
+    """Stopped twice within an epoch (full: at its ends), with the gradient filter where it may."""
+    flags = [*KINDS[name].split(), "--epochs", "3"]
+    flags += [] if name == "bf16" else ["--grad-filter", "2"]
     for part in ("one", "two"):
         save = tmp_path / part / "run.pt"
         save.parent.mkdir()
@@ -287,18 +278,6 @@ def test_control_c_once_tests_the_best_model(whole: Path, tmp_path: Path) -> Non
     assert json.loads((tmp_path / "run" / "summary.json").read_text())["test_ppl"] > 1
 
 
-def test_terminated_leaves_a_checkpoint(whole: Path, tmp_path: Path) -> None:
-    process = spawn(tmp_path / "run.pt", whole / "corpus")
-    wait_for(tmp_path / "run" / "metrics.jsonl", process, '"valid"')
-    process.send_signal(signal.SIGTERM)
-    out, err = process.communicate(timeout=60)
-    assert process.returncode == 1
-    assert "error: terminated; --resume" in err.splitlines()[-1]
-    assert "End of training" not in out
-    step = torch.load(tmp_path / "run" / "last.pt", weights_only=True)["position"]["update"]
-    assert step >= metrics(tmp_path / "run")[-1]["step"]
-
-
 @pytest.fixture
 def long_test(tmp_path: Path) -> Path:
     """A corpus whose test text takes long, so that a signal comes while it is read."""
@@ -322,29 +301,21 @@ def test_control_c_twice_stops_at_once(long_test: Path, tmp_path: Path) -> None:
     assert "End of training" not in out
 
 
-@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
-def test_once_is_enough_when_training_is_over(
-    long_test: Path, tmp_path: Path, number: signal.Signals
-) -> None:
+def test_once_is_enough_when_training_is_over(long_test: Path, tmp_path: Path) -> None:
     process = spawn(tmp_path / "run.pt", long_test, "--epochs", "1")
     wait_for(tmp_path / "run" / "last.pt", process)
     time.sleep(0.3)
-    process.send_signal(number)
+    process.send_signal(signal.SIGINT)
     out, err = process.communicate(timeout=20)
     assert process.returncode == 1
     assert err.splitlines()[-1] == "error: interrupted"
     assert "End of training" not in out
 
 
-def test_two_processes_cannot_share_a_run(whole: Path, tmp_path: Path, run: Run) -> None:
-    process = spawn(tmp_path / "run.pt", whole / "corpus")
-    try:
-        wait_for(tmp_path / "run" / "last.pt", process)
-        before = (tmp_path / "run" / "config.json").read_bytes()
-        result = run(*FLAGS, "--data", whole / "corpus", "--save", tmp_path / "run.pt")
+def test_a_folder_belongs_to_one_run(whole: Path, tmp_path: Path, run: Run) -> None:
+    save = tmp_path / "run.pt"
+    with RunFolder(save):
+        result = run(*FLAGS, "--data", whole / "corpus", "--save", save)
         assert result.code == 1
         assert result.err == f"error: {tmp_path / 'run'}: another process is running there\n"
-    finally:
-        process.kill()
-        process.communicate()
-    assert (tmp_path / "run" / "config.json").read_bytes() == before
+    assert start(save, whole / "corpus", "--max-updates", 1) == 0
