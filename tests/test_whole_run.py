@@ -111,7 +111,7 @@ def runs(tmp_path_factory: pytest.TempPathFactory) -> Runs:
     return Runs(tmp_path_factory.mktemp("runs"))
 
 
-def assert_events(save: Path, expected: ByHand, rel: float = 2e-6, loose: float = 0) -> None:
+def assert_events(save: Path, expected: ByHand, rel: float = 5e-6, loose: float = 0) -> None:
     """metrics.jsonl line by line; loose: the tolerance of losses and norms in training."""
     found = [line for line in read_events(save) if line["event"] != "loss_scale"]
     names = [(line["event"], line["step"]) for line in found]
@@ -125,7 +125,7 @@ def assert_events(save: Path, expected: ByHand, rel: float = 2e-6, loose: float 
                 assert line[name] == value, (name, line, other)
 
 
-def assert_weights(save: Path, expected: Weights, tolerance: float = 3e-6) -> None:
+def assert_weights(save: Path, expected: Weights, tolerance: float = 1e-5) -> None:
     """Of the saved model, to a part of each tensor's largest one, where that is not nothing."""
     found = read_weights(save)
     assert found.keys() == expected.keys()
@@ -134,7 +134,7 @@ def assert_weights(save: Path, expected: Weights, tolerance: float = 3e-6) -> No
         assert error < tolerance, (name, float(error))
 
 
-def assert_summary(save: Path, expected: ByHand, rel: float = 2e-6) -> None:
+def assert_summary(save: Path, expected: ByHand, rel: float = 5e-6) -> None:
     summary = read_summary(save)
     best = min(line["ppl"] for line in expected.of("valid"))
     assert summary["best_valid_ppl"] == pytest.approx(best, rel=rel)
@@ -189,7 +189,7 @@ def test_the_best_model_of_an_epoch_s_end_comes_back(runs: Runs, tmp_path: Path)
     runs.train(save, flags, "--max-updates", stop)
     tested = read_events(save)
     assert [line["event"] for line in tested[-2:]] == ["valid", "test"]
-    assert tested[-2]["loss"] == pytest.approx(expected.valid[stop - 1], rel=2e-6)
+    assert tested[-2]["loss"] == pytest.approx(expected.valid[stop - 1], rel=5e-6)
     with pytest.raises(AssertionError):
         assert_weights(save, expected.best)
     runs.resume(save)
