@@ -154,7 +154,6 @@ FLAGS: dict[str, Line] = {
     "seed": Line(7, 8, "first loss, weights", "parameters"),
     "precision": Line("fp32", "bf16", "first loss, first norm, weights, err", KEPT),
     "kernel": Line("auto", "plain", "weights, err", KEPT, {"precision": "bf16"}),
-    "wavefront": Line(1, 2, "err", TRAINED),  # for GPUs; elsewhere a run says so
     "loss-scale": Line(None, 1024.0, "fields", TRAINED),
     "loss-scale-bounds": Line([1.0, 2.0**24], [2.0, 4.0], "scales", "losses", DYNAMIC),
     "loss-scale-window": Line(2000, 3, "scales", "losses", DYNAMIC),
