@@ -122,7 +122,7 @@ EXPLODING = {"lr": 1e30, "clip": 0}  # not finite from the second update on
 
 FLAGS: dict[str, Line] = {
     "data": Line("{corpus}", "{other}", "parameters, first loss, test"),
-    "model": Line("LSTM", "QRNN", "code"),
+    "model": Line("LSTM", "GRU", SIZE),
     "decoder": Line("linear", "none", "code"),
     "emsize": Line(6, 7, SIZE),
     "nhid": Line(8, 9, SIZE),

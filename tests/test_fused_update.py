@@ -1,6 +1,7 @@
 """The update of a GPU, on the CPU: against the plain one, captured or not, resumed, failing."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from itertools import cycle
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +13,7 @@ from record_on_cpu import CpuRecorder
 from torch import Tensor, nn
 
 import assembly
-import main
+import programs.train
 import training.trainer
 from bptt import FixedWindows, FullWindows, RandomizedWindows, Scheme, VariableWindows, Window
 from engine.checkpoint_writer import CheckpointWriter
@@ -102,6 +103,20 @@ def test_before_its_first_iterate_the_average_is_the_weights() -> None:
 # The update: plain torch, the kernels of a GPU, and the same captured as graphs
 
 RATES = dict(dropout=0.4, dropouth=0.25, dropouti=0.3, dropoute=0.1, wdrop=0.5)
+
+
+class Mixed(FixedWindows):
+    """Windows of one length, which are run in different ways."""
+
+    def windows(self, num_steps: int, start: int = 0) -> Iterator[Window]:
+        ways: list[dict[str, Any]] = [
+            {}, dict(warmup=3), dict(pieces=(3, 5)), dict(pieces=(3, 5), crossing=0.0),
+            dict(pieces=(3, 5), crossing=2.0), dict(pieces=(3, 5), advance=3),
+        ]  # fmt: skip
+        for start, way in zip(range(0, num_steps - BPTT, BPTT), cycle(ways), strict=False):
+            yield Window(start, BPTT, **way)
+
+
 SCHEMES: dict[str, Callable[[], Scheme]] = {
     "variable": lambda: VariableWindows(BPTT, 1),
     "fixed": lambda: FixedWindows(BPTT),
@@ -109,6 +124,7 @@ SCHEMES: dict[str, Callable[[], Scheme]] = {
     "in pieces": lambda: FixedWindows(3, BPTT),
     "randomized": lambda: RandomizedWindows(4, 0.5, 1),
     "full": lambda: FullWindows(6),
+    "mixed": lambda: Mixed(BPTT),
 }
 
 
@@ -294,14 +310,19 @@ def test_scale_follows_the_plain_updates(path: str) -> None:
 
 
 def test_where_gradients_are_wanted_they_are_this_updates() -> None:
-    built = Built("captured", clip=0.02)
-    hidden = built.model.init_hidden(4)
-    for start in range(0, 50, 10):
-        outcome = built.updater(Window(start, 10), hidden)
-    outcome = built.updater(Window(60, 10), outcome.hidden, keep_gradients=True)
-    gradients = [p.grad for p in built.model.parameters() if p.grad is not None]
-    clipped = float(torch.nn.utils.get_total_norm(gradients))
-    assert clipped == pytest.approx(0.02, rel=1e-5) != pytest.approx(float(outcome.norm), rel=0.1)
+    """And not those of the graph that was captured last."""
+    found = []
+    for path in ("fast", "captured"):
+        built = Built(path)
+        hidden = built.model.init_hidden(4)
+        for length in (10, 10, 10, 7, 7, 7):
+            hidden = built.updater(Window(20, length), hidden).hidden
+        built.updater(Window(60, 10), hidden, keep_gradients=True)
+        found.append([p.grad for p in built.model.parameters()])
+    for a, b in zip(*found, strict=True):
+        assert a is not None
+        assert b is not None
+        assert torch.equal(a, b)
 
 
 # Graphs
@@ -414,11 +435,11 @@ def test_graphs_of_a_gpu_are_its_eager_updates(
         torch.full((50_000_000,), torch.nan, device="cuda")
         found[-1] += built.train(30)
     assert built.failures == []
-    assert len(built.graphs.replays) > 2
+    assert len(built.graphs.replays) >= 2
     plain, eager, captured = found
     assert all(torch.equal(a, b) for a, b in zip(captured, eager, strict=True))
     tolerance = 1e-3 if compute is None else 0.1
-    for a, b in zip(eager[:20], plain[:20], strict=True):
+    for a, b in zip(eager[:20:2], plain[:20:2], strict=True):  # losses
         torch.testing.assert_close(a, b, rtol=tolerance, atol=tolerance)
 
 
@@ -444,7 +465,7 @@ def as_on_a_gpu(monkeypatch: pytest.MonkeyPatch) -> list[CpuRecorder]:
 
     monkeypatch.setattr(assembly, "install", install_fast)
     monkeypatch.setattr(assembly, "choose_step", lambda *_: Choice("fused"))
-    monkeypatch.setattr(main, "build_updater", build_captured)
+    monkeypatch.setattr(programs.train, "build_updater", build_captured)
     monkeypatch.setattr(
         training.trainer, "CheckpointWriter", lambda background: CheckpointWriter(True)
     )

@@ -14,7 +14,9 @@ import torch
 from conftest import TINY, Result, write_corpus
 from torch import Tensor, nn
 
+from assembly import build_loss_scale
 from bptt import Window
+from flags import parse_training
 from kernels.fused_step import FusedStep
 from loss_scale import AnyLossScale, LogMax, LossScale
 from model import RNNModel
@@ -224,6 +226,27 @@ def flags(tmp_path: Path) -> list[str]:
 def events(folder: Path) -> list[dict[str, Any]]:
     lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
     return [{k: v for k, v in line.items() if k != "tokens_per_second"} for line in lines]
+
+
+@pytest.mark.parametrize(
+    ("flags", "precision", "expected"),
+    [
+        ("", "fp32", None),
+        ("", "fp16", dict(dynamic=True, low=1.0, high=2.0**24, window=2000, value=2.0**16)),
+        ("--loss-scale dynamic", "bf16", dict(dynamic=True, window=2000)),
+        ("--loss-scale-bounds 2 64 --loss-scale-window 9", "fp16", dict(low=2, high=64, window=9)),
+        ("--loss-scale 3.5", "fp16", dict(dynamic=False, value=3.5)),
+        ("--loss-scale logmax --loss-scale-bounds 2 64", "fp32", dict(low=2, high=64, value=2)),
+    ],
+)
+def test_flags_say_how_the_loss_is_scaled(
+    flags: str, precision: str, expected: dict[str, Any] | None
+) -> None:
+    scale = build_loss_scale(parse_training(flags.split())[0], precision)
+    assert (scale is None) == (expected is None)
+    assert isinstance(scale, LogMax) == ("logmax" in flags)
+    for name, value in (expected or {}).items():
+        assert getattr(scale, name) == value
 
 
 def test_overflows_without_end_are_divergence(run: Run, tmp_path: Path, flags: list[str]) -> None:
