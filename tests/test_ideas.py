@@ -166,7 +166,10 @@ def test_the_page_shows_what_the_patches_do() -> None:
 @pytest.mark.slow
 @pytest.mark.parametrize("name", ROWS)
 def test_a_change_keeps_to_the_rules_of_the_project(changed: Path) -> None:
-    command = [sys.executable, "-m", "pytest", "tests/test_architecture.py", "tests/test_flags.py"]
+    """Its imports point down, and its flag acts and is refused where it means nothing."""
+    files = [f"tests/test_{name}.py" for name in ("architecture", "flags", "flags_act")]
+    known = "architecture or test_flags.py or missing or cellnorm or zoneout or experts"
+    command = [sys.executable, "-m", "pytest", *files, "-k", known]
     result = subprocess.run(command, cwd=changed, capture_output=True, text=True)
     assert result.returncode == 0, result.stdout
 
