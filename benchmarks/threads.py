@@ -4,6 +4,7 @@ python -m benchmarks.threads --data FOLDER_OF_PTB --output FILE.md
 """
 
 import argparse
+import math
 import os
 import platform
 import re
@@ -28,13 +29,19 @@ SETTINGS = {
 # Runs side by side, and processes that are busy beside them.
 CASES = [("demo", 1, 0), ("demo", 2, 0), ("demo", 3, 0)]
 CASES += [("penn", 1, 0), ("penn", 1, 1), ("penn", 2, 0), ("penn", 3, 0)]
+INTERVALS, MILLISECONDS = 8, r"ms/batch\s*([\d.]+)"
 FLAGS = {"demo": ["--log-interval", "20"], "penn": ["--precision", "bf16", "--log-interval", "2"]}
 
 
 def measure(
     recipe: str, runs: int, busy: int, variables: dict[str, str], data: str, seconds: float
 ) -> float:
-    """Median milliseconds an update, mean over the runs; each is killed after so many seconds."""
+    """Median milliseconds an update, mean over the runs, which are killed after INTERVALS intervals.
+
+    Args:
+        seconds: they are killed then, at the latest; infinite where a run is not at its second
+            interval yet.
+    """
     own = {k: v for k, v in os.environ.items() if not k.startswith(("OMP_", "GOMP_"))}
     with tempfile.TemporaryDirectory() as folder:
         logs = [Path(folder) / f"{k}.log" for k in range(runs)]
@@ -50,20 +57,23 @@ def measure(
                         [*command, *save], cwd=ROOT, env=own | variables, stdout=file, stderr=file
                     )
                 )
-        time.sleep(seconds)
+        deadline, found = time.monotonic() + seconds, [list[float]()]
+        while min(map(len, found)) < INTERVALS and time.monotonic() < deadline:
+            time.sleep(0.5)
+            texts = [log.read_text() for log in logs]
+            found = [[float(ms) for ms in re.findall(MILLISECONDS, text)] for text in texts]
         for process in processes:
             process.kill()
             process.wait()
-        found = [re.findall(r"ms/batch\s*([\d.]+)", log.read_text()) for log in logs]
-        # The first two intervals warm up.
-        return statistics.mean(statistics.median(map(float, times[2:])) for times in found)
+        # The first interval warms up.
+        return statistics.mean(statistics.median(times[1:] or [math.inf]) for times in found)
 
 
 def main() -> int:
     """Run the benchmark."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--data", default="data/penn", help="PTB's folder")
-    parser.add_argument("--seconds", type=float, default=16, help="of each run")
+    parser.add_argument("--seconds", type=float, default=40, help="of each run, at most")
     parser.add_argument("--output", type=Path, help="write the Markdown here")
     args = parser.parse_args()
     lines = [
