@@ -36,7 +36,7 @@ FLAGS = {"demo": ["--log-interval", "20"], "penn": ["--precision", "bf16", "--lo
 def measure(
     recipe: str, runs: int, busy: int, variables: dict[str, str], data: str, seconds: float
 ) -> float:
-    """Median milliseconds an update, mean over the runs, which are killed after INTERVALS intervals.
+    """Median milliseconds an update, mean over the runs, each killed after INTERVALS intervals.
 
     Args:
         seconds: they are killed then, at the latest; infinite where a run is not at its second
