@@ -1,4 +1,4 @@
-"""How long libgomp's threads should spin: runs alone, beside a busy process, and side by side.
+"""Measures spin counts of libgomp: runs alone, beside a busy process, and side by side.
 
 python -m benchmarks.threads --data FOLDER_OF_PTB --output FILE.md
 """
@@ -18,14 +18,14 @@ from data.files import atomic_write
 from engine.program import SPIN_COUNT
 
 ROOT = Path(__file__).resolve().parent.parent
-# How threads wait, by the variables of libgomp; "one thread" does not wait at all.
+# Environment variables that set how threads wait; a single thread never waits.
 SETTINGS = {
     "libgomp's default": {"GOMP_SPINCOUNT": "300000"},
     "passive": {"OMP_WAIT_POLICY": "PASSIVE"},
     f"spin count {SPIN_COUNT}": {"GOMP_SPINCOUNT": SPIN_COUNT},
     "one thread": {"OMP_NUM_THREADS": "1"},
 }
-# Runs side by side, and processes that are busy beside them.
+# (recipe, runs side by side, busy processes beside them).
 CASES = [("demo", 1, 0), ("demo", 2, 0), ("demo", 3, 0)]
 CASES += [("penn", 1, 0), ("penn", 1, 1), ("penn", 2, 0), ("penn", 3, 0)]
 FLAGS = {"demo": ["--log-interval", "20"], "penn": ["--precision", "bf16", "--log-interval", "2"]}
@@ -34,7 +34,7 @@ FLAGS = {"demo": ["--log-interval", "20"], "penn": ["--precision", "bf16", "--lo
 def measure(
     recipe: str, runs: int, busy: int, variables: dict[str, str], data: str, seconds: float
 ) -> float:
-    """Median milliseconds an update, mean over the runs; each is killed after so many seconds."""
+    """Median milliseconds per update, averaged over the runs, which end after some seconds."""
     own = {k: v for k, v in os.environ.items() if not k.startswith(("OMP_", "GOMP_"))}
     with tempfile.TemporaryDirectory() as folder:
         logs = [Path(folder) / f"{k}.log" for k in range(runs)]
