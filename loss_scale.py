@@ -62,7 +62,7 @@ class LossScale:
         return notable
 
     def state_dict(self) -> dict[str, Any]:
-        """What a resumed run goes on from."""
+        """Plain values for load_state_dict."""
         return dict(value=self.value, clean=self.clean, history=list(self.history))
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
@@ -144,7 +144,7 @@ class LogMax:
         self.value = min(max(2.0**exponent, self.low), self.high)
 
     def state_dict(self) -> dict[str, Any]:
-        """What a resumed run goes on from."""
+        """Plain values for load_state_dict."""
         means, history = list(self.means), list(self.history)
         return dict(value=self.value, count=self.count, means=means, history=history)
 

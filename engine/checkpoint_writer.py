@@ -17,7 +17,7 @@ MOST_PENDING = 2  # an epoch's end writes the best model and the training state
 
 
 class CheckpointWriter:
-    """Writes checkpoints in order, on a GPU in the background while training goes on.
+    """Writes checkpoints in order, on a GPU in the background during training.
 
     In the background, `write` first copies the tensors to the CPU, so that later updates do not
     change them; at most MOST_PENDING files are pending. If a file cannot be written, the pending
