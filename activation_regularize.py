@@ -7,7 +7,7 @@ def activation_regularization(dropped_output: Tensor, alpha: float) -> Tensor:
     """L2 penalty on the last LSTM layer's activations, alpha * mean(h**2).
 
     Merity et al. 2017 (arXiv:1708.02182), section 4.6, which writes an L2 norm; like the paper's
-    own code this takes the mean of squares, for which its alpha = 2 is meant.
+    own code this takes the mean of squares, to which its alpha = 2 refers.
 
     Args:
         dropped_output: last layer's output after dropout, (T, B, E).

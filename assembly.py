@@ -1,4 +1,4 @@
-"""From main.py's flags to the objects of a run."""
+"""Builds the objects of a run from main.py's flags."""
 
 import argparse
 import inspect
@@ -49,9 +49,13 @@ from training.update import Updater
 
 
 def read_corpus(args: argparse.Namespace, ranks: Ranks) -> Corpus:
-    """The corpus, fetched where need be, and long enough for the batch sizes."""
+    """Load the corpus, downloading it if missing; check its length against the batch sizes.
+
+    Raises:
+        RunError: a text is too short.
+    """
     if not ranks.leader:
-        ranks.wait()  # until it is there
+        ranks.wait()  # until the leader has downloaded it and made its cache
     ensure_corpus(args.data)
     corpus = load_corpus(args.data)
     if ranks.leader:
@@ -72,10 +76,10 @@ def read_corpus(args: argparse.Namespace, ranks: Ranks) -> Corpus:
 
 
 def build_model(args: argparse.Namespace, ntoken: int) -> RNNModel:
-    """The model that the flags describe, freshly initialised.
+    """Build and initialise the model.
 
-    A keyword of RNNModel, and of the constructors of its layers and its decoder, is the flag of
-    that name, but for a few whose flags the original named differently.
+    Keywords of RNNModel and of the constructors of its layers and decoder get the flags of the
+    same names, except those that the original names differently.
     """
     return RNNModel(
         args.model,
@@ -89,13 +93,13 @@ def build_model(args: argparse.Namespace, ntoken: int) -> RNNModel:
 
 
 def keywords_from(args: argparse.Namespace, constructor: Callable[..., Any]) -> dict[str, Any]:
-    """The flags that have the names of a constructor's keywords."""
+    """The flags whose names are keywords of a constructor."""
     names = inspect.signature(constructor).parameters
     return {name: value for name, value in vars(args).items() if name in names}
 
 
 def build_optimizer(args: argparse.Namespace, model: RNNModel) -> torch.optim.Optimizer:
-    """The optimizer that the flags describe."""
+    """Build the optimizer."""
     if args.optimizer != "sgd" and args.lr >= 1:
         name, lr = args.optimizer, args.lr
         warn(f"--optimizer {name} with --lr {lr:g}, which is a learning rate for sgd")
@@ -106,7 +110,7 @@ def build_optimizer(args: argparse.Namespace, model: RNNModel) -> torch.optim.Op
 
 
 def resolve_precision(args: argparse.Namespace, device: torch.device) -> str:
-    """What --precision means on the device."""
+    """Resolve --precision on the device."""
     try:
         return choose_precision(args.precision, device)
     except ValueError as error:
@@ -123,7 +127,7 @@ def build_updater(
     loss_scale: AnyLossScale | None,
     ranks: Ranks,
 ) -> tuple[Updater | RecordedUpdater, dict[str, Choice]]:
-    """What makes the updates, by the fastest kernels that fit, and which these are."""
+    """Build the updater with the fastest kernels that fit; returns it and the choices."""
     device, dtype, fast = rows.device, DTYPES[precision], args.kernel != "plain"
     choices = install(model, dtype, device, fast)
     choices["step"] = choose_step(optimizer, dtype, device, fast, loss_scale)
@@ -165,7 +169,7 @@ def build_callbacks(
     loss_scale: AnyLossScale | None,
     ranks: Ranks,
 ) -> list[Callback]:
-    """What takes part in training besides the loop."""
+    """Build the callbacks."""
     callbacks: list[Callback] = []
     if isinstance(optimizer, NTASGD):
         callbacks.append(NonMonotonicTrigger())
@@ -184,7 +188,7 @@ def build_callbacks(
 
 
 def build_loss_scale(args: argparse.Namespace, precision: str) -> AnyLossScale | None:
-    """How the flags scale the loss."""
+    """Build the loss scale, if any."""
     scale: Any = args.loss_scale or ("dynamic" if precision == "fp16" else None)
     if scale is None:
         return None
@@ -197,7 +201,7 @@ def build_loss_scale(args: argparse.Namespace, precision: str) -> AnyLossScale |
 
 
 def build_scheme(args: argparse.Namespace) -> Scheme:
-    """How the flags divide the text into windows."""
+    """Build the scheme that divides the text into windows."""
     if args.bptt_scheme == "fixed":
         return FixedWindows(args.bptt, args.k1)
     if args.bptt_scheme == "randomized":
@@ -208,7 +212,7 @@ def build_scheme(args: argparse.Namespace) -> Scheme:
 
 
 def training_options(args: argparse.Namespace) -> TrainingOptions:
-    """The flags that the training loop looks at."""
+    """The training loop's options."""
     names = [field.name for field in fields(TrainingOptions)]
     return TrainingOptions(**{name: getattr(args, name) for name in names})
 
@@ -219,7 +223,7 @@ def open_tracker(
     config: dict[str, Any],
     state: dict[str, Any] | None,
 ) -> Tracker:
-    """Where the numbers go; for a resumed run, where they went."""
+    """Open the tracker of a new run or, given its state, of a resumed one."""
     wandb = WandbOptions(
         mode=args.wandb,
         project=args.wandb_project,
@@ -235,7 +239,7 @@ def open_tracker(
 
 
 def memory_needed(args: argparse.Namespace, model: RNNModel, corpus: Corpus) -> int:
-    """Bytes that an update will need, about."""
+    """Estimated bytes of an update's tensors; see training_memory."""
     averages = args.optimizer != "sgd" or not args.no_asgd
     steps = steps_per_epoch(args, corpus)
     return training_memory(model, args.batch_size, build_scheme(args), steps, averages)
@@ -250,10 +254,10 @@ def steps_per_epoch(args: argparse.Namespace, corpus: Corpus) -> int:
 def check_memory(
     args: argparse.Namespace, model: RNNModel, corpus: Corpus, device: torch.device
 ) -> None:
-    """Refuse sizes that cannot fit on the device; say what full BPTT takes and does.
+    """Check that an update fits into the device's memory; print the plan of full BPTT.
 
     Raises:
-        UsageError: an update needs more than there is.
+        UsageError: an update needs more memory than is available.
     """
     needed = memory_needed(args, model, corpus) / 2**20
     there = available_memory(device) / 2**20
@@ -274,7 +278,7 @@ def check_memory(
 
 
 def print_plan(args: argparse.Namespace, model: RNNModel, corpus: Corpus) -> None:
-    """What --dry-run prints."""
+    """Print the plan of --dry-run."""
     updates = build_scheme(args).expected_windows(steps_per_epoch(args, corpus))
     memory = memory_needed(args, model, corpus)
     tokens = [len(text) for text in (corpus.train, corpus.valid, corpus.test)]

@@ -1,14 +1,13 @@
 """Back-propagation through time: which tokens each update sees, and how far its gradient reaches.
 
-A batchified corpus is a matrix of rows (time steps) and columns. A scheme walks down its rows and
-yields windows, one an update; the hidden state is carried from window to window and its history is
-cut between them. A window may be run in pieces, between which the history is cut, passed on, or
-passed on with its gradient multiplied.
+A batchified corpus is a matrix of rows (time steps) and columns. A scheme divides the rows into
+windows, one per update; the hidden state is carried from window to window, detached. A window may
+be run in pieces: between two pieces the state is detached, or the gradient passes, possibly
+multiplied by a factor.
 
 In every scheme each row's loss counts once an epoch, and an update's learning rate is
-lr * counted / bptt, counted being the rows whose loss counts in it. So a row has the same weight
-in every scheme: the summed loss of an epoch is what all of them descend, in larger or smaller
-steps.
+lr * counted / bptt, where counted is the number of rows whose loss counts in it. So a row has the
+same weight in every scheme: all of them descend an epoch's summed loss, in larger or smaller steps.
 """
 
 from collections.abc import Iterator
@@ -27,14 +26,15 @@ class Window:
 
     Args:
         start: first row.
-        length: rows, >= 1.
+        length: number of rows, >= 1.
         warmup: leading rows that are run but whose loss does not count.
-        pieces: lengths of the stretches that it is run in, in order; empty: one.
-        crossing: what the gradient is multiplied by where it crosses from a piece into the one
-            before it; 0: the history is cut there.
-        kept: pieces, counted from the end, whose activations are held until their gradient is
-            taken; earlier ones are run a second time then.
-        advance: rows from its start to the next window's, 0 or where a piece ends; None: length.
+        pieces: lengths of the pieces that it is run in, in order; empty: a single piece.
+        crossing: factor on the gradient that passes from a piece to the piece before; 0: the
+            state is detached between pieces.
+        kept: number of last pieces whose activations are stored for backward; earlier pieces are
+            recomputed in backward.
+        advance: rows from its start to the next window's start, 0 or the end of a piece; None:
+            length.
     """
 
     start: int
@@ -47,17 +47,17 @@ class Window:
 
     @property
     def counted(self) -> int:
-        """Rows whose loss counts: its last ones."""
+        """Number of rows whose loss counts: all but the warmup."""
         return self.length - self.warmup
 
 
 @dataclass(frozen=True)
 class Footprint:
-    """What an update holds in memory at its height, at most.
+    """Upper bound of what an update holds in memory at its peak.
 
     rows: time steps whose activations are held at once.
-    decoded: those of them that are decoded.
-    states: hidden states kept to start from, beside them.
+    decoded: how many of these are decoded.
+    states: hidden states held besides, to recompute pieces from.
     """
 
     rows: int
@@ -69,21 +69,21 @@ class Scheme(Protocol):
     """How the rows are divided into windows."""
 
     def windows(self, num_steps: int, start: int = 0) -> Iterator[Window]:
-        """Windows in which the loss of the rows start, …, num_steps - 1 counts, each once.
+        """Yield windows such that the loss of each row start, …, num_steps - 1 counts once.
 
-        start is where the counted rows of a window begin: 0, or where those of the windows that
-        were run so far end. A window is drawn when it is asked for and not before, so that
-        state_dict between two windows is the state from which the rest follows.
+        start is 0, or the first row that has not counted yet when an epoch is resumed. A window is
+        drawn only when it is requested, so that state_dict between two windows determines all
+        later ones.
         """
 
     def expected_windows(self, num_steps: int) -> float:
-        """About how many windows an epoch of num_steps rows has."""
+        """Approximate number of windows in an epoch of num_steps rows."""
 
     def footprint(self, num_steps: int) -> Footprint:
-        """What the largest window of num_steps rows takes."""
+        """Memory of the largest window in an epoch of num_steps rows."""
 
     def state_dict(self) -> dict[str, Any]:
-        """The scheme's own random state."""
+        """State of the scheme's random generator; empty if it draws nothing."""
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Continue from what state_dict returned."""
@@ -95,14 +95,13 @@ class FixedWindows:
     Williams & Peng 1990; Sutskever 2013, section 2.8.1. With k1 = k2 the text is cut into windows
     of k2 rows. k1 = k2 = 1 is an update per row without any history.
 
-    k1 < k2: windows overlap. Window i's loss is that of rows i k1, …, (i + 1) k1 - 1, and it is
-    run from row max(0, (i + 1) k1 - k2) on. It starts from the state that window i - 1 had
-    there: each row's state comes from the last window that the row is in, under that window's
-    masks and its weights before its update.
+    k1 < k2: windows overlap. Window i starts at row max(0, (i + 1) k1 - k2), and its loss is that
+    of rows i k1, …, (i + 1) k1 - 1. Its first state is the one that window i - 1 computed at that
+    row, with that window's masks and the weights before its update.
 
-    k1 > k2: a window of k1 rows is run in pieces of k2, with the history cut between them.
+    k1 > k2: a window of k1 rows is run in pieces of k2, and the state is detached between them.
 
-    The last window of an epoch is shorter where it must be.
+    The last window of an epoch may be shorter.
 
     Args:
         bptt: k2, >= 1.
@@ -124,7 +123,7 @@ class FixedWindows:
                 yield Window(row, stop - row, pieces=pieces, crossing=0.0 if pieces else 1.0)
 
     def _overlapping(self, row: int, stop: int, last: bool) -> Window:
-        """The window in which the loss of row, …, stop - 1 counts."""
+        """The window whose counted rows are row, …, stop - 1."""
         start = max(0, row + self.k1 - self.bptt)
         length, warmup = stop - start, row - start
         advance = max(0, row + 2 * self.k1 - self.bptt) - start
@@ -143,7 +142,7 @@ class FixedWindows:
         return Footprint(rows, min(self.k1, rows), states=1 if self.k1 >= self.bptt else 2)
 
     def state_dict(self) -> dict[str, Any]:
-        """Nothing: fixed windows draw nothing."""
+        """Empty: fixed windows draw nothing."""
         return {}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
@@ -154,13 +153,13 @@ class VariableWindows:
     """Windows of random length, so that no row is always the first or the last of its window.
 
     Merity et al. 2017 (arXiv:1708.02182), section 4.1: base = bptt with probability 0.95, else
-    bptt / 2; length = max(5, int(N(base, 5))). Unlike the original's, a length is at most
-    bptt + 20, four standard deviations, so that the memory an update needs is bounded, and no row
-    of an epoch is left out (there the last one could be).
+    bptt / 2; length = max(5, int(N(base, 5))). Unlike in the original, a length is at most
+    bptt + 20, four standard deviations, so that the memory of an update is bounded, and no row of
+    an epoch is left out (the original may skip the last one).
 
     Args:
         bptt: the usual mean length, >= 1.
-        seed: of a generator of its own, so that lengths and dropout masks are independent.
+        seed: seeds a separate generator, so that lengths and dropout masks are independent.
     """
 
     STANDARD_DEVIATION = 5
@@ -209,20 +208,20 @@ class RandomizedWindows:
     Tallec & Ollivier 2017 (arXiv:1705.08209), with cuts at the boundaries between segments of
     bptt rows only. At each boundary the history is cut with probability 1 - keep_prob, which ends
     the window and makes an update; else the gradient that crosses it is multiplied by
-    1 / keep_prob. A path back through n boundaries thus survives with probability keep_prob**n
-    and then counts keep_prob**-n times: for fixed weights and masks the gradients of the windows'
-    summed losses add up to the full gradient, on average. Since the mean loss of a window is
-    stepped on with lr * length / bptt, the updates of SGD add up likewise, where nothing is
-    clipped. TAR compares rows of one segment only, as in fixed windows of bptt.
+    1 / keep_prob. A path back through n boundaries survives with probability keep_prob**n and then
+    has the weight keep_prob**-n: for fixed weights and masks the expected sum of the windows'
+    gradients (of summed losses) is the full gradient. Since a window's learning rate is
+    lr * length / bptt for its mean loss, this also holds for the updates of SGD without clipping.
+    TAR compares rows of one segment only, as with fixed windows of bptt rows.
 
-    A window has n segments with probability keep_prob**(n - 1) * (1 - keep_prob), but for the
-    last of an epoch. Longer ones than KEPT segments run all but their last KEPT a second time, so
-    that memory stays bounded.
+    A window has n segments with probability keep_prob**(n - 1) * (1 - keep_prob), except the last
+    of an epoch. In windows of more than KEPT segments all but the last KEPT are recomputed in
+    backward, so that memory stays bounded.
 
     Args:
         bptt: rows per segment, >= 1.
         keep_prob: probability that the history is not cut at a boundary, in (0, 1).
-        seed: of a generator of its own, so that cuts and dropout masks are independent.
+        seed: seeds a separate generator, so that cuts and dropout masks are independent.
     """
 
     KEPT = 4
@@ -263,14 +262,14 @@ class RandomizedWindows:
 
 
 class FullWindows:
-    """Full BPTT: one window from the first row to the last, its history never cut.
+    """Full BPTT: one window over all rows of the epoch, whose history is never cut.
 
-    It is run in segments of bptt rows; all but the last are run a second time when their gradient
-    is taken, so that activations are held for one segment only, and a state per segment.
+    The window is run in segments of bptt rows. All but the last are recomputed in backward, so that
+    memory holds the activations of one segment, and one state per segment.
 
     Args:
-        bptt: rows per segment, >= 1; changes no result but by rounding (and, where the gradient
-            filter is on, which rows it filters together).
+        bptt: rows per segment, >= 1; changes results by rounding only (a gradient filter, however,
+            filters each segment separately).
     """
 
     def __init__(self, bptt: int) -> None:
@@ -291,7 +290,7 @@ class FullWindows:
         return Footprint(rows, rows, states=-(-num_steps // self.bptt))
 
     def state_dict(self) -> dict[str, Any]:
-        """Nothing: there is nothing to draw."""
+        """Empty: full BPTT draws nothing."""
         return {}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
@@ -299,10 +298,10 @@ class FullWindows:
 
 
 def segments(length: int, size: int) -> tuple[int, ...]:
-    """Lengths of the segments of size rows, the last one shorter, that make up length rows.
+    """Lengths of the segments of size rows (the last may be shorter) that make up length rows.
 
     Returns:
-        Nothing where one segment holds them all.
+        The lengths; empty if length <= size.
     """
     if length <= size:
         return ()

@@ -1,4 +1,4 @@
-"""Embedding dropout: whole words of the vocabulary dropped, wherever they occur."""
+"""Embedding dropout: drops whole words of the vocabulary, at all their occurrences."""
 
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -13,22 +13,22 @@ def embedded_dropout(
     scale: Tensor | None = None,
     noise: Noise | None = None,
 ) -> Tensor:
-    """Look words up in an embedding some of whose rows are dropped.
+    """Look up words in an embedding with dropped rows.
 
-    One Bernoulli(1 - dropout) / (1 - dropout) draw per word of the vocabulary and call, so that
-    all occurrences of a word vanish together. Gal & Ghahramani 2016 (arXiv:1512.05287); Merity
+    One Bernoulli(1 - dropout) / (1 - dropout) factor per word of the vocabulary and call, so that
+    all occurrences of a word are dropped together. Gal & Ghahramani 2016 (arXiv:1512.05287); Merity
     et al. 2017 (arXiv:1708.02182), section 4.3.
 
-    The draw is applied to the rows that were looked up, which gives the same output and gradient
-    as masking the whole matrix, (V, E), without a pass over it. Unlike the original's, the last
-    word of the vocabulary is trained like any other (it was taken for a padding word there).
+    The factor multiplies the rows that were looked up, which gives the same output and gradient
+    as masking the whole matrix, (V, E), without a pass over it. Unlike in the original, which
+    treats the last word of the vocabulary as padding, that word is trained like any other.
 
     Args:
         embed: embedding with a weight of (V, E).
         words: ids of any shape, usually (T, B).
         dropout: probability of dropping a word, in [0, 1); 0 draws nothing.
         scale: one factor per word of the vocabulary, (V, 1) or (V,), or None.
-        noise: has the draw, (V, 1), of calls that share one; None: a fresh one.
+        noise: shares the mask, (V, 1), between calls; None: draw a new one.
 
     Returns:
         words.shape + (E,).

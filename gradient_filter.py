@@ -6,35 +6,34 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-# Keeps a quotient finite where the median is 0.
+# Keeps the quotient finite if the median is 0.
 EPS = 1e-20
 
 
 class GradientFilter(nn.Module):
-    """Identity over (x, *params) whose backward pass tames sequences with large gradients.
+    """Identity over (x, *params) whose backward pass scales down sequences with large gradients.
 
-    From icefall (pruned_transducer_stateless2/scaling.py), where it stands in front of the LSTMs of
-    a speech recogniser. With g the gradient of x and n_b the root mean square of g over all but
-    the batch dimension, in backward
+    From icefall (pruned_transducer_stateless2/scaling.py), which puts it in front of the LSTMs of
+    a speech recogniser. Let g be the gradient of x and n_b the root mean square of g over all but
+    the batch dimension. In backward, with eps = 1e-20,
 
         cutoff = threshold * median(n),  inv_mask_b = (cutoff + n_b) / (cutoff + eps),
 
     x's gradient is divided by inv_mask, each parameter's by mean(inv_mask). A sequence far below
-    the cutoff keeps its gradient; one far above it is scaled down to the cutoff's size. The
-    median is torch's, the lower one of two. eps = 1e-20.
+    the cutoff keeps its gradient; one far above is scaled down to the cutoff. The median is
+    torch's: the lower one of two.
 
-    Different from icefall: everything is worked out in float32 or wider, so that half precision
-    neither underflows eps nor overflows g**2; eps is relative to the largest gradient, so that a
-    factor on the loss changes nothing; gradients that are all zero stay so, and gradients that
-    are not finite do not become finite.
+    Unlike icefall, this computes in float32 or wider, so that half precision neither underflows eps
+    nor overflows g**2; eps is relative to the largest gradient, so that a factor on the loss
+    changes nothing; all-zero gradients stay zero, and non-finite gradients stay non-finite.
 
     Args:
         batch_dim: x's dimension of sequences; 1 for (T, B, F).
-        threshold: cutoff over the median norm, > 0.
+        threshold: cutoff divided by the median norm, > 0.
 
     Attributes:
-        gather: where the batch is shared by several processes, what makes the norms of all its
-            sequences, (B,), out of this process's: median and mean are over all of them.
+        gather: all-gathers the norms, (B,), if several processes share the batch: median and mean
+            are over the whole batch. None: one process.
 
     Raises:
         ValueError: the threshold is not above 0.
@@ -47,41 +46,42 @@ class GradientFilter(nn.Module):
         self.batch_dim = batch_dim
         self.threshold = threshold
         self.gather: Callable[[Tensor], Tensor] | None = None
-        # backward passes, sequences, those masked below 0.9, smallest mask, summed parameter mask
+        # Backward passes, sequences, sequences masked below 0.9, smallest mask, sum of parameter
+        # masks.
         self.statistics: Tensor
         self.register_buffer("statistics", torch.empty(5, dtype=torch.float64), persistent=False)
         self.reset_statistics()
 
     def forward(self, x: Tensor, *params: Tensor) -> tuple[Tensor, ...]:
-        """Return x and params as they are; see the class for what their gradients go through."""
+        """Return x and params unchanged; the class describes what happens to their gradients."""
         return tuple(_Filter.apply(self, x, *params))
 
-    # How often and how hard it acts
+    # Statistics
 
     def reset_statistics(self) -> None:
-        """Start counting anew."""
+        """Reset the statistics."""
         self.statistics.zero_()
         self.statistics[3] = 1
 
     def note(self, mask: Tensor, param_mask: Tensor) -> None:
-        """Count one backward pass: mask of each sequence, (B,), and the parameters'.
+        """Count a backward pass: the sequences' masks, (B,), and the parameters' mask.
 
-        Nothing is read back from the device, and the statistics stay where they are in memory.
+        Never synchronises, and updates the statistics in place, so that it can be captured.
         """
         old = self.statistics
         new = [old[0] + 1, old[1] + mask.numel(), old[2] + (mask < 0.9).sum()]
         new += [torch.minimum(old[3], mask.min().double()), old[4] + param_mask.double()]
-        # What overflowed is no mask; where the loss is scaled, such an update is skipped.
+        # Do not count a pass that overflowed: loss scaling skips such an update.
         counted = torch.stack(new)
         self.statistics.copy_(torch.where(torch.isfinite(counted).all(), counted, old))
 
     def summary(self) -> dict[str, float]:
-        """What was counted since the last reset; reads it from the device.
+        """Statistics since the last reset; synchronises with the device.
 
         Returns:
             masked: share of sequences whose mask was below 0.9; smallest: the smallest mask;
             params: mean of the parameters' mask. Masks are 1 / inv_mask and 1 / mean(inv_mask).
-            Without a backward pass 0, 1 and 1.
+            Without a backward pass: 0, 1 and 1.
         """
         passes, sequences, masked, smallest, params = self.statistics.tolist()
         if not passes:
@@ -118,15 +118,13 @@ class _Filter(torch.autograd.Function):
 
 
 def inverse_mask(x_grad: Tensor, batch_dim: int, threshold: float) -> Tensor:
-    """What a gradient is divided by, per sequence.
+    """The divisor of each sequence's gradient; see GradientFilter.
 
     Args:
         x_grad: gradient of the filter's x, any shape.
-        batch_dim: its dimension of sequences.
-        threshold: cutoff over the median norm.
 
     Returns:
-        float32 (float64 for float64 gradients), 1 in every dimension but batch_dim.
+        float32 (float64 for float64 gradients), size 1 in every dimension but batch_dim.
     """
     norm, _ = sequence_norms(x_grad, batch_dim)
     return _inverse(norm, threshold * norm.median())
@@ -136,11 +134,12 @@ def sequence_norms(x_grad: Tensor, batch_dim: int) -> tuple[Tensor, Tensor]:
     """Root mean square of each sequence's gradient, in units of the largest value.
 
     Returns:
-        The norms, 1 in every dimension but batch_dim, and the unit, a scalar: 1 where all is zero.
+        The norms, size 1 in every dimension but batch_dim, and the unit, a scalar (1 if all values
+        are zero).
     """
     g = x_grad.float() if x_grad.itemsize < 4 else x_grad
     others = [d for d in range(g.dim()) if d != batch_dim % g.dim()]
-    # Scaled by the largest value, so that squaring overflows or underflows nothing.
+    # Divide by the largest value, so that squaring neither overflows nor underflows.
     largest = g.abs().amax()
     scale = torch.where(largest > 0, largest, torch.ones_like(largest))
     return (g / scale).square().mean(dim=others, keepdim=True).sqrt(), scale
@@ -149,5 +148,5 @@ def sequence_norms(x_grad: Tensor, batch_dim: int) -> tuple[Tensor, Tensor]:
 def _inverse(norm: Tensor, cutoff: Tensor) -> Tensor:
     """(cutoff + norm) / (cutoff + eps), 1 where both are zero."""
     inv_mask = (cutoff + norm) / (cutoff + EPS)
-    # 0 / eps is no mask for gradients that are all zero.
+    # All-zero gradients would be divided by 0 / eps.
     return torch.where(cutoff + norm == 0, torch.ones_like(inv_mask), inv_mask)

@@ -13,16 +13,16 @@ class LockedDropout(nn.Module):
     """
 
     def forward(self, x: Tensor, dropout: float = 0.5, noise: Noise | None = None) -> Tensor:
-        """Drop features of x, the same ones at each time step.
+        """Drop features of x, the same ones in each time step.
 
         Args:
             x: (T, B, F).
             dropout: probability of dropping, in [0, 1). Kept values are scaled by
                 1 / (1 - dropout).
-            noise: has the mask, (1, B, F), of calls that share one; None: a fresh one is drawn.
+            noise: shares the mask, (1, B, F), between calls; None: draw a new one.
 
         Returns:
-            (T, B, F): x itself in evaluation or when dropout is 0.
+            (T, B, F): x itself in evaluation or if dropout is 0.
         """
         if not self.training or not dropout:
             return x

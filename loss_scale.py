@@ -1,8 +1,8 @@
 """Loss scaling: keeps float16 gradients between underflow and overflow.
 
-A loss scale is a factor on the loss that is taken out of the gradients again before they are used
-(Micikevicius et al. 2018, arXiv:1710.03740, section 3.2). An update whose gradients overflow is
-skipped. `LossScale` and `LogMax` differ in how the factor follows the updates.
+A loss scale is a factor on the loss; the step divides the gradients by it (Micikevicius et al.
+2018, arXiv:1710.03740, section 3.2). An update whose gradients overflow is skipped. `LossScale` and
+`LogMax` differ in how they adapt the factor.
 """
 
 import math
@@ -10,20 +10,20 @@ from typing import Any
 
 
 class LossScale:
-    """Halved by each update that overflows, doubled by window updates without overflow; or fixed.
+    """A factor halved by each overflow and doubled after window updates without one; or fixed.
 
     Args:
-        value: the factor, > 0; a dynamic one starts there.
-        dynamic: it adapts.
-        low: least dynamic factor.
-        high: greatest one.
-        window: updates without overflow that double it, >= 1.
+        value: the factor, or the initial one if dynamic, > 0.
+        dynamic: adapt the factor; False: it is fixed.
+        low: smallest dynamic factor.
+        high: largest dynamic factor.
+        window: updates without overflow after which the factor doubles, >= 1.
 
     Raises:
         ValueError: a value outside these ranges, or low > high.
     """
 
-    uses_largest = False  # note wants the largest gradient
+    uses_largest = False  # True if `note` needs the largest gradient
 
     def __init__(
         self,
@@ -42,11 +42,11 @@ class LossScale:
         self.window = window
         self.value = min(max(value, low), high) if dynamic else value
         self.clean = 0  # updates since the last overflow or change
-        # Of each update that overflowed or changed it: its number, the factor since, overflowed.
+        # (update, factor afterwards, overflowed) of each overflow and each change.
         self.history: list[tuple[int, float, bool]] = []
 
     def note(self, update: int, overflowed: bool, largest: float | None = None) -> bool:
-        """Count an update, and adapt to it; returns whether it goes into the history."""
+        """Count an update and adapt the factor; True if it overflowed or changed the factor."""
         before = self.value
         if overflowed:
             self.clean = 0
@@ -62,7 +62,7 @@ class LossScale:
         return notable
 
     def state_dict(self) -> dict[str, Any]:
-        """What a resumed run goes on from."""
+        """Plain values for load_state_dict."""
         return dict(value=self.value, clean=self.clean, history=list(self.history))
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
@@ -73,21 +73,22 @@ class LossScale:
 
 
 class LogMax:
-    """So large that a gradient reaches 2**16 in one update of 1,000, if they are log-normal.
+    """A factor such that 1 in 1,000 log-normal largest gradients, scaled, exceeds 2**16.
 
-    LogMax of OpenSeq2Seq (Kuchaiev et al. 2018, arXiv:1805.10387), whose constants these are. With
-    x = log2 of an update's largest gradient, E_b the running mean that forgets by b per update,
-    corrected for its start from 0 as in Adam,
+    LogMax of OpenSeq2Seq (Kuchaiev et al. 2018, arXiv:1805.10387), with its constants. With
+    x = log2 of an update's largest gradient and E_b the exponential moving average with decay b,
+    bias-corrected as in Adam,
 
         mu = E_0.99[x],  sigma = sqrt(E_0.999[x**2] - E_0.999[x]**2),
         factor = 2**(16 - mu - 3.09 sigma),  within [low, high].
 
-    An update that overflows counts as x = 16. (OpenSeq2Seq's code then has x = 2**16, which keeps
-    the factor at its least for thousands of updates.) An update without any gradient is left out.
+    An update that overflows counts as x = 16. (OpenSeq2Seq's code takes x = 2**16, which keeps the
+    factor at its smallest for thousands of updates.) An update whose gradients are all 0 is left
+    out.
 
     Args:
-        low: least factor, > 0, where it starts.
-        high: greatest one.
+        low: smallest factor, > 0; also the initial one.
+        high: largest factor.
 
     Raises:
         ValueError: low > high, or not above 0.
@@ -106,18 +107,21 @@ class LogMax:
         self.high = high
         self.value = low
         self.count = 0
-        # Running means, not yet corrected: of x, forgetting fast and slowly, and of x**2, slowly.
+        # Moving averages before bias correction: of x, fast and slow, and of x**2, slow.
         self.means = [0.0, 0.0, 0.0]
-        # Of each update that overflowed: its number, the factor since, True.
+        # (update, factor afterwards, True) of each overflow.
         self.history: list[tuple[int, float, bool]] = []
 
     def note(self, update: int, overflowed: bool, largest: float | None = None) -> bool:
-        """Adapt to an update; returns whether it goes into the history.
+        """Adapt the factor to an update; returns overflowed.
 
         Args:
-            update: its number.
-            overflowed: its gradients did, and it was skipped.
-            largest: absolute value among its gradients, the factor taken out, before clipping.
+            update: the update's number.
+            overflowed: its gradients overflowed, and it was skipped.
+            largest: its largest absolute gradient, unscaled, before clipping.
+
+        Raises:
+            ValueError: largest is missing.
         """
         if overflowed:
             self._adapt(self.LOG_LIMIT)
@@ -140,7 +144,7 @@ class LogMax:
         self.value = min(max(2.0**exponent, self.low), self.high)
 
     def state_dict(self) -> dict[str, Any]:
-        """What a resumed run goes on from."""
+        """Plain values for load_state_dict."""
         means, history = list(self.means), list(self.history)
         return dict(value=self.value, count=self.count, means=means, history=history)
 

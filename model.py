@@ -30,20 +30,20 @@ class RNNModel(nn.Module):
         rnn_type: kind of layer, a name in layers.LAYERS: "LSTM" or "GRU".
         ntoken: words in the vocabulary, V.
         ninp: width of the embedding, E.
-        nhid: units of each layer but, with tied weights, the last, H.
+        nhid: units of each layer, H; with tied weights the last layer has ninp.
         nlayers: number of layers.
-        dropout: locked dropout on the last layer's output. Like all four that follow a
-            probability in [0, 1); 0 switches it off.
+        dropout: locked dropout on the last layer's output. This and the next four are
+            probabilities in [0, 1); 0 switches one off.
         dropouth: locked dropout between layers.
         dropouti: locked dropout on the embedded input.
         dropoute: embedding dropout (whole words).
         wdrop: weight drop on the hidden-to-hidden weights of every layer.
         tie_weights: decode with the embedding matrix.
-        grad_filter: threshold of a gradient filter in front of every layer, over its input and its
-            masked weights; 0: none.
+        grad_filter: threshold of the gradient filter on the input and masked weights of every
+            layer; 0: no filter.
         decoder: kind of decoder, a name in decoders.DECODERS.
         layer_options: further keywords of the layers' constructor, plain values.
-        decoder_options: further keywords of the decoder's.
+        decoder_options: further keywords of the decoder's constructor.
 
     Raises:
         ValueError: an unknown rnn_type or decoder, a size below 1 or a dropout outside [0, 1).
@@ -78,7 +78,7 @@ class RNNModel(nn.Module):
         self.dropouti = dropouti
         self.dropoute = dropoute
         self.wdrop = wdrop
-        # Widths along the stack: the embedding's, then each layer's output, nlayers + 1 in all.
+        # Widths of the embedding and of each layer's output: nlayers + 1 numbers.
         self.layer_sizes = [ninp] + [nhid] * (nlayers - 1) + [ninp if tie_weights else nhid]
         self.encoder = nn.Embedding(ntoken, ninp)
         nn.init.uniform_(self.encoder.weight, -0.1, 0.1)
@@ -103,19 +103,18 @@ class RNNModel(nn.Module):
     def forward(
         self, input: Tensor, hidden: Hidden, return_h: bool = False, noise: Noise | None = None
     ) -> Any:
-        """Run a window of text through the stack.
+        """Run the embedding and all layers over a window of text; the decoder is not run.
 
         Args:
             input: word ids, (T, B).
             hidden: states from init_hidden or an earlier call.
             return_h: also return every layer's output.
-            noise: has the masks, for a window that is run in several calls; None: fresh ones.
+            noise: shares the masks between the calls of one window; None: draw new ones.
 
         Returns:
             (result, hidden), or (result, hidden, raw_outputs, outputs) with return_h. result is
-            the last layer's output after dropout, (T·B, E) (H if untied), not decoded;
-            raw_outputs and outputs hold each layer's output before and after locked dropout,
-            (T, B, units).
+            the last layer's output after dropout, (T·B, E) (H if untied); raw_outputs and outputs
+            hold each layer's output before and after locked dropout, (T, B, units).
         """
         noise = noise or Noise()
         x = embedded_dropout(
@@ -137,7 +136,7 @@ class RNNModel(nn.Module):
         return result, new_hidden
 
     def config(self) -> dict[str, Any]:
-        """The keywords that build this model again, plain numbers and strings."""
+        """The constructor's keywords, plain numbers and strings; they rebuild this model."""
         return dict(self._keywords)
 
 
@@ -154,10 +153,10 @@ def _check(rnn_type: str, decoder: str, **values: Any) -> None:
 
 
 def repackage_hidden(hidden: Hidden) -> Hidden:
-    """The same states cut off from their history, so that no gradient goes further back."""
+    """Detach the states, so that no gradient passes to earlier windows."""
     return [tuple(part.detach() for part in state) for state in hidden]
 
 
 def count_parameters(model: nn.Module) -> int:
-    """Number of trained values, a tied matrix counted once."""
+    """Number of trained values; a tied matrix counts once."""
     return sum(p.numel() for p in model.parameters() if p.requires_grad)

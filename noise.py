@@ -1,4 +1,4 @@
-"""An update's random factors: drawn by name when first asked for, and fixed from then on."""
+"""Random factors (dropout masks) of one update, drawn on first request and cached by name."""
 
 from dataclasses import dataclass, field
 
@@ -8,7 +8,7 @@ from torch import Tensor
 
 @dataclass
 class _Drawn:
-    """What an update has drawn so far, and what it draws with."""
+    """The factors drawn so far and their generator, shared by all views of a Noise."""
 
     generator: torch.Generator | None
     rank: int
@@ -19,13 +19,13 @@ class _Drawn:
 class Noise:
     """The random factors of one update.
 
-    Whoever drops something asks for its factors by a name. The first request draws them; every
-    later one gets the same: another piece of the update's window, and a piece that is run a second
-    time. Where several processes share the batch, each draws for all of its columns and takes
-    those of its own, so that the factors do not depend on the number of processes.
+    The first request for a name draws its factors; later requests return the same tensor, so that
+    all pieces of a window and a recomputed piece share their masks. With several processes each
+    draws the factors of the whole batch and takes its own columns, so that the factors do not
+    depend on the number of processes.
 
     Args:
-        generator: to draw from, of the device of the factors; None: torch's default one.
+        generator: random generator on the factors' device; None: torch's default generator.
         rank: number of this process.
         ranks: processes that share the columns of the batch equally.
     """
@@ -38,11 +38,11 @@ class Noise:
         self._row = 0
 
     def of(self, name: str) -> "Noise":
-        """The same factors under names of their own, for one part of the model."""
+        """A view that prefixes all names with this one, for one part of the model."""
         return self._view(f"{self._prefix}{name}.", self._row)
 
     def at(self, row: int) -> "Noise":
-        """The same factors, for a piece of the window that starts at this row."""
+        """A view for the piece of the window that starts at this row; see drop_by_step."""
         return self._view(self._prefix, row)
 
     def _view(self, prefix: str, row: int) -> "Noise":
@@ -58,14 +58,14 @@ class Noise:
         like: Tensor,
         batch_dim: int | None = None,
     ) -> Tensor:
-        """Factors that drop: 0 with probability dropout, else 1 / (1 - dropout).
+        """Dropout factors: 0 with probability dropout, else 1 / (1 - dropout).
 
         Args:
-            name: of these factors.
-            shape: of the factors.
+            name: cache key; a later call with it returns the same tensor.
+            shape: shape of the factors, with this process's columns only.
             dropout: probability of dropping, in [0, 1).
-            like: gives the device, and the dtype where it is wider than float32.
-            batch_dim: dimension of the batch's columns, which the processes share; None: none is.
+            like: gives the device, and the dtype if it is wider than float32.
+            batch_dim: dimension of the batch's columns; None: the factors have no batch dimension.
         """
         name = self._prefix + name
         factors = self._drawn.factors
@@ -81,10 +81,10 @@ class Noise:
         like: Tensor,
         batch_dim: int | None = None,
     ) -> Tensor:
-        """As drop, but for the rows of one piece, whose factors differ from row to row.
+        """Dropout factors that differ from time step to time step; see drop.
 
         Args:
-            shape: of the factors, (T, …), where the piece has T rows.
+            shape: (T, …), where the piece has T rows.
         """
         return self.drop(f"{name} from row {self._row}", shape, dropout, like, batch_dim)
 
@@ -110,21 +110,21 @@ def drop_factors(
     device: torch.device,
     generator: torch.Generator | None = None,
 ) -> Tensor:
-    """Factors that drop: 0 with probability dropout, else what keeps the expectation at 1.
+    """Dropout factors: 0 with probability dropout, else a constant such that the mean is 1.
 
-    Made from 16 random bits each. Tensor.bernoulli_ draws 64 and on many CPUs handles them one at
-    a time; masks as large as the weights then take a tenth of an update. The probability is
-    rounded to a multiple of 2**-16, and what is kept is scaled by the inverse of the rounded one.
+    Each factor takes 16 random bits. Tensor.bernoulli_ draws 64, one factor at a time on many CPUs;
+    masks as large as the weights then take a tenth of an update. The probability of keeping is
+    rounded to a multiple of 2**-16, at least 2**-16, and kept values are scaled by its inverse.
 
     Args:
-        shape: of the factors.
-        dropout: probability of dropping, in [0, 1); at most 1 - 2**-16 is dropped.
-        dtype: of the factors.
-        device: of the factors.
-        generator: to draw from; None: torch's default one.
+        shape: shape of the factors.
+        dropout: probability of dropping, in [0, 1).
+        dtype: dtype of the factors.
+        device: device of the factors.
+        generator: random generator; None: torch's default generator.
     """
     draws = torch.empty(-(-shape.numel() // 4), dtype=torch.int64, device=device)
-    # From the lowest number up without a bound: all 64 bits.
+    # The full range of int64, so that all 64 bits are random.
     bits = draws.random_(-(2**63), None, generator=generator).view(torch.int16)[: shape.numel()]
     kept = max(1, round((1 - dropout) * 2**16))
     if kept == 2**16:

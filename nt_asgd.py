@@ -12,25 +12,25 @@ class NTASGD(torch.optim.Optimizer):
     """Non-monotonically triggered averaged SGD.
 
     Merity et al. 2017 (arXiv:1708.02182), algorithm 1. Each step is w <- w - lr (g + wd w). At
-    the end of an epoch `observe` compares the validation loss with those of more than nonmono
-    epochs ago; once it is worse than their best, the mean of all iterates from the next step on
-    is kept beside the weights, and `averaged_weights` lends it for validation, test and
-    checkpoints. The iterate itself is never overwritten.
+    the end of an epoch `observe` compares the validation loss with the best loss from more than
+    nonmono epochs ago. Once it is worse, the optimizer averages all iterates from the next step on,
+    and `averaged_weights` swaps the average in for validation, test and checkpoints. The iterate
+    itself is never overwritten.
 
-    With decay the trigger divides the learning rates instead, and starts again with an empty
-    history: plain SGD "in the same non-monotonic fashion", which the paper's ablation (section 6)
-    holds NT-ASGD against, dividing by 2. What happens to the history there it does not say.
+    With decay the trigger divides the learning rates instead and clears its history: plain SGD
+    "in the same non-monotonic fashion", to which the paper's ablation (section 6) compares NT-ASGD,
+    dividing by 2. The paper does not say what happens to the history.
 
-    Different from torch.optim.ASGD, which the paper's code used: a learning rate holds for the
-    step it is set for, and the first iterate is part of the average.
+    Unlike torch.optim.ASGD, which the paper's code used, a learning rate takes effect in the step
+    it is set for, and the first iterate is part of the average.
 
     Args:
         params: parameters or groups of parameters.
         lr: learning rate, > 0; groups may change theirs at any time.
         weight_decay: L2 penalty's factor, >= 0.
-        nonmono: n, the epochs without improvement that are forgiven, >= 0; None: averaging never
-            starts.
-        decay: what learning rates are divided by at each trigger, > 1; None: averaging starts.
+        nonmono: epochs without improvement that are tolerated, >= 0; None: averaging never starts.
+        decay: divisor of the learning rates at each trigger, > 1; None: the trigger starts
+            averaging.
 
     Raises:
         ValueError: a value outside these ranges.
@@ -61,10 +61,7 @@ class NTASGD(torch.optim.Optimizer):
 
     @torch.no_grad()
     def step(self, closure: Callable[[], Any] | None = None) -> Any:  # type: ignore[override]
-        """One SGD step, and one more iterate in the average where averaging runs.
-
-        No value is read back from the device.
-        """
+        """Take one SGD step and, while averaging, update the average; no device synchronisation."""
         loss = None
         if closure is not None:
             with torch.enable_grad():
@@ -89,10 +86,10 @@ class NTASGD(torch.optim.Optimizer):
         torch._foreach_lerp_(averages, params, 1 / self.num_averaged)
 
     def observe(self, valid_loss: float) -> bool:
-        """Tell the trigger the validation loss of the epoch that ended, nats per token.
+        """Give the trigger an epoch's validation loss, nats per token.
 
         Returns:
-            True when this call started the averaging.
+            True if this call started averaging.
         """
         earlier = self.history[: max(0, len(self.history) - (self.nonmono or 0))]
         self.history.append(valid_loss)
@@ -109,10 +106,7 @@ class NTASGD(torch.optim.Optimizer):
 
     @contextmanager
     def averaged_weights(self) -> Iterator[None]:
-        """Within this context the parameters hold the average, where there is one yet.
-
-        The two are exchanged, not copied; do not step inside.
-        """
+        """Swap the average, if any, into the parameters within this context; do not step inside."""
         self._exchange()
         try:
             yield
@@ -128,7 +122,7 @@ class NTASGD(torch.optim.Optimizer):
                     p.data = average
 
     def state_dict(self) -> dict[str, Any]:
-        """Everything that goes on after a resume: averages, their count and the history."""
+        """Learning rates, averages, their count and the trigger's history."""
         state: dict[str, Any] = super().state_dict()
         state["nt_asgd"] = dict(
             nonmono=self.nonmono,

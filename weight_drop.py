@@ -1,4 +1,4 @@
-"""DropConnect on the weights of a module that stays a black box."""
+"""Weight drop: DropConnect on named weights of any module."""
 
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -13,15 +13,15 @@ from noise import Noise
 
 
 class WeightDrop(nn.Module):
-    """Wrap a module so that each call sees some of its weights under a fresh dropout mask.
+    """Wraps a module and applies a new dropout mask to some of its weights in each call.
 
-    DropConnect (Wan et al. 2013), put on the hidden-to-hidden matrices of an LSTM by Merity et al.
-    2017 (arXiv:1708.02182), section 2. The mask is drawn once per call, so one pass over the
-    weights serves all time steps and the wrapped kernel (cuDNN's LSTM on a GPU) is used as it is.
+    DropConnect (Wan et al. 2013), applied to the hidden-to-hidden matrices of an LSTM by Merity et
+    al. 2017 (arXiv:1708.02182), section 2. The mask is drawn once per call, so that all time steps
+    share it and the wrapped kernel (cuDNN's LSTM on a GPU) runs unchanged.
 
-    The trained parameter is called NAME_raw; gradients reach it through the mask. In evaluation
-    the raw weight is used. Unlike the original, nothing but the raw parameters is ever registered,
-    and a variational mask is not drawn in evaluation either.
+    The trained parameter is NAME_raw; its gradient passes through the mask. Evaluation uses the raw
+    weight. Unlike the original, this registers the raw parameters only and never draws a
+    variational mask in evaluation.
 
     Args:
         module: any module, e.g. a Layer, nn.LSTM or nn.Linear.
@@ -46,7 +46,7 @@ class WeightDrop(nn.Module):
             raw = module._parameters.pop(name)
             module.register_parameter(f"{name}_raw", raw)
         if isinstance(module, nn.RNNBase):
-            # The list of weights that the kernel gets still holds the parameters just renamed.
+            # Rebuild the kernel's list of weights, which still holds the renamed parameters.
             module._init_flat_weights()
         self.register_load_state_dict_pre_hook(_forget_masked_weights)
 
@@ -54,8 +54,7 @@ class WeightDrop(nn.Module):
         """Call the wrapped module, with masked weights in training and raw ones in evaluation.
 
         Args:
-            noise: has the masks of calls that share them, and the factors that a Layer draws; None:
-                fresh ones are drawn.
+            noise: shares masks, and the factors of a Layer, between calls; None: draw new ones.
         """
         noise = noise or Noise()
         if isinstance(self.module, Layer):
@@ -64,7 +63,7 @@ class WeightDrop(nn.Module):
             return self.module(*args, **kwargs)
 
     def _masked(self, name: str, noise: Noise) -> Tensor:
-        """A weight under its mask, in the dtype that the module wants it in."""
+        """A masked weight, in the dtype that the module computes in."""
         raw: Tensor = getattr(self.module, f"{name}_raw")
         if not self.training or not self.dropout:
             return raw
@@ -76,7 +75,7 @@ class WeightDrop(nn.Module):
 
 
 class _MaskAndCast(torch.autograd.Function):
-    """(weight * mask).to(dtype) and its gradient, without a product in between of its own."""
+    """(weight * mask).to(dtype) and its gradient, without storing the product in float32."""
 
     @staticmethod
     def forward(ctx: Any, weight: Tensor, mask: Tensor, dtype: torch.dtype) -> Tensor:
@@ -92,12 +91,11 @@ class _MaskAndCast(torch.autograd.Function):
 
 @contextmanager
 def lend_weights(module: nn.Module, weights: Mapping[str, Tensor]) -> Iterator[None]:
-    """Within this context module computes with these tensors as its weights.
+    """Replace a module's weights by these tensors within this context.
 
-    They are put into the module's __dict__ and, for a recurrent module, into the list that its
-    kernel gets, past nn.Module's and nn.RNNBase's attribute hooks: the first would register a
-    raw weight as a second parameter, and what the second notices makes each call re-flatten all
-    weights (on CUDA: move the parameters' storage).
+    Writes to the module's __dict__ and, for an nn.RNNBase, to the kernel's list of weights. This
+    bypasses two hooks: nn.Module's would register a raw weight as a second parameter, and
+    nn.RNNBase's would re-flatten all weights in each call (on CUDA: move the parameters' storage).
     """
     rnn: Any = module if isinstance(module, nn.RNNBase) else None
     if rnn is not None:
@@ -120,7 +118,7 @@ def lend_weights(module: nn.Module, weights: Mapping[str, Tensor]) -> Iterator[N
 def _forget_masked_weights(
     module: nn.Module, state_dict: dict[str, Any], prefix: str, *_: object
 ) -> None:
-    """Drop the copies of masked weights that state dicts of the original hold beside the raw."""
+    """Remove the masked copies of weights from a state dict of the original's code."""
     assert isinstance(module, WeightDrop)
     for name in module.weights:
         if f"{prefix}module.{name}_raw" in state_dict:

@@ -1,4 +1,4 @@
-"""The same training step written in the most straightforward way, to measure against."""
+"""A straightforward implementation of the training step, as the baseline of benchmarks."""
 
 from typing import Any
 
@@ -10,10 +10,9 @@ Hidden = list[tuple[Tensor, Tensor]]
 
 
 class BaselineModel(nn.Module):
-    """AWD-LSTM out of stock parts: every mask multiplied out, nn.LSTM called as it is.
+    """AWD-LSTM from stock parts: multiplies by every mask and calls nn.LSTM.
 
-    Same sizes, dropouts and tying as model.RNNModel with tied weights; draws its masks in the
-    same order and from the same distributions.
+    Same sizes, dropouts, order and distributions of masks as model.RNNModel with tied weights.
     """
 
     def __init__(
@@ -43,7 +42,7 @@ class BaselineModel(nn.Module):
         ]
 
     def forward(self, words: Tensor, hidden: Hidden) -> tuple[Tensor, Tensor, Tensor, Hidden]:
-        """Logits (T, B, V), raw and dropped last output (T, B, E), states."""
+        """Logits (T, B, V), last layer's raw and dropped outputs (T, B, E), states."""
         p = self.dropouts
         keep = torch.full((len(self.encoder.weight), 1), 1 - p["dropoute"], device=words.device)
         mask = torch.bernoulli(keep) / (1 - p["dropoute"])
@@ -66,7 +65,7 @@ def locked(x: Tensor, p: float) -> Tensor:
 
 
 class BaselineStep:
-    """An update with torch.optim.SGD and torch's own clipping."""
+    """An update with torch.optim.SGD and clip_grad_norm_."""
 
     def __init__(self, model: BaselineModel, lr: float, clip: float, wdecay: float) -> None:
         self.model = model

@@ -1,11 +1,10 @@
-"""What do the schemes of back-propagation through time cost, and what do they reach?
+"""Measures cost and perplexity of the schemes of back-propagation through time.
 
 python -m benchmarks.bptt --data data/penn --seconds 15 --output FILE.md
 
-Each scheme trains a small model in a process of its own, one after the other: cost per token,
-peak memory, and validation perplexity after the same number of tokens and after the same time. On
-a CPU it computes in one thread and counts that thread's own time, so that a machine which others
-use as well does not matter much.
+Each scheme trains a small model in a separate process, one after the other: cost per token, peak
+memory, and validation perplexity after the same number of tokens and after the same time. On a
+CPU it measures the CPU time of a single thread, which depends little on the machine's load.
 """
 
 import argparse
@@ -42,15 +41,15 @@ VALID_TOKENS = 10_000
 
 
 class Contender(NamedTuple):
-    """A scheme with its --bptt; rate: of an update of bptt rows, None: of one of any length."""
+    """A scheme and its --bptt. rate: learning rate for bptt rows; None: LR for any length."""
 
     make: Callable[[], Scheme]
     bptt: int = BPTT
     rate: float | None = LR
 
 
-# Where --bptt is not 35 the rate is such that a row weighs what it weighs elsewhere. Full BPTT
-# with that rate would step by hundreds of times --lr at once: it gets --lr an update instead.
+# If --bptt is not 35, the rate is chosen such that a row has the same weight in all schemes. For
+# full BPTT that would be hundreds of times LR per update: it gets LR instead.
 CONTENDERS = {
     "variable, 35": Contender(lambda: VariableWindows(35, SEED)),
     "fixed, k1 = k2 = 35": Contender(lambda: FixedWindows(35)),
@@ -64,10 +63,10 @@ CONTENDERS = {
 
 
 class Training:
-    """A small model that is trained with one scheme, window by window.
+    """Trains a small model with one scheme.
 
     at: updates, tokens and rows so far.
-    seconds: that its updates took, of the GPU, or of this process on a CPU.
+    seconds: time of its updates; on a CPU this process's CPU time.
     """
 
     def __init__(self, name: str, corpus: Corpus, device: torch.device) -> None:
@@ -89,7 +88,7 @@ class Training:
         self.seconds = 0.0
 
     def windows(self) -> Iterator[Window]:
-        """Windows of epoch after epoch; each is trained on after it was yielded."""
+        """Yield windows without end, and train on each after yielding it."""
         while True:
             hidden = self.model.init_hidden(BATCH)
             for window in self.scheme.windows(self.num_steps):
@@ -137,12 +136,12 @@ def measure(name: str, corpus: Corpus, goal: argparse.Namespace) -> dict[str, An
 
 
 def at_tokens(result: dict[str, Any], tokens: int) -> list[float] | None:
-    """The point of the curve after so many tokens, if it got there."""
+    """The curve's point after this many tokens; None if not reached."""
     return next((point for point in result["curve"] if point[0] >= tokens), None)
 
 
 def at_seconds(result: dict[str, Any], seconds: float) -> list[float]:
-    """The point of the curve after so many seconds: the last that was there by then."""
+    """The curve's last point within this many seconds."""
     reached = [point for point in result["curve"] if point[1] <= 1.02 * seconds]
     return max(reached, key=lambda point: point[1])
 
@@ -198,7 +197,7 @@ def main() -> int:
         print(json.dumps(measure(goal.only, corpus, goal)))
         return 0
     ensure_corpus(goal.data)
-    load_corpus(goal.data)  # cached now, so that no scheme pays for reading it
+    load_corpus(goal.data)  # makes the cache, so that no scheme pays for it
     results = {}
     for name in CONTENDERS:
         command = [sys.executable, "-m", "benchmarks.bptt", *sys.argv[1:], "--only", name]

@@ -33,7 +33,7 @@ def main() -> None:
         return
     try:
         ensure_corpus(args.folder)
-        load_corpus(args.folder, cache=False)  # says what is wrong with it, if anything is
+        load_corpus(args.folder, cache=False)  # raises DataError if the corpus is damaged
     except DataError as error:
         sys.exit(f"error: {error}")
     with tempfile.TemporaryDirectory(dir=args.temporary) as temporary:
@@ -96,7 +96,7 @@ def _measure_load(folder: Path) -> tuple[int, float, float]:
 
 
 def _measure_plain(folder: Path) -> tuple[int, float, float]:
-    """The way of the original: words to a dict, then ids into a tensor one at a time."""
+    """The original's loop: words to a dict, then ids into a tensor one at a time."""
 
     start = time.perf_counter()
     index: dict[str, int] = {}

@@ -1,8 +1,8 @@
-"""Do two commits train alike, bit for bit? python -m benchmarks.same_numbers OLD [NEW]
+"""Checks that two commits train bit for bit alike: python -m benchmarks.same_numbers OLD [NEW]
 
-Trains small models by both commits' main.py, on a CPU and at a fixed seed, and compares every
-number in metrics.jsonl (but times) and every weight of the best model. NEW is the working tree, if
-it is not given.
+Trains small models with both commits' main.py, on a CPU and at a fixed seed, and compares every
+number in metrics.jsonl (except times) and every weight of the best model. NEW defaults to the
+working tree.
 """
 
 import argparse
@@ -44,7 +44,7 @@ CONFIGURATIONS = {
 
 
 def main() -> int:
-    """Run the comparison; 0 where nothing differs."""
+    """Run the comparison; returns 0 if nothing differs."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("old", help="a commit")
     parser.add_argument("new", nargs="?", help="another one; the working tree, if not given")
@@ -67,14 +67,14 @@ def main() -> int:
 
 
 def checked_out(commit: str, folder: Path) -> Path:
-    """The files of a commit, in a folder of their own."""
+    """Check out a commit into a folder."""
     subprocess.run(["git", "clone", "--quiet", "--shared", ROOT, folder], check=True)
     subprocess.run(["git", "checkout", "--quiet", commit], cwd=folder, check=True)
     return folder
 
 
 def write_text(folder: Path) -> None:
-    """Sentences in which each word suggests the next."""
+    """Write a corpus of random sentences in which a word predicts the next."""
     folder.mkdir()
     draw = random.Random(1)
     for split, lines in (("train", 60), ("valid", 25), ("test", 20)):
@@ -90,7 +90,7 @@ def write_text(folder: Path) -> None:
 
 
 def train(tree: Path, folder: Path, name: str, flags: str) -> dict[str, Any]:
-    """What main.py of a tree logs and saves: one entry for each number or tensor."""
+    """Run a tree's main.py; returns all logged numbers and saved tensors, or its error."""
     save = folder / f"{tree.name}-{name.replace(' ', '-')}.pt"
     launch = ["-m", "torch.distributed.run", "--nproc-per-node", "2", "--master-port", "29507"]
     command = [sys.executable, *(launch if name == "two processes" else []), "main.py"]
@@ -111,7 +111,7 @@ def train(tree: Path, folder: Path, name: str, flags: str) -> dict[str, Any]:
 
 
 def first_difference(old: dict[str, Any], new: dict[str, Any]) -> str:
-    """Where two runs part; empty: nowhere."""
+    """Describe the first difference of two runs; empty if there is none."""
     if error := new.get("error", old.get("error")):
         return f"failed: {error}"
     for key in [*old, *(key for key in new if key not in old)]:

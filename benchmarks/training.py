@@ -1,4 +1,4 @@
-"""How fast is an update? This project's and a straightforward one, interleaved in one process.
+"""Measures the speed of updates, this project's and a baseline's, interleaved in one process.
 
 python -m benchmarks.training --recipe penn --updates 20 --output FILE.md
 """
@@ -33,7 +33,7 @@ from training.tally import Tally
 
 
 class Recipe(NamedTuple):
-    """Words and tokens of a corpus, and the flags of its model that differ from main.py's."""
+    """A corpus's vocabulary size and tokens, and the flags that differ from main.py's defaults."""
 
     ntoken: int
     tokens: int
@@ -51,10 +51,10 @@ RECIPES = {
     ),
 }
 
-# Makes updates from windows; returns the seconds that each took.
+# Makes updates from windows; returns the seconds of each.
 Updates = Callable[[list[Window]], list[float]]
-# Paths take turns after so many updates. On a GPU they are timed by its own clock, since training
-# does not wait for it either.
+# Updates of a path before the next path's turn. A GPU is timed by events, without synchronisation,
+# as in training.
 IN_A_ROW, IN_A_ROW_GPU = 1, 10
 
 
@@ -64,17 +64,17 @@ def recipe_flags(recipe: Recipe, *more: str) -> argparse.Namespace:
 
 
 def zipf_text(recipe: Recipe) -> torch.Tensor:
-    """Random text whose words are as frequent as those of a real one (1 / rank)."""
+    """Random text with word frequencies proportional to 1 / rank, as in real text."""
     share = 1 / np.arange(1, recipe.ntoken + 1)
     words = np.random.default_rng(0).choice(recipe.ntoken, recipe.tokens, p=share / share.sum())
     return torch.from_numpy(words.astype(np.int32))
 
 
 def ours(path: str, recipe: Recipe, text: torch.Tensor, device: torch.device) -> Updates:
-    """main.py's own update.
+    """main.py's update.
 
     Args:
-        path: PRECISION, or PRECISION-KERNEL for --kernel's.
+        path: PRECISION, or PRECISION-KERNEL with a value of --kernel.
     """
     precision, _, kernel = path.partition("-")
     choose_precision(precision, device)
@@ -115,7 +115,7 @@ def ours(path: str, recipe: Recipe, text: torch.Tensor, device: torch.device) ->
 
 
 def baseline(precision: str, recipe: Recipe, text: torch.Tensor, device: torch.device) -> Updates:
-    """The straightforward implementation's update: float32, or bf16 by autocast."""
+    """The baseline's update: float32, or bf16 by autocast."""
     args = recipe_flags(recipe)
     names = ("dropout", "dropouth", "dropouti", "dropoute", "wdrop")
     dropouts = {name: getattr(args, name) for name in names}
@@ -139,7 +139,7 @@ def baseline(precision: str, recipe: Recipe, text: torch.Tensor, device: torch.d
 
 
 def paths_on(device: torch.device) -> list[str]:
-    """The paths that a device can take; the last one is what they are held against."""
+    """The paths to measure on a device; the last one is the reference of ratios."""
     ours = ["fp32", "bf16", "bf16-plain"]
     if device.type == "cuda":
         ours = ["fp32", "tf32", "bf16", "fp16", "bf16-eager", "fp16-eager"]
@@ -154,7 +154,7 @@ def start(path: str, *arguments: Any) -> Updates:
 
 
 def turn_length(device: torch.device) -> int:
-    """Updates of a path before the next one's."""
+    """Updates of a path before the next path's turn."""
     return IN_A_ROW_GPU if device.type == "cuda" else IN_A_ROW
 
 
@@ -162,7 +162,7 @@ def _timed(
     device: torch.device, update: Callable[[Window], None], windows: list[Window]
 ) -> list[float]:
     if device.type == "cuda":
-        update(windows[0])  # so that the first one measured finds the queue filled
+        update(windows[0])  # fills the queue before the first measurement
         marks = [torch.cuda.Event(enable_timing=True) for _ in range(len(windows) + 1)]
         marks[0].record()
         for window, mark in zip(windows, marks[1:], strict=True):
@@ -197,7 +197,7 @@ def measure(recipe: Recipe, paths: list[str], updates: int, device: torch.device
     seconds: dict[str, list[float]] = {name: [] for name in paths}
     size = turn_length(device)
     for turn, first in enumerate(range(0, len(windows), size)):
-        shift = turn % len(paths)  # so that none always follows the same one
+        shift = turn % len(paths)  # so that no path always follows the same one
         for name in paths[shift:] + paths[:shift]:
             seconds[name] += steps[name](windows[first : first + size])
     tokens = [window.length * args.batch_size for window in windows[2:]]
@@ -219,10 +219,7 @@ def measure(recipe: Recipe, paths: list[str], updates: int, device: torch.device
 
 
 def memory_alone(recipe: str, path: str, device: str) -> int:
-    """Peak memory of one path in a process of its own, bytes.
-
-    On a CPU the median of three processes; on a GPU, whose allocator counts, one tells.
-    """
+    """Peak memory of one path in a separate process, bytes; on a CPU the median of three."""
     command = [sys.executable, "-m", "benchmarks.training", "--recipe", recipe, "--updates", "8"]
     command += ["--device", device, "--only", path]
     peaks = []
@@ -233,7 +230,7 @@ def memory_alone(recipe: str, path: str, device: str) -> int:
 
 
 def hardware_of(device: torch.device) -> str:
-    """What the numbers were measured on."""
+    """Name of the GPU or CPU."""
     if device.type == "cuda":
         return torch.cuda.get_device_name(device)
     information = Path("/proc/cpuinfo")
@@ -298,7 +295,7 @@ def main() -> int:
 
 
 def write(args: argparse.Namespace, results: dict[str, Any], device: torch.device) -> None:
-    """Write the Markdown and the JSON to where they are wanted."""
+    """Write the Markdown to --output, and the JSON beside it."""
     if args.output:
         for path, text in (
             (args.output, table(args, results, device)),

@@ -5,23 +5,23 @@ from collections.abc import Callable
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-# Decoder.loss, or another way to the same result.
+# Signature of Decoder.loss and of kernels that replace it.
 Loss = Callable[[Tensor, Tensor], Tensor]
 
 
 class Decoder(nn.Module):
-    """From the last layer's output to a distribution over the vocabulary.
+    """Maps the last layer's output to a distribution over the vocabulary.
 
-    With tied weights the model replaces its `weight`, (V, E), by the embedding's. A constructor may
-    have further keywords, as a layer's may; see layers.layer.
+    With tied weights the model replaces its `weight` by the embedding's. A constructor may have
+    further keywords, as a layer's may; see layers.layer.
 
     Args:
-        width: of its input, E.
-        ntoken: words, V.
+        width: size of its input, E.
+        ntoken: words in the vocabulary, V.
 
     Attributes:
-        weight: the matrix of the words.
-        kernel: computes `loss` in training, faster; None: `plain_loss` does.
+        weight: word matrix, (V, E).
+        kernel: replaces `plain_loss` in training; None: `plain_loss` runs.
     """
 
     weight: Tensor
@@ -31,7 +31,7 @@ class Decoder(nn.Module):
         self.kernel: Loss | None = None
 
     def forward(self, output: Tensor) -> Tensor:
-        """Logits (N, V) of outputs (N, E): their softmax is the distribution."""
+        """Logits (N, V) for outputs (N, E); their softmax is the distribution."""
         raise NotImplementedError
 
     def loss(self, output: Tensor, targets: Tensor) -> Tensor:

@@ -11,8 +11,8 @@ class Linear(Decoder):
     """softmax(W h + b), with W (V, E) uniform in [-0.1, 0.1] and b (V,) zero at first.
 
     Args:
-        width: of its input, E.
-        ntoken: words, V.
+        width: size of its input, E.
+        ntoken: words in the vocabulary, V.
     """
 
     def __init__(self, width: int, ntoken: int) -> None:

@@ -1,1 +1,1 @@
-"""Machinery of a run: training loop, precision, devices, checkpoints, tracking."""
+"""Infrastructure of a run: checkpoints, devices, processes, files, metrics."""

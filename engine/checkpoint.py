@@ -1,6 +1,6 @@
-"""Checkpoints: a model for every other program, and all that an exact resume needs.
+"""Checkpoints: model files, and training states for exact resume.
 
-Both kinds are dictionaries of tensors and plain values, written atomically and read with
+Both are dictionaries of tensors and plain values, written atomically and read with
 weights_only=True, so that loading one cannot run code.
 """
 
@@ -40,10 +40,10 @@ TRAINING_PARTS: dict[str, type] = {
 
 
 def model_payload(model: RNNModel, vocabulary: Vocabulary, **details: Any) -> dict[str, Any]:
-    """What a model's file holds: weights, configuration, vocabulary, all that programs need.
+    """The contents of a model file: weights, configuration and vocabulary.
 
     Args:
-        details: plain values that are kept along, e.g. epoch and valid_loss.
+        details: further plain values, e.g. epoch and valid_loss.
     """
     return dict(
         format=MODEL_FORMAT,
@@ -61,7 +61,7 @@ def load_model(path: str | Path, device: str | torch.device = "cpu") -> tuple[RN
         The model, in evaluation mode and on device, and its vocabulary.
 
     Raises:
-        CheckpointError: no such file, or not a model of this project.
+        CheckpointError: the file is missing, damaged, or not a model of this project.
     """
     payload = _read(Path(path), MODEL_FORMAT)
     with damage_reported(Path(path)):
@@ -74,10 +74,10 @@ def load_model(path: str | Path, device: str | torch.device = "cpu") -> tuple[RN
 
 
 def model_details(path: Path) -> dict[str, Any]:
-    """The plain values that model_payload was given along: epoch, update, valid_loss.
+    """The `details` of a model file: epoch, update, valid_loss.
 
     Raises:
-        CheckpointError: no such file, damaged, or not a model of this project.
+        CheckpointError: the file is missing, damaged, or not a model of this project.
     """
     payload = _read(path, MODEL_FORMAT)
     with damage_reported(path):
@@ -85,17 +85,18 @@ def model_details(path: Path) -> dict[str, Any]:
 
 
 def training_payload(state: dict[str, Any]) -> dict[str, Any]:
-    """What a training state's file holds: all that an exact resume needs, TRAINING_PARTS."""
+    """The contents of a training state's file: TRAINING_PARTS and the format."""
     return dict(state, format=TRAINING_FORMAT)
 
 
 def load_training_state(path: Path) -> dict[str, Any]:
-    """Read what training_payload makes, tensors on the CPU.
+    """Read a training state, with tensors on the CPU.
 
-    Where the file cannot be read, the state before it is, if that is there, with a warning.
+    If the file is damaged, reads the previous training state instead, with a warning.
 
     Raises:
-        CheckpointError: no such file, or not a training state of this project.
+        CheckpointError: the file is missing, not a training state of this project, or damaged
+            without a previous one.
     """
     before = previous_path(path)
     try:
@@ -114,13 +115,13 @@ def load_training_state(path: Path) -> dict[str, Any]:
 
 
 def previous_path(path: Path) -> Path:
-    """Where the checkpoint is kept that the one at path has replaced: last.previous.pt."""
+    """The path of the checkpoint that the one at path has replaced: last.previous.pt."""
     return path.with_suffix(f".previous{path.suffix}")
 
 
 @contextmanager
 def damage_reported(path: Path) -> Iterator[None]:
-    """Turn what a payload of the wrong shape raises into one line."""
+    """Turn errors about a payload's contents into a CheckpointError of one line."""
     try:
         yield
     except (KeyError, TypeError, ValueError, AttributeError, RuntimeError) as error:
@@ -129,15 +130,15 @@ def damage_reported(path: Path) -> Iterator[None]:
 
 
 def write_checkpoint(path: Path, payload: dict[str, Any], keep: Path | None = None) -> None:
-    """Write tensors and plain values.
+    """Write a checkpoint atomically.
 
     Args:
-        path: where to; what was there is replaced once the new file is complete.
+        path: file to write; the old file is replaced once the new one is complete.
         payload: from model_payload or training_payload.
-        keep: where to keep what was there, unless that is damaged; None: it is not kept.
+        keep: where to move the old file, unless it is damaged; None: it is not kept.
 
     Raises:
-        CheckpointError: it could not be written; what was there before is untouched.
+        CheckpointError: the file could not be written; the old one is unchanged.
     """
     if keep is not None and not _is_intact(path):
         keep = None
@@ -156,7 +157,7 @@ def write_checkpoint(path: Path, payload: dict[str, Any], keep: Path | None = No
 def _read(path: Path, expected: str) -> dict[str, Any]:
     try:
         with path.open("rb") as file, warnings.catch_warnings():
-            # What torch has to say about a foreign pickle becomes the error's one line below.
+            # The error below replaces torch's warning about a foreign pickle.
             warnings.simplefilter("ignore")
             if (part := _damaged_part(file)) is not None:
                 raise CheckpointError(f"{path}: damaged: {part} does not match its checksum")
@@ -172,7 +173,7 @@ def _read(path: Path, expected: str) -> dict[str, Any]:
     except pickle.UnpicklingError as error:
         raise CheckpointError(f"{path}: {_refusal(str(error))}") from error
     except Exception as error:
-        # A truncated or foreign file makes torch raise almost anything; none of it is a bug here.
+        # torch raises almost anything for a truncated or foreign file.
         reason = " ".join(str(error).split())[:200]
         raise CheckpointError(f"{path}: truncated or not a checkpoint ({reason})") from error
     found = payload.get("format") if isinstance(payload, dict) else None
@@ -189,17 +190,17 @@ def _read(path: Path, expected: str) -> dict[str, Any]:
 
 
 def _damaged_part(file: IO[bytes]) -> str | None:
-    """The first part of torch.save's archive that is not what was written; None: all are.
+    """The first part of torch.save's archive with a wrong CRC-32; None: all are right.
 
-    torch.load does not look at the archive's checksums (CRC-32).
+    torch.load does not verify these checksums.
 
     Raises:
-        Exception: of almost any kind, where the archive's own structure is damaged.
+        Exception: of almost any kind, if the archive's structure is damaged.
     """
     magic = file.read(4)
     file.seek(0)
     if magic != b"PK\x03\x04":
-        return None  # no archive, which torch.load says better
+        return None  # no archive: torch.load reports that
     with zipfile.ZipFile(file) as archive:
         part = archive.testzip()
     file.seek(0)
@@ -210,12 +211,12 @@ def _is_intact(path: Path) -> bool:
     try:
         with path.open("rb") as file:
             return _damaged_part(file) is None
-    except Exception:  # absent, or damaged in whatever way
+    except Exception:  # missing or damaged
         return False
 
 
 def _refusal(message: str) -> str:
-    """Say in a line why weights_only refused a pickle."""
+    """The reason why weights_only refused a pickle, in one line."""
     name = re.search(r"GLOBAL (\S+)", message)
     if name is not None:
         return (

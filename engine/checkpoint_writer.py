@@ -17,17 +17,17 @@ MOST_PENDING = 2  # an epoch's end writes the best model and the training state
 
 
 class CheckpointWriter:
-    """Writes checkpoints in order, on a GPU in the background while training goes on.
+    """Writes checkpoints in order, on a GPU in the background during training.
 
-    In the background it writes the values that the tensors had when `write` was called: they are
-    copied to the CPU first, for at most MOST_PENDING files at a time. After a file that could not
-    be written, the pending ones are dropped, since a run's files belong together.
+    In the background, `write` first copies the tensors to the CPU, so that later updates do not
+    change them; at most MOST_PENDING files are pending. If a file cannot be written, the pending
+    ones are dropped, since a run's files must be consistent.
 
-    A context that ends once all files are written. If an exception ends it, a file that could not
-    be written is a warning.
+    Leaving the context waits until all files are written. If an exception ends it, a file that
+    could not be written is a warning.
 
     Args:
-        background: write returns before the file is written.
+        background: `write` returns before the file is written.
     """
 
     def __init__(self, background: bool) -> None:
@@ -55,7 +55,7 @@ class CheckpointWriter:
         """Write a checkpoint; see write_checkpoint.
 
         Raises:
-            CheckpointError: it could not be written; in the background: an earlier one could not.
+            CheckpointError: it (in the background: an earlier one) could not be written.
         """
         if self._pool is None:
             write_checkpoint(path, payload, keep)
@@ -66,16 +66,16 @@ class CheckpointWriter:
         self._pending.append(self._pool.submit(self._write, path, copied, keep))
 
     def wait(self) -> None:
-        """Return once all files are written.
+        """Wait until all files are written.
 
         Raises:
-            CheckpointError: one could not be written.
+            CheckpointError: a file could not be written.
         """
         self._finish()
         self._raise()
 
     def _write(self, path: Path, payload: dict[str, Any], keep: Path | None) -> None:
-        """Runs in the pool's thread; writes nothing after a failure: the files belong together."""
+        """Write in the pool's thread; no-op after a failure, to keep the files consistent."""
         if self._error is None:
             try:
                 write_checkpoint(path, payload, keep)
@@ -83,7 +83,7 @@ class CheckpointWriter:
                 self._error = error
 
     def _finish(self, left: int = 0) -> None:
-        """Wait until so many files are pending at most."""
+        """Wait until at most `left` files are pending."""
         try:
             while len(self._pending) > left:
                 self._pending[0].result()
@@ -102,7 +102,7 @@ class CheckpointWriter:
 
 
 def _copied(value: Any, known: dict[Any, Tensor]) -> Any:
-    """The same containers and values, with copies of the tensors on the CPU; a tied one is one."""
+    """Copy containers and tensors to the CPU; tied tensors stay tied."""
     if isinstance(value, Tensor):
         key = value.data_ptr(), value.dtype, value.shape, value.stride()
         if key not in known:

@@ -1,4 +1,4 @@
-"""The device of a run: choice, random state, memory."""
+"""The device of a run: its choice and its memory."""
 
 import ctypes
 import os
@@ -12,14 +12,14 @@ from engine.errors import UsageError
 
 
 def select_device(name: str, local_rank: int | None = None) -> torch.device:
-    """The device that --device means: auto, cpu, cuda or cuda:N.
+    """The device named by --device.
 
     Args:
-        name: one of these.
+        name: auto, cpu, cuda or cuda:N.
         local_rank: rank of this process on its machine under torchrun; selects the GPU.
 
     Raises:
-        UsageError: not one of these, or a GPU that is not there.
+        UsageError: another name, or this machine has no such GPU.
     """
     if name == "auto":
         name = "cuda" if torch.cuda.is_available() else "cpu"
@@ -41,13 +41,13 @@ def select_device(name: str, local_rank: int | None = None) -> torch.device:
 
 
 def keep_freed_memory() -> bool:
-    """Make glibc's malloc keep the memory that tensors free.
+    """Make glibc's malloc keep the memory of freed tensors.
 
-    By default it returns large blocks to the system at once; page faults of the next update's
+    By default it returns large blocks to the system at once; the page faults of the next update's
     tensors then take a quarter of a CPU's time.
 
     Returns:
-        False if this is not glibc.
+        False if the C library is not glibc.
     """
     trim_threshold, mmap_max = -1, -4  # their numbers in glibc's malloc.h
     try:
@@ -58,12 +58,12 @@ def keep_freed_memory() -> bool:
 
 
 def peak_memory(device: torch.device) -> int:
-    """Most memory in use so far, bytes: allocated on a GPU, resident in the process on a CPU."""
+    """Peak memory so far, bytes: allocated on a GPU, or resident in the process on a CPU."""
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device)
     status = Path("/proc/self/status")
     if status.exists():
-        # Not getrusage, whose figure on Linux starts with that of the process that started this.
+        # Not getrusage: on Linux its peak includes that of the parent process.
         peak = next(line for line in status.read_text().splitlines() if line.startswith("VmHWM"))
         return int(peak.split()[1]) * 1024
     peak_rss = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
@@ -71,9 +71,9 @@ def peak_memory(device: torch.device) -> int:
 
 
 def available_memory(device: torch.device) -> int:
-    """Bytes that can be allocated now: a GPU's free memory; on a CPU, without swapping.
+    """Bytes that can be allocated now: a GPU's free memory, or a CPU's without swapping.
 
-    On Linux the kernel's MemAvailable, within a container's limit; elsewhere all memory.
+    On Linux the kernel's MemAvailable within a container's limit; elsewhere the physical memory.
     """
     if device.type == "cuda":
         return int(torch.cuda.mem_get_info(device)[0])

@@ -1,16 +1,16 @@
-"""What can go wrong in a run through no fault of the code; each message is one line."""
+"""Errors that a user can cause or has to handle; each message is one line."""
 
 
 class UsageError(Exception):
-    """A flag or value that cannot be: one line, exit code 2."""
+    """An invalid flag or value: exit code 2."""
 
 
 class RunError(Exception):
-    """A run that cannot start or go on; names the file or flag and the cause."""
+    """A run cannot start or continue; names the file or flag and the cause."""
 
 
 class CheckpointError(RunError):
-    """A checkpoint that cannot be written, or read without running what is in it."""
+    """A checkpoint cannot be written, or cannot be read without running code in it."""
 
 
 class DivergenceError(RunError):
@@ -18,4 +18,4 @@ class DivergenceError(RunError):
 
 
 class PeerError(RunError):
-    """Another of the processes that train together is gone."""
+    """Another process of the run has ended or cannot be reached."""

@@ -1,25 +1,24 @@
-"""Ctrl-C once asks a run to end well, twice ends it at once; other signals ask for a checkpoint."""
+"""Signals that stop a run: Ctrl-C and those that clusters and terminals send."""
 
 import signal
 from types import FrameType, TracebackType
 from typing import Any
 
-# What clusters send before they take a machine away (slurm: SIGUSR1, where --signal asks for it),
-# and what a terminal sends as it is closed.
+# Sent by clusters before they reclaim a machine (slurm: SIGUSR1, if --signal says so), and by a
+# terminal that closes.
 TERMINATING = (signal.SIGTERM, signal.SIGUSR1, signal.SIGHUP)
 
 
 class StopRequested(Exception):  # noqa: N818
-    """Gives up what is under way, where a stop was asked for; a resumed run repeats it."""
+    """Abandons the current update or validation to stop the run; a resumed run repeats it."""
 
 
 class Interrupt:
-    """While this context is entered, signals are noted for the training loop to look at.
+    """A context that records signals for the training loop.
 
-    SIGINT (Ctrl-C): the first is noted, the second raises KeyboardInterrupt. SIGTERM, SIGUSR1 and
-    SIGHUP are noted as a request to terminate; but SIGHUP stays ignored where it is, under nohup.
-    Once the loop has ended and `release` was called, the next signal of any kind raises
-    KeyboardInterrupt.
+    SIGINT (Ctrl-C): the first sets `requested`, the second raises KeyboardInterrupt. SIGTERM,
+    SIGUSR1 and SIGHUP set `terminated` too; SIGHUP stays ignored under nohup. After `release` each
+    of these signals raises KeyboardInterrupt.
     """
 
     def __init__(self) -> None:
@@ -45,12 +44,12 @@ class Interrupt:
             signal.signal(number, handler)
 
     def check(self) -> None:
-        """Raise StopRequested where a stop was asked for."""
+        """Raise StopRequested if a stop was requested."""
         if self.requested:
             raise StopRequested
 
     def release(self) -> None:
-        """There is nothing left that an early end would have to save."""
+        """From now on signals raise KeyboardInterrupt: nothing is left to save."""
         self._released = True
 
     def _on_interrupt(self, number: int, frame: FrameType | None) -> None:

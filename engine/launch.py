@@ -1,15 +1,15 @@
-"""What torchrun tells a process, and how one of several ends; without torch."""
+"""Processes started by torchrun: rank and exit. Does not import torch."""
 
 import os
 import sys
 from typing import NoReturn
 
-# The variables in which torchrun describes a process to itself.
+# Environment variables that torchrun sets.
 LAUNCH = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
 
 
 def local_rank() -> int | None:
-    """This process's number on its machine, where torchrun has started it among others."""
+    """This process's number on its machine; None unless torchrun started several processes."""
     values = [os.environ.get(name, "") for name in LAUNCH]
     if not all(values) or not all(value.isdigit() for value in values[:3]):
         return None
@@ -17,16 +17,15 @@ def local_rank() -> int | None:
 
 
 def is_follower() -> bool:
-    """Another process, rank 0, speaks for this one."""
+    """True if this process is not rank 0, which alone prints and writes."""
     return local_rank() is not None and os.environ["RANK"] != "0"
 
 
 def leave(code: int) -> NoReturn:
-    """End the program.
+    """Exit with a code.
 
-    Of several processes each ends without taking the interpreter down: gloo's threads may still
-    hold tensors then, and now and then abort a process that has done all it had to
-    (github.com/pytorch/pytorch/pull/179291 tells why).
+    With several processes this skips the interpreter's shutdown, in which gloo's threads may still
+    hold tensors and sometimes abort the process (github.com/pytorch/pytorch/pull/179291).
     """
     if local_rank() is None:
         sys.exit(code)

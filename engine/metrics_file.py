@@ -1,4 +1,4 @@
-"""metrics.jsonl: what a run logs, line by line."""
+"""metrics.jsonl: a run's events, one JSON object per line."""
 
 import json
 import math
@@ -10,18 +10,17 @@ from data.files import atomic_write
 
 
 class MetricsFile:
-    """metrics.jsonl: one JSON object a line, each in the file before `write` returns.
+    """Writes metrics.jsonl; each line is in the file before `write` returns.
 
     Args:
-        path: the file; without `keep_bytes` it is started anew.
-        keep_bytes: when resuming, the `size` that the checkpoint recorded. What was written
-            since, a half-written last line included, is cut off: the resumed run writes it again.
-            Where the file is shorter, or has lines before that point which are not JSON objects,
-            each missing stretch is replaced by a line with the event "gap", whose step is that
-            of the line before.
+        path: the file; overwritten without `keep_bytes`.
+        keep_bytes: when resuming, the `size` in the checkpoint. Later bytes are cut off: the
+            resumed run writes them again. If earlier bytes are missing or are not lines of JSON
+            objects, a line with the event "gap" and the step of the line before replaces each such
+            stretch.
 
     Attributes:
-        damage: what was missing or unreadable before `keep_bytes`, in words; None: nothing.
+        damage: describes missing or unreadable bytes before `keep_bytes`; None: no damage.
 
     Raises:
         OSError: the file cannot be opened or written.
@@ -49,16 +48,16 @@ class MetricsFile:
 
     @property
     def size(self) -> int:
-        """Bytes in the file so far; goes into checkpoints, comes back as `keep_bytes`."""
+        """Bytes in the file, for a checkpoint; a resumed run passes it as `keep_bytes`."""
         return self._size
 
     def write(self, record: dict[str, Any]) -> None:
-        """Append one line; floats that JSON has no word for (nan, inf) become null.
+        """Append one line; nan and inf become null.
 
         Raises:
             TypeError: a value is not a plain Python one (a tensor, a numpy scalar).
             ValueError: a float inside a list or dict is not finite.
-            OSError: the disk is full or gone.
+            OSError: the file cannot be written.
         """
         plain = {
             key: None if isinstance(value, float) and not math.isfinite(value) else value
@@ -70,25 +69,25 @@ class MetricsFile:
         self._size += len(line)
 
     def sync(self) -> None:
-        """Flush the lines so far to the disk, against a power failure. No-op once closed.
+        """fsync the file, so that its lines survive a power failure. No-op once closed.
 
         Raises:
-            OSError: the disk is full or gone.
+            OSError: the file cannot be written.
         """
         if not self._file.closed:
             os.fsync(self._file.fileno())
 
     def close(self) -> None:
-        """Close the file; twice does no harm."""
+        """Close the file; a no-op once closed."""
         self._file.close()
 
 
 def _with_gaps(content: bytes, missing: bool) -> bytes:
-    """The lines that are JSON objects, a gap's line for each stretch between or after them.
+    """Replace each stretch of lines that are no JSON objects by one "gap" line.
 
     Args:
-        content: lines; the last one may have no end.
-        missing: more should follow.
+        content: lines; the last one may be incomplete.
+        missing: True if lines are missing at the end, which is a gap, too.
     """
     kept, step, in_gap = list[bytes](), 0, False
     for line in [*content.splitlines(keepends=True), *([b""] if missing else [])]:
@@ -103,7 +102,7 @@ def _with_gaps(content: bytes, missing: bool) -> bytes:
 
 
 def _record(line: bytes) -> dict[str, Any] | None:
-    """The JSON object of a whole line; None where it is not one."""
+    """The JSON object of a complete line; None if it is none."""
     try:
         record = json.loads(line) if line.endswith(b"\n") else None
     except ValueError:

@@ -1,4 +1,4 @@
-"""Standard output that outlives its terminal."""
+"""Standard output and error that never fail."""
 
 import io
 import os
@@ -10,13 +10,13 @@ from typing import Any, TextIO
 
 @contextmanager
 def lasting_output() -> Iterator[None]:
-    """While this lasts, printing fails neither where a terminal or a pipe goes away nor on a full
-    disk: what cannot be written is lost.
+    """Within this context stdout and stderr discard what they cannot write.
 
-    Streams that are no files (those of tests) are left as they are.
+    So a closed terminal or pipe or a full disk does not end a run. Streams that are not files (as
+    in tests) are left unchanged.
     """
-    # The number of a stream that is closed would go to the next file that is opened, and with it
-    # whatever a library prints there.
+    # If a standard stream is closed, the next opened file would get its descriptor and receive
+    # what libraries print. Open the null device on these descriptors instead.
     while (descriptor := os.open(os.devnull, os.O_RDWR)) <= 2:
         os.set_inheritable(descriptor, True)
     os.close(descriptor)
@@ -30,7 +30,7 @@ def lasting_output() -> Iterator[None]:
 
 
 def _lasting(stream: TextIO | None, descriptor: int) -> TextIO:
-    """The same stream by a LastingFile; stream is None where it was closed from the start."""
+    """Wrap a stream around a LastingFile; None: the stream was closed at the start."""
     if stream is None:
         return io.TextIOWrapper(LastingFile(descriptor, "w", closefd=False), write_through=True)
     if not isinstance(stream, io.TextIOWrapper):
@@ -51,11 +51,11 @@ def _lasting(stream: TextIO | None, descriptor: int) -> TextIO:
 
 
 class LastingFile(io.FileIO):
-    """A file that takes whatever is written, also where it cannot be."""
+    """A file whose write never fails; it discards what cannot be written."""
 
     def write(self, data: Any) -> int:
-        """Write, or lose it; returns how many bytes are dealt with."""
-        written: int | None = None  # of a pipe that is full, and not to be waited for
+        """Write or discard data; returns the number of bytes consumed."""
+        written: int | None = None  # FileIO returns None for a full non-blocking pipe
         with suppress(OSError):
             written = super().write(data)
         return memoryview(data).nbytes if written is None else written

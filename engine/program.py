@@ -1,4 +1,4 @@
-"""How programs start and end: a line and an exit code for whatever a user can cause."""
+"""Runs a program; turns errors that a user can cause into one line and an exit code."""
 
 import importlib
 import os
@@ -11,36 +11,31 @@ from engine.errors import PeerError, RunError, UsageError
 from engine.launch import is_follower
 from engine.output import lasting_output
 
-# How often one of libgomp's threads looks for work before it sleeps: some 10 microseconds, as long
-# as the pauses in an LSTM's time loop, and short enough that programs that share cores do not keep
-# each other waiting (benchmarks/threads.py). libgomp's own number is 300,000.
+# Spin iterations of libgomp's idle threads before they sleep: about 10 microseconds, as long as the
+# pauses in an LSTM's time loop, and short enough for programs that share cores
+# (benchmarks/threads.py). libgomp's default is 300,000.
 SPIN_COUNT = "500"
 
 
 def run_program(name: str, argv: Sequence[str] | None) -> int:
-    """Import a program and run it; turn what a user can cause into one line on stderr.
-
-    It goes on where stdout or stderr are closed, or go away: see lasting_output.
+    """Import a program and run it; print an error that a user can cause as one line on stderr.
 
     Args:
-        name: module whose `run` takes the command line.
-        argv: the command line; None: this process's own.
+        name: module with a function `run` that takes the command line.
+        argv: the command line; None: this process's.
 
     Returns:
-        The exit code: 0 done, 2 a flag or value that cannot be, 1 anything else.
+        The exit code: 0 for success, 2 for an invalid flag or value, 1 for any other error.
     """
     share_cores(os.environ)
-    # A masked weight is never part of cuDNN's flat buffer: the copy it warns of is intended.
+    # A masked weight is never part of cuDNN's flat buffer: torch copies it, as intended.
     warnings.filterwarnings("ignore", message="RNN module weights are not part of single")
     with lasting_output():
         return _run(name, sys.argv[1:] if argv is None else argv)
 
 
 def share_cores(environment: MutableMapping[str, str]) -> None:
-    """Let libgomp's threads spin for SPIN_COUNT only, unless the user has chosen otherwise.
-
-    libgomp reads this when torch is loaded.
-    """
+    """Set libgomp's spin count, unless the user has set one; call it before torch is imported."""
     if not {"OMP_WAIT_POLICY", "GOMP_SPINCOUNT"} & environment.keys():
         environment["GOMP_SPINCOUNT"] = SPIN_COUNT
 
@@ -73,7 +68,7 @@ def _run(name: str, argv: Sequence[str]) -> int:
 
 
 def _is_memory(error: Exception) -> bool:
-    """A tensor did not fit; on a CPU torch says so in a RuntimeError like any other."""
+    """True if memory was too small; on a CPU torch raises a plain RuntimeError for that."""
     known = ("can't allocate memory", "not enough memory", "Storage size calculation overflowed")
     special = isinstance(error, MemoryError) or type(error).__name__ == "OutOfMemoryError"
     return special or any(words in str(error) for words in known)

@@ -18,7 +18,7 @@ def versions() -> dict[str, str]:
 
 
 def git_commit() -> str | None:
-    """The code's commit, with "-dirty" where tracked files differ from it; None outside git."""
+    """The code's commit, with "-dirty" if tracked files differ from it; None outside git."""
     folder = Path(__file__).resolve().parent
 
     def git(*command: str) -> str:

@@ -1,4 +1,4 @@
-"""Several processes that train one model together, each on its share of the batch's columns."""
+"""Data parallelism: several processes train one model, each on its columns of the batch."""
 
 import os
 from collections.abc import Iterator
@@ -13,21 +13,21 @@ from engine.errors import PeerError
 from engine.launch import local_rank
 from model import Hidden
 
-# How long a process waits for the others, who may be waiting for rank 0 to evaluate or to write.
+# Timeout of collectives: rank 0 may evaluate or write meanwhile.
 PATIENCE = timedelta(hours=1)
 
 
 class Ranks:
-    """This process and the others; by itself, where there are none.
+    """The processes of a run and their collectives, which are no-ops for a single process.
 
-    Every process draws the same random numbers, so that masks and windows are those of the whole
-    batch; it computes on its columns of it. Gradients of means over equal shares are averaged.
-    What follows from them, the step, is the same everywhere, and only rank 0, the leader, writes.
+    All processes draw the same random numbers, so that masks and windows are those of the whole
+    batch, and compute on their own columns. Gradients are averaged over equal shares, so that the
+    step is the same in all processes. Only rank 0, the leader, writes files.
 
     Args:
         rank: this process's number.
-        size: how many there are.
-        control: group for what is not on a GPU; None: the one for everything.
+        size: number of processes.
+        control: process group for CPU tensors; None: the default group.
     """
 
     def __init__(
@@ -39,14 +39,14 @@ class Ranks:
 
     @property
     def leader(self) -> bool:
-        """This is the process that writes."""
+        """True for rank 0, the process that writes."""
         return self.rank == 0
 
     def share(self, columns: int) -> slice:
-        """This process's part of so many columns, contiguous.
+        """This process's slice of the columns.
 
         Raises:
-            ValueError: they cannot be shared equally.
+            ValueError: the columns cannot be shared equally.
         """
         if columns % self.size:
             raise ValueError(f"{columns} columns cannot be shared equally by {self.size} processes")
@@ -54,7 +54,7 @@ class Ranks:
         return slice(self.rank * width, (self.rank + 1) * width)
 
     def average(self, tensors: list[Tensor]) -> None:
-        """Replace tensors of one device and dtype by their means over the processes."""
+        """All-reduce tensors of one device and dtype to their means, in place."""
         if self.size == 1:
             return
         flat = torch.cat([tensor.detach().reshape(-1) for tensor in tensors])
@@ -66,7 +66,7 @@ class Ranks:
             tensor.detach().copy_(part.view_as(tensor))
 
     def gather(self, columns: Tensor, dim: int) -> Tensor:
-        """All processes' columns side by side, along dim."""
+        """All-gather columns and concatenate them along dim."""
         if self.size == 1:
             return columns
         parts = [torch.empty_like(columns) for _ in range(self.size)]
@@ -75,7 +75,7 @@ class Ranks:
         return torch.cat(parts, dim)
 
     def largest(self, *values: int) -> list[int]:
-        """The largest of each value over the processes; what one asks for is so known to all."""
+        """All-reduce each value to its maximum over the processes."""
         if self.size == 1:
             return list(values)
         together = torch.tensor(values, dtype=torch.int64)
@@ -84,7 +84,7 @@ class Ranks:
         return [int(value) for value in together]
 
     def from_leader(self, value: float) -> float:
-        """The leader's value."""
+        """Broadcast the leader's value."""
         if self.size == 1:
             return value
         shared = torch.tensor(value, dtype=torch.float64)
@@ -93,11 +93,11 @@ class Ranks:
         return float(shared)
 
     def wait(self) -> None:
-        """Wait until all are here."""
+        """Synchronise all processes (a barrier)."""
         self.largest(0)
 
     def gather_hidden(self, hidden: Hidden) -> Hidden:
-        """States of the whole batch."""
+        """All-gather the states of the whole batch."""
         return [tuple(self.gather(part, 1) for part in state) for state in hidden]
 
     def share_hidden(self, hidden: Hidden) -> Hidden:
@@ -107,10 +107,10 @@ class Ranks:
 
 @contextmanager
 def launched_ranks(device: torch.device) -> Iterator[Ranks]:
-    """The processes that torchrun has started (RANK, WORLD_SIZE, …), or this one by itself.
+    """Connect the processes that torchrun has started, by NCCL on GPUs and gloo on CPUs.
 
     Args:
-        device: of this process, and torch's current one; NCCL connects GPUs, gloo CPUs.
+        device: this process's device; if a GPU, torch's current one.
     """
     if local_rank() is None:
         yield Ranks()
@@ -119,7 +119,7 @@ def launched_ranks(device: torch.device) -> Iterator[Ranks]:
     gpu = device.type == "cuda"
     with _peers_reported():
         store, rank, _ = next(dist.rendezvous("env://", timeout=PATIENCE))  # type: ignore[attr-defined]
-        # torchrun keeps its store over a restart, and with it the addresses of the dead.
+        # torchrun keeps its store over a restart, with the addresses of the ended processes.
         start = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")
         store = dist.PrefixStore(f"start {start}", store)  # type: ignore[attr-defined]
         backend = "nccl" if gpu else "gloo"
@@ -129,16 +129,16 @@ def launched_ranks(device: torch.device) -> Iterator[Ranks]:
     del control
     try:
         yield ranks
-        ranks.wait()  # who leaves early takes connections away that others still close
+        ranks.wait()  # a process that exits early would break connections that others still use
     finally:
         ranks.control = None
-        with suppress(RuntimeError):  # the others may be gone
+        with suppress(RuntimeError):  # another process may have ended
             dist.destroy_process_group()
 
 
 @contextmanager
 def _peers_reported() -> Iterator[None]:
-    """Turn what torch raises when another process is gone into one line."""
+    """Turn torch's errors about other processes into a PeerError of one line."""
     try:
         yield
     except RuntimeError as error:

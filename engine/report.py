@@ -1,4 +1,4 @@
-"""The lines that a run prints, in the original's format."""
+"""A run's log lines, in the original's format."""
 
 import math
 
@@ -11,7 +11,7 @@ DOUBLE_RULE = "=" * 89
 def interval_line(
     *, epoch: int, batch: int, batches: int, lr: float, milliseconds: float, loss: float
 ) -> str:
-    """Training so far, averaged over a logging interval; milliseconds per update."""
+    """The line of a logging interval; milliseconds per update, mean loss in nats per token."""
     return (
         f"| epoch {epoch:3d} | {batch:5d}/{batches:5d} batches | lr {lr:05.5f} "
         f"| ms/batch {milliseconds:5.2f} | {_numbers('', loss)}"
@@ -19,13 +19,13 @@ def interval_line(
 
 
 def epoch_line(*, epoch: int, seconds: float, loss: float, whole: bool = True) -> str:
-    """The validation at an epoch's end, or where it was cut short; loss in nats per token."""
+    """The line of a validation, at an epoch's end or within it; loss in nats per token."""
     place = "end of" if whole else "within"
     return f"| {place} epoch {epoch:3d} | time: {seconds:5.2f}s | {_numbers('valid ', loss)}"
 
 
 def final_line(loss: float) -> str:
-    """The test at the end; loss in nats per token."""
+    """The line of the final test; loss in nats per token."""
     return f"| End of training | {_numbers('test ', loss)}"
 
 

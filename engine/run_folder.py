@@ -1,4 +1,4 @@
-"""A run's files: the best model, and beside it a folder with everything else."""
+"""A run's files: the best model, and a folder beside it for everything else."""
 
 import glob
 import json
@@ -15,23 +15,23 @@ from engine.errors import CheckpointError, RunError
 
 LOCK = ".lock"
 PREVIOUS_BEST = "best.previous.pt"
-# Where a run's best model may be besides its own place; the second name is that of older versions.
+# Other names of a run's best model, in its folder; older versions used the second.
 OTHER_BEST = (PREVIOUS_BEST, "best-at-epoch-end.pt")
 
 
 class RunFolder:
-    """The files of one run, locked against a second process while this one lives.
+    """The files of one run, locked against other processes.
 
-    For --save PTB.pt they are PTB.pt, the best model, and in PTB/: last.pt, metrics.jsonl,
-    config.json, summary.json, and last.previous.pt and best.previous.pt, what last.pt and PTB.pt
-    were before they were last replaced.
+    --save PTB.pt stands for PTB.pt, the best model, and in PTB/: last.pt, metrics.jsonl,
+    config.json, summary.json, and last.previous.pt and best.previous.pt, the previous versions of
+    last.pt and PTB.pt.
 
     Args:
-        save: path of the best model; the folder it is in has to exist.
-        writes: False for a process that only needs to know where the files are.
+        save: path of the best model; its parent folder must exist.
+        writes: False for a process that only needs the paths.
 
     Raises:
-        RunError: the place cannot be written to, or another process is using it.
+        RunError: the folder cannot be written to, or another process uses it.
     """
 
     def __init__(self, save: str | Path, writes: bool = True) -> None:
@@ -53,25 +53,24 @@ class RunFolder:
             path.unlink(missing_ok=True)
 
     def _is_foreign(self) -> bool:
-        """The folder is somebody's, and not an earlier run's."""
+        """True if the folder has files, but none of a run."""
         names = {path.name for path in self.folder.iterdir()} - {LOCK}
         return bool(names) and not names & {"metrics.jsonl", "config.json", "last.pt"}
 
     def _model_leftovers(self) -> list[Path]:
-        """Temporary files of a process that was killed while it wrote the best model."""
+        """Temporary files of a process that was killed while writing the best model."""
         return list(self.model_path.parent.glob(f".{glob.escape(self.model_path.name)}.*.tmp"))
 
     @property
     def last_path(self) -> Path:
-        """The state that an exact resume needs."""
+        """Path of the training state, for exact resume."""
         return self.folder / "last.pt"
 
     def kept_path(self, path: Path) -> Path | None:
-        """Where to keep what a new checkpoint at path replaces; None: nowhere.
+        """Where to keep the old file when a checkpoint at path is replaced; None: nowhere.
 
-        A resumed run may need it: last.pt may get damaged, and where the run ended after the best
-        model was replaced and before last.pt was, the best model that belongs to last.pt is the
-        one before.
+        A resumed run needs it if last.pt is damaged, or if the run ended between the writes of the
+        best model and of last.pt: last.pt then belongs to the previous best model.
         """
         if path == self.model_path:
             return self.folder / PREVIOUS_BEST
@@ -90,16 +89,16 @@ class RunFolder:
             self._lock.release()
 
     def is_empty(self) -> bool:
-        """No run has been here yet."""
+        """True if neither the best model nor any file in the folder exists."""
         return not self.model_path.exists() and not any(
             path.name != LOCK for path in self.folder.iterdir()
         )
 
     def set_aside(self) -> Path:
-        """Rename an earlier run to NAME.1.pt and NAME.1/ (or .2, …), so that nothing is lost.
+        """Rename an earlier run to NAME.1.pt and NAME.1/ (or .2, …).
 
         Returns:
-            The folder it has now.
+            Its new folder.
         """
         number = 1
         suffix = self.model_path.suffix
@@ -110,7 +109,7 @@ class RunFolder:
         for path in self.folder.iterdir():
             if path.name != LOCK:
                 path.rename(aside / path.name)
-        # The best model, and what --when kept of it: PTB.pt, PTB.pt.e25, …
+        # The best model and the copies of --when: PTB.pt, PTB.pt.e25, …
         name = glob.escape(self.model_path.name)
         for path in [self.model_path, *self.model_path.parent.glob(f"{name}.e*")]:
             if path.exists():
@@ -127,18 +126,18 @@ class RunFolder:
         best_epoch: int | None = None,
         best_loss: float | None = None,
     ) -> Path | None:
-        """Make the place ready for a new run, or for one that goes on.
+        """Prepare the files for a new or a resumed run; an earlier run is set aside.
 
         Args:
-            source: the folder of the run that goes on, this one or another; None: a new run.
-            best_epoch: the epoch of that run's best model; None: it has none yet.
-            best_loss: the validation loss of that model, nats per token.
+            source: folder of the run to resume, this one or another; None: a new run.
+            best_epoch: epoch of that run's best model; None: it has none yet.
+            best_loss: validation loss of that model, nats per token.
 
         Returns:
-            Where an earlier run that was in the way is now, if one was.
+            The new folder of an earlier run that was set aside; None: there was none.
 
         Raises:
-            RunError: the best model of the run that goes on is not there, or damaged.
+            RunError: the best model of the resumed run is missing or damaged.
         """
         best = None
         if source is not None and best_epoch is not None:
@@ -164,13 +163,13 @@ class RunFolder:
         path = self.folder / "config.json"
         sessions: list[dict[str, Any]] = []
         if resumed and path.exists():
-            with suppress(ValueError, KeyError, TypeError):  # it was edited: start the list anew
+            with suppress(ValueError, KeyError, TypeError):  # edited by hand: start a new list
                 sessions = [*json.loads(path.read_text(encoding="utf-8"))["sessions"]]
         sessions.append(session)
         self.write_json(path.name, dict(flags=flags, **sessions[0], sessions=sessions))
 
     def write_json(self, name: str, values: dict[str, Any]) -> None:
-        """Write one of the folder's JSON files, atomically; what is not finite becomes null."""
+        """Write a JSON file into the folder, atomically; nan and inf become null."""
         finite = {key: None if _not_finite(value) else value for key, value in values.items()}
         with atomic_write(self.folder / name) as file:
             file.write((json.dumps(finite, indent=2, allow_nan=False) + "\n").encode())
@@ -186,14 +185,16 @@ def _copy(source: Path, target: Path) -> None:
 
 
 def find_best(model: Path, folder: Path, epoch: int, loss: float | None) -> Path:
-    """The best model that belongs to a run's state, known by its epoch and validation loss.
+    """Find the best model of a training state, identified by its epoch and validation loss.
 
     Args:
-        model: where it should be.
-        folder: the run's, where a model that has been replaced since is kept.
+        model: the run's model path, searched first.
+        folder: the run's folder, which keeps the previous best model.
+        epoch: epoch of the best model.
+        loss: its validation loss, nats per token.
 
     Raises:
-        RunError: it is not there, or damaged.
+        RunError: the model is missing or damaged.
     """
     others = [folder / name for name in OTHER_BEST if (folder / name).exists()]
     reasons = []
@@ -216,12 +217,12 @@ def find_best(model: Path, folder: Path, epoch: int, loss: float | None) -> Path
 
 
 def find_run(path: str | Path) -> Path:
-    """The last.pt that is meant by a path to it, to a run's folder or to its best model.
+    """Find a run's last.pt, given its path, the run's folder or its best model.
 
     Raises:
-        RunError: none is there.
+        RunError: no such file.
     """
-    path = Path(path).absolute()  # the run's folder has a name, also where it is the current one
+    path = Path(path).absolute()  # so that "." has a name
     candidates = [path / "last.pt", path, path.with_suffix("") / "last.pt"]
     if path.suffix == ".pt" and path.name != "last.pt":
         candidates = [path.with_suffix("") / "last.pt", path]
@@ -232,10 +233,10 @@ def find_run(path: str | Path) -> Path:
 
 
 def lock_folder(folder: Path) -> Any:
-    """Make a folder if need be, and keep other processes out until the lock's `release`.
+    """Create a folder if missing, and lock it until the lock's `release`.
 
     Raises:
-        RunError: another process has it, or it cannot be written to.
+        RunError: another process holds the lock, or the folder cannot be written to.
     """
     import filelock
 
@@ -252,7 +253,7 @@ def lock_folder(folder: Path) -> Any:
 
 
 def is_in_use(save: str | Path) -> bool:
-    """A process is at work in the run's folder that belongs to this --save."""
+    """True if a process holds the lock of the run with this --save."""
     import filelock
 
     lock = Path(save).with_suffix("") / LOCK

@@ -1,6 +1,6 @@
-"""Where a run's numbers go: metrics.jsonl, the terminal, Weights & Biases.
+"""Logs a run's events to metrics.jsonl, the terminal and Weights & Biases.
 
-The only module that imports tqdm and wandb, each when it is first used. Both may be missing.
+The only module that imports tqdm and wandb, both optional, on first use.
 """
 
 import importlib
@@ -16,7 +16,7 @@ from typing import Any, Literal, Self
 
 from engine.metrics_file import MetricsFile
 
-# Seconds; without limits W&B waits for a dead network for ever.
+# Timeouts, seconds; W&B itself would wait for a dead network for ever.
 INIT_SECONDS = 60.0
 FINISH_SECONDS = 60.0
 TEARDOWN_SECONDS = 15.0
@@ -49,14 +49,14 @@ class WandbOptions:
 
 
 class Tracker:
-    """Logs a run's events: to metrics.jsonl always, to W&B if asked.
+    """Logs a run's events to metrics.jsonl and, optionally, to W&B.
 
-    A resumed run continues its W&B run. One that never had a W&B run in this folder starts a new
-    one, which first gets the history in metrics.jsonl. After a crash the events since the last
-    checkpoint are logged again, and appear twice in W&B, with the same `step`.
+    A resumed run continues its W&B run. If it has none in this folder, it starts a new one and
+    sends it the history in metrics.jsonl. After a crash the events since the last checkpoint are
+    logged again, and appear twice in W&B, with the same `step`.
 
     Args:
-        folder: the run's folder, created if missing; W&B keeps its files there, too.
+        folder: the run's folder, created if missing; also holds W&B's files.
         config: the run's configuration, for W&B.
         wandb: whether and how to use W&B.
         state: when resuming, the checkpoint's `state_dict`.
@@ -78,7 +78,7 @@ class Tracker:
         self._metrics = MetricsFile(path, state.get("metrics_bytes"))
         if self._metrics.damage is not None:
             warn(f"{path}: {self._metrics.damage}; what is missing is marked as a gap")
-        # A run that is continued in another folder must not write into the old one's W&B run.
+        # A run resumed in another folder must not write to the W&B run of the old folder.
         known = state.get("wandb_id") if (folder / "wandb").is_dir() else None
         self._wandb = _WandbRun(folder, config, wandb, known)
         if known is None:
@@ -105,10 +105,10 @@ class Tracker:
         self._wandb.attempt(lambda run: run.summary.update(fields))
 
     def state_dict(self) -> dict[str, Any]:
-        """What a resumed run needs to go on in the same file and W&B run; plain types only.
+        """Size of metrics.jsonl and id of the W&B run, for a resumed run.
 
-        What was logged so far is on the disk when it returns: a checkpoint that survives a power
-        failure finds its metrics.jsonl.
+        Syncs metrics.jsonl to the disk first, so that after a power failure it is as long as the
+        checkpoint says.
         """
         self._metrics.sync()
         return {"metrics_bytes": self._metrics.size, "wandb_id": self._wandb.id}
@@ -142,10 +142,10 @@ class Silence(Tracker):
 
 
 class _WandbRun:
-    """A W&B run, or none. The first call that fails prints a warning, later calls are no-ops.
+    """A W&B run, or none. The first call that fails prints a warning; later calls are no-ops.
 
     Args:
-        folder: where W&B keeps its files.
+        folder: folder of W&B's files.
         config: the run's configuration.
         options: whether and how to use W&B.
         run_id: of the W&B run to continue; None: a new one.
@@ -165,11 +165,11 @@ class _WandbRun:
                 self._fail(error)
 
     def attempt(self, call: Callable[[Any], object]) -> None:
-        """Call a function with the SDK's run."""
+        """Call a function with the SDK's run; warns if it fails. No-op without a run."""
         if self._run is not None:
             try:
                 call(self._run)
-            except (Exception, SystemExit) as error:  # whatever it is, training goes on
+            except (Exception, SystemExit) as error:  # never stop training
                 self._fail(error)
 
     def _fail(self, error: BaseException) -> None:

@@ -1,1 +1,1 @@
-"""Ways to measure a trained model."""
+"""Evaluation of trained models: test loss, bigram baseline, samples."""

@@ -1,4 +1,4 @@
-"""An interpolated bigram model: a baseline made by counting alone."""
+"""An interpolated bigram model, as a baseline."""
 
 import numpy as np
 from numpy.typing import NDArray
@@ -14,8 +14,8 @@ def bigram_loss(
     """Mean negative log likelihood of test, nats per token, over its N - 1 predictions.
 
     P(w | v) = a count(v, w) / count(v) + b count(w) / count + c / V, with a + b + c = 1 fitted on
-    valid by expectation maximisation (Jelinek & Mercer 1980). Where v was never followed by
-    anything in training, its share goes to the unigram.
+    valid by expectation maximisation (Jelinek & Mercer 1980). For words v without a successor in
+    train, the unigram replaces the bigram term.
 
     Args:
         train: ids, (N,), to count on.
@@ -47,5 +47,5 @@ def bigram_loss(
 
 
 def _pairs(ids: NDArray[np.int32], num_words: int) -> NDArray[np.int64]:
-    """One number for each pair of neighbours, (N - 1,)."""
+    """A unique number for each pair of neighbouring words, (N - 1,)."""
     return ids[:-1].astype(np.int64) * num_words + ids[1:]

@@ -1,4 +1,4 @@
-"""Plain evaluation: the model as it is, over a whole text."""
+"""Evaluation of a model over a whole text."""
 
 import math
 from collections.abc import Callable
@@ -9,8 +9,8 @@ from torch import Tensor
 
 from model import RNNModel
 
-# A window holds about this many tokens (a GPU, to which a call costs more, has larger ones), and a
-# block of logits this many values (32 MB).
+# Approximate tokens of a window (more on a GPU, where a call costs more), and values of a block of
+# logits (32 MB).
 WINDOW_TOKENS, WINDOW_TOKENS_GPU = 2048, 8192
 BLOCK_LOGITS = 2**23
 
@@ -25,22 +25,22 @@ def evaluate(
 ) -> float:
     """Mean negative log likelihood of a text, nats per token.
 
-    The N - 1 predictions of a text of N tokens are dealt out to batch_size contiguous stretches
-    whose lengths differ by at most one; the hidden state starts at zero in each and is carried
-    along it. Each prediction counts once. (The original leaves out the first of each stretch and
+    The N - 1 predictions of a text of N tokens are divided into batch_size contiguous columns whose
+    lengths differ by at most one; the hidden state is zero at the start of each column and carried
+    along it. Each prediction counts once. (The original leaves out the first of each column and
     the remainder, and divides by N.)
 
     Args:
-        model: in training or evaluation mode, which it has again afterwards.
+        model: its mode, training or evaluation, is restored afterwards.
         ids: the text, (N,), on any device.
-        batch_size: stretches read side by side, B.
-        window: time steps per call; any gives the same result, the default is large enough to
-            keep the device busy.
-        check: called between calls of the model and blocks of logits; ends the evaluation by
-            raising an exception.
+        batch_size: number of columns, B.
+        window: time steps per call, which do not change the result; None: enough to keep the
+            device busy.
+        check: called between calls of the model and blocks of logits; may raise an exception to
+            end the evaluation.
 
     Raises:
-        ValueError: fewer predictions than stretches.
+        ValueError: fewer predictions than columns.
     """
     device = model.encoder.weight.device
     inputs, targets = stretches(ids, batch_size)
@@ -63,11 +63,11 @@ def evaluate(
 
 
 def stretches(ids: Tensor, batch_size: int) -> tuple[Tensor, Tensor]:
-    """Deal the N - 1 predictions of a text out to batch_size columns.
+    """Divide the N - 1 predictions of a text into batch_size contiguous columns.
 
     Returns:
-        inputs and targets, (T, B), T = ceil((N - 1) / B). Columns that are one shorter are filled
-        up at their end; there the target is -100 and the input 0.
+        inputs and targets, (T, B), T = ceil((N - 1) / B). Columns that are one shorter are padded
+        at the end, with target -100 and input 0.
 
     Raises:
         ValueError: fewer predictions than columns.
@@ -91,7 +91,7 @@ def stretches(ids: Tensor, batch_size: int) -> tuple[Tensor, Tensor]:
 def _summed_loss(
     model: RNNModel, output: Tensor, targets: Tensor, check: Callable[[], None]
 ) -> Tensor:
-    """Summed loss of outputs (T·B, E), decoded in blocks so that no (T·B, V) has to be held."""
+    """Summed loss of outputs (T·B, E), decoded in blocks, so that no (T·B, V) is allocated."""
     rows = max(1, BLOCK_LOGITS // model.ntoken)
     total = torch.zeros((), dtype=torch.float64, device=output.device)
     for part, goal in zip(output.split(rows), targets.split(rows), strict=True):
@@ -104,7 +104,7 @@ def _summed_loss(
 
 
 def perplexity(loss: float) -> float:
-    """exp(loss) of a loss in nats per token; infinity where that overflows."""
+    """exp(loss) of a loss in nats per token; infinity if that overflows."""
     try:
         return math.exp(loss)
     except OverflowError:

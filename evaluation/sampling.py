@@ -14,14 +14,15 @@ def sample_sentences(
     seed: int,
     max_words: int = 60,
 ) -> list[str]:
-    """Draw sentences from the model, one after the other, each seeing those before it.
+    """Sample sentences from the model, each conditioned on those before it.
 
-    A sentence starts after an <eos> and runs to the next. Neither <unk> nor an empty sentence is
-    drawn, if the vocabulary has other words.
+    A sentence starts after an <eos> and ends before the next. <unk> and empty sentences are not
+    sampled if the vocabulary has other words.
 
     Args:
-        seed: of a generator of its own.
-        max_words: a longer sentence is cut.
+        count: number of sentences.
+        seed: seeds a separate generator.
+        max_words: longer sentences are cut.
 
     Returns:
         count sentences, words separated by spaces.

@@ -35,7 +35,7 @@ ABLATION: Sections = {
             metavar="FOLDER",
         ),
         Flag("--dry-run", False, "print the plan and what it costs, then exit"),
-        Flag("--report-only", False, "only make the report anew, from what is there"),
+        Flag("--report-only", False, "only write the report again, from the runs so far"),
     ),
     "where to run it": (
         Flag("--jobs", None, "runs at a time (one a GPU, if not given)", positive_int),
@@ -78,7 +78,7 @@ def ablation_parser() -> Parser:
         ABLATION,
         prog="ablate.py",
         description="Run the rows of an ablation table, each with several seeds, and print it. "
-        "The same command goes on after an interruption.",
+        "After an interruption the same command continues.",
     )
 
 
@@ -86,7 +86,7 @@ def parse_ablation(argv: Sequence[str]) -> argparse.Namespace:
     """Parse ablate.py's command line.
 
     Raises:
-        UsageError: a flag or value that cannot be.
+        UsageError: an invalid flag or value, or flags that exclude each other.
     """
     args, given = ablation_parser().parse(argv)
     for one, other in (("dry_run", "report_only"), ("ray", "gpus"), ("ray", "jobs")):

@@ -19,8 +19,7 @@ DIAGNOSIS: Sections = {
         Flag(
             "--fresh",
             False,
-            "draw the weights of MODEL anew by --seed, as they were before training; with "
-            "--compare: those of B",
+            "initialise MODEL again by --seed, as before training; with --compare: B",
         ),
         Flag(
             "--output",
@@ -37,7 +36,7 @@ DIAGNOSIS: Sections = {
         Flag(
             "--positions",
             8,
-            "steps whose losses are sent back, of every column of text",
+            "time steps per column of text whose losses are back-propagated",
             positive_int,
         ),
         Flag("--windows", 8, "windows of --bptt steps whose gradient is taken", positive_int),
@@ -67,7 +66,7 @@ def diagnosis_parser() -> Parser:
     return Parser(
         DIAGNOSIS,
         prog="diagnose.py",
-        description="Look at how gradients flow back through time in a trained or fresh model.",
+        description="Measure how gradients flow back through time in a trained or fresh model.",
     )
 
 
@@ -75,7 +74,7 @@ def parse_diagnosis(argv: Sequence[str]) -> argparse.Namespace:
     """Parse diagnose.py's command line.
 
     Raises:
-        UsageError: a flag or value that cannot be.
+        UsageError: an invalid flag or value.
     """
     args, _ = diagnosis_parser().parse(argv)
     if (args.model is None) == (args.compare is None):

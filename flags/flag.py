@@ -9,17 +9,17 @@ from typing import Any
 
 @dataclass(frozen=True)
 class Flag:
-    """A flag of a program. Its parser, --help, saved configuration and resume check follow.
+    """The declaration of a flag: parser, --help, saved configuration and resume check use it.
 
-    name: as --help spells it first; - and _ are the same. Without dashes: a positional argument.
-    default: the value where it is not given. False makes a switch, which takes no value.
-    help: one clause; --help adds the default unless that is None.
+    name: first spelling in --help; - and _ are equivalent. Without dashes: a positional argument.
+    default: value if the flag is not given. False makes a switch, which takes no value.
+    help: one clause; --help appends the default unless that is None.
     type: parses and checks a value, see flags/values.py.
-    metavar: what --help calls the value ("N", or the choices).
-    nargs, const, choices: as argparse has them.
+    metavar: name of the value in --help; None: the choices, or "N".
+    nargs, const, choices: as in argparse.
     may_change: a resumed run may be given another value.
     per_session: a resumed run does not inherit it.
-    belongs_to: the other flag and the value of it that this flag needs to be given.
+    belongs_to: (other, value): the flag may be given only if the other flag has this value.
     """
 
     name: str
@@ -36,16 +36,16 @@ class Flag:
 
     @property
     def dest(self) -> str:
-        """The name of its attribute, batch_size."""
+        """Name of its attribute, e.g. batch_size."""
         return self.name.lstrip("-").replace("-", "_")
 
     @property
     def is_compared(self) -> bool:
-        """A run with another value is another run."""
+        """True if a resumed run must have the same value."""
         return not (self.may_change or self.per_session)
 
     def add_to(self, group: _ActionsContainer) -> None:
-        """Declare it to argparse, under both spellings."""
+        """Add the flag to an argparse group, under both spellings."""
         names = [self.name]
         if self.name.startswith("--"):
             names = [self.name, dashed(self.dest), f"--{self.dest}"]
@@ -61,25 +61,25 @@ class Flag:
         group.add_argument(*dict.fromkeys(names), **options)
 
 
-# A program's flags under the headings of its --help; "" is argparse's own heading.
+# A program's flags by the headings of its --help; "" is argparse's default heading.
 Sections = Mapping[str, tuple[Flag, ...]]
 
 
 def by_name(sections: Sections) -> dict[str, Flag]:
-    """The flags by their attributes' names."""
+    """The flags by attribute name."""
     return {flag.dest: flag for flags in sections.values() for flag in flags}
 
 
 def defaults(sections: Sections) -> dict[str, Any]:
-    """The flags' values where none is given."""
+    """The flags' default values by attribute name."""
     return {name: copy(flag.default) for name, flag in by_name(sections).items()}
 
 
 def plain(value: Any) -> str:
-    """A flag's value as a command line has it."""
+    """A flag's value as written on a command line."""
     return " ".join(map(str, value)) if isinstance(value, list) else str(value)
 
 
 def dashed(name: str) -> str:
-    """How messages name a flag: --batch-size for batch_size."""
+    """A flag's spelling in messages: --batch-size for batch_size."""
     return f"--{name.replace('_', '-')}"

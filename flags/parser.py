@@ -1,4 +1,4 @@
-"""The parser of a program's command line, recipes included."""
+"""The parser of command lines and recipes."""
 
 import argparse
 import os
@@ -13,11 +13,11 @@ from flags.flag import Sections, by_name, defaults
 
 
 class Parser(argparse.ArgumentParser):
-    """Parses a program's flags and recipes (@FILE); an error is a UsageError of one line.
+    """Parses a program's flags and recipes (@FILE); raises errors as UsageErrors of one line.
 
     Args:
         sections: the program's flags, in the order of --help.
-        keywords: prog, description and epilog, as argparse has them.
+        keywords: prog, description and epilog, as in argparse.
     """
 
     def __init__(self, sections: Sections, **keywords: Any) -> None:
@@ -29,10 +29,10 @@ class Parser(argparse.ArgumentParser):
                 flag.add_to(group)
 
     def given(self, argv: Sequence[str]) -> dict[str, Any]:
-        """The flags that a command line or its recipes give; of a flag given twice, the last.
+        """The flags that a command line or its recipes give; later values win.
 
         Raises:
-            UsageError: a flag or value that cannot be, or a recipe that cannot be read.
+            UsageError: an invalid flag or value, or a recipe that cannot be read.
         """
         absent = object()
         blank = argparse.Namespace(**dict.fromkeys(by_name(self.sections), absent))
@@ -40,7 +40,7 @@ class Parser(argparse.ArgumentParser):
         return {name: value for name, value in values.items() if value is not absent}
 
     def parse(self, argv: Sequence[str]) -> tuple[argparse.Namespace, set[str]]:
-        """All flags, and the names of those that were given.
+        """Parse a command line; returns all flags, and the names of those given.
 
         Raises:
             UsageError: see given.
@@ -56,14 +56,14 @@ class Parser(argparse.ArgumentParser):
 
 
 def expand_recipes(argv: Iterable[str], within: tuple[str, ...] = ()) -> list[str]:
-    """Replace each @FILE by the words of the file: lines as a shell splits them, # a comment.
+    """Replace each @FILE by the words of the file, split as by a shell; # starts a comment.
 
     Args:
         argv: words of a command line; a recipe may name further recipes.
         within: real paths of the recipes that are being expanded.
 
     Raises:
-        UsageError: a recipe that cannot be read, is no regular file, or includes itself.
+        UsageError: a recipe cannot be read, is not a regular file, or includes itself.
     """
     words = []
     for word in argv:
@@ -82,12 +82,12 @@ def expand_recipes(argv: Iterable[str], within: tuple[str, ...] = ()) -> list[st
 def _read_recipe(path: Path) -> list[str]:
     words: list[str] = []
     try:
-        if not stat.S_ISREG(path.stat().st_mode):  # reading a FIFO or a device may never end
+        if not stat.S_ISREG(path.stat().st_mode):  # reading a FIFO may never end
             raise UsageError(f"@{path}: a recipe has to be a regular file")
         lines = path.read_text(encoding="utf-8").splitlines()
     except OSError as error:
         raise UsageError(f"@{path}: {error.strerror or error}") from None
-    except ValueError:  # of the decoding, or a NUL in the path
+    except ValueError:  # from decoding, or from a NUL in the path
         raise UsageError(f"@{path}: not UTF-8 text".replace("\0", "?")) from None
     for number, line in enumerate(lines, start=1):
         try:

@@ -1,4 +1,4 @@
-"""Which flags make a run another run: the check of --resume and of ablate.py's folders."""
+"""Compares flags with those of a saved run, for --resume and for ablate.py's folders."""
 
 import argparse
 from collections.abc import Collection, Mapping
@@ -8,22 +8,22 @@ from engine.errors import UsageError
 from flags.flag import by_name, dashed, defaults, plain
 from flags.training import TRAINING, fill_in
 
-# Flags that main.py no longer has, and the values at which a saved run does not need them.
+# Flags that main.py no longer has, and the values with which a saved run can still be resumed.
 RETIRED: Mapping[str, Any] = {"cuda": None, "wavefront": 1}
 
 
 def resume_flags(
     args: argparse.Namespace, given: set[str], saved: dict[str, Any]
 ) -> argparse.Namespace:
-    """The flags of a resumed run: the run's own where none was given now.
+    """The flags of a resumed run: the saved ones, except where given now.
 
     Args:
         args, given: from parse_training.
-        saved: the run's flags; one that is newer than the run counts with its default.
+        saved: the run's flags; flags newer than the run have their defaults.
 
     Raises:
-        UsageError: a flag was given that makes it another run, or the run has one that main.py no
-            longer has; lists all of them.
+        UsageError: a flag was given that may not change, or the run has a flag that main.py no
+            longer has; the message lists all of them.
     """
     if differences := other_flags({name: getattr(args, name) for name in given}, saved):
         raise UsageError(f"argument --resume: the run was started with other flags: {differences}")
@@ -35,11 +35,11 @@ def resume_flags(
 
 
 def other_flags(wanted: dict[str, Any], saved: dict[str, Any], also: Collection[str] = ()) -> str:
-    """The flags that make a run another one than the one that was saved; empty if none do.
+    """Describe the flags that differ from a saved run's; empty if none do.
 
     Args:
-        wanted: flags by name; those that it lacks are not compared.
-        saved: the run's flags; one that is newer than the run counts with its default.
+        wanted: flags by name; only these are compared.
+        saved: the run's flags; flags newer than the run have their defaults.
         also: names of flags to compare although a resumed run may change them.
     """
     known = by_name(TRAINING)

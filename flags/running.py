@@ -1,4 +1,4 @@
-"""Flags of a training run besides what it learns: speed, files, evaluation, logging."""
+"""main.py's flags for speed, files, evaluation and logging."""
 
 from flags.flag import Flag, Sections
 from flags.values import loss_scale, natural, positive, positive_int, save_path
@@ -16,8 +16,8 @@ RUNNING: Sections = {
         Flag(
             "--kernel",
             "auto",
-            "auto: the fast one where there is one; eager: the same, but a GPU's updates are not "
-            "recorded as CUDA graphs; plain: torch's own layers and step, the reference",
+            "auto: the fastest that fits; eager: the same, but without CUDA graphs; plain: torch's "
+            "own layers and step, the reference",
             choices=("auto", "eager", "plain"),
         ),
         Flag(
@@ -48,7 +48,7 @@ RUNNING: Sections = {
         Flag(
             "--device",
             "auto",
-            "where to compute; auto: the first GPU, if there is one",
+            "where to compute; auto: the first GPU, if any, else the CPU",
             metavar="auto|cpu|cuda[:N]",
             may_change=True,
         ),
@@ -65,8 +65,8 @@ RUNNING: Sections = {
         Flag(
             "--resume",
             None,
-            "continue a run exactly; auto: the one at --save if it is there, else start; PATH: a "
-            "run's last.pt, folder or best model. Flags not given are the run's own, but for "
+            "continue a run exactly; auto: the run at --save if it exists, else start one; PATH: a "
+            "run's last.pt, folder or best model. Flags not given are the run's, except "
             "--max-updates",
             metavar="auto|PATH",
             per_session=True,
@@ -81,7 +81,7 @@ RUNNING: Sections = {
         Flag(
             "--checkpoint-minutes",
             10.0,
-            "at most so many minutes between checkpoints",
+            "most minutes between checkpoints",
             positive,
             "X",
             may_change=True,
@@ -97,20 +97,20 @@ RUNNING: Sections = {
         Flag(
             "--eval-batch-size",
             10,
-            "stretches that the validation text is read in, side by side",
+            "columns that the validation text is divided into",
             positive_int,
         ),
         Flag("--test-batch-size", 1, "the same for the test text", positive_int, may_change=True),
         Flag("--bigram", False, "also test an interpolated bigram model", may_change=True),
-        Flag("--samples", 0, "sentences to let the model write last", natural, may_change=True),
+        Flag("--samples", 0, "sentences to sample from the model last", natural, may_change=True),
     ),
     "logging (WANDB_* variables fill in what is not given)": (
         Flag("--log-interval", 200, "updates between log lines", positive_int, may_change=True),
         Flag(
             "--diagnostics",
             None,
-            "every EVERY updates log where the gradient is and how large the recurrent matrices "
-            "are; not, if not given",
+            "every EVERY updates log norms of gradients and recurrent matrices (never, if not "
+            "given)",
             positive_int,
             "EVERY",
             may_change=True,

@@ -1,4 +1,4 @@
-"""main.py's flags, with the original's names and defaults. A flag more is a line more in TRAINING;
+"""main.py's flags, with the original's names and defaults. To add one, add a line to TRAINING;
 `args.NAME` is its value."""
 
 import argparse
@@ -80,7 +80,7 @@ TRAINING: Sections = {
         Flag(
             "--bptt",
             70,
-            "time steps that the gradient reaches through, k2; full: that are computed at once",
+            "time steps that the gradient reaches back, k2; full: time steps computed at once",
             positive_int,
         ),
         Flag(
@@ -165,7 +165,7 @@ def parse_training(argv: Sequence[str]) -> tuple[argparse.Namespace, set[str]]:
         The flags, and the names of those that were given (in argv or a recipe).
 
     Raises:
-        UsageError: a flag or value that cannot be.
+        UsageError: an invalid flag or value.
     """
     args, given = training_parser().parse(argv)
     if args.resume == "auto" and args.save is None:
@@ -179,21 +179,21 @@ def parse_training(argv: Sequence[str]) -> tuple[argparse.Namespace, set[str]]:
 
 
 def given_flags(argv: Sequence[str]) -> set[str]:
-    """Names of main.py's flags that a part of a command line gives.
+    """Names of main.py's flags that are given in a part of a command line.
 
     Raises:
-        UsageError: a flag or value that cannot be.
+        UsageError: an invalid flag or value.
     """
     return set(training_parser().given(argv))
 
 
 def settle_scheme(args: argparse.Namespace) -> None:
-    """Refuse flags that belong to another choice; fill in the scheme's own where not given.
+    """Check flags that need a value of another flag (`belongs_to`); fill in k1 and keep_prob.
 
-    Call it once the flags are final: a resumed run may have the flag that another belongs to.
+    Call it once the flags are final: a resumed run may have the other flag.
 
     Raises:
-        UsageError: a flag that belongs to another value of another flag.
+        UsageError: the other flag has another value.
     """
     for name, flag in by_name(TRAINING).items():
         if flag.belongs_to is None or getattr(args, name) == flag.default:
@@ -206,7 +206,7 @@ def settle_scheme(args: argparse.Namespace) -> None:
 
 
 def fill_in(flags: dict[str, Any]) -> dict[str, Any]:
-    """What the scheme's own flags mean where they are not given."""
+    """Fill in the defaults of k1 and keep_prob, which depend on other flags."""
     filled = dict(flags)
     if flags["bptt_scheme"] == "fixed" and flags["k1"] is None:
         filled["k1"] = flags["bptt"]

@@ -1,4 +1,4 @@
-"""The values that flags accept: parsers of one value each, which raise ArgumentTypeError."""
+"""Parsers of flags' values; they raise ArgumentTypeError."""
 
 import math
 from argparse import ArgumentTypeError
@@ -6,7 +6,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-LARGEST = 2**31 - 1  # what sizes and counts may be; C code that torch calls has ints of 32 bits
+LARGEST = 2**31 - 1  # of sizes and counts: libraries that torch calls use 32-bit integers
 
 
 def _number(
@@ -17,7 +17,7 @@ def _number(
             value = convert(text)
         except ValueError:
             value = None
-        # Not math.isfinite: it raises OverflowError for a large whole number.
+        # Not math.isfinite, which raises OverflowError for large integers.
         if value is None or value in (math.inf, -math.inf) or not holds(value):
             raise ArgumentTypeError(f"{text!r} is not {description}")
         return value
@@ -51,7 +51,7 @@ probability = _number(float, "a probability in [0, 1)", lambda x: 0 <= x < 1)
 
 
 def model_name(text: str) -> str:
-    """--model: refuses the original's kind that this project lacks."""
+    """--model: refuses QRNN, which the original has and this project lacks."""
     if text == "QRNN":
         raise ArgumentTypeError("QRNN is not supported")
     return text
@@ -69,14 +69,14 @@ def loss_scale(text: str) -> str | float:
 
 
 def save_path(text: str) -> str:
-    """--save: the run's folder is this path without its suffix, so it needs one."""
+    """--save: requires a suffix, since the run's folder is the path without it."""
     if not Path(text).suffix:
         raise ArgumentTypeError(f"{text!r} has no suffix such as .pt")
     return text
 
 
 def refused_cuda(text: str) -> str:
-    """--cuda: refused, since it meant the opposite of what it says."""
+    """--cuda: refused, since in the original it switched CUDA off."""
     raise ArgumentTypeError(
         "it switched CUDA off in the original; give --device cpu or --device cuda instead"
     )

@@ -1,4 +1,4 @@
-"""Which kernel computes each part of an update, and why it is that one."""
+"""Chooses the kernel of each part of an update: layers, decoder, step."""
 
 from dataclasses import dataclass
 
@@ -17,7 +17,7 @@ from model import RNNModel
 
 @dataclass(frozen=True)
 class Choice:
-    """The kernel of a part, "plain" for plain torch, and what is to be said about it."""
+    """The kernel of a part, "plain" for plain torch, and why no faster one fits."""
 
     kernel: str
     reason: str = ""
@@ -29,19 +29,19 @@ class Choice:
 def install(
     model: RNNModel, dtype: torch.dtype | None, device: torch.device, fast: bool = True
 ) -> dict[str, Choice]:
-    """Have the model's layers and decoder trained by the fastest kernels that fit.
+    """Install the fastest kernels that fit in the model's layers and decoder, for training.
 
-    Evaluation stays plain torch in float32, and no checkpoint knows of kernels. In 16 bits weights,
-    their gradients, states, penalties and the loss stay float32.
+    Evaluation stays plain torch in float32, and checkpoints do not depend on kernels. In 16 bits,
+    weights, their gradients, states, penalties and the loss stay float32.
 
     Args:
-        model: on the device.
-        dtype: what layers and decoder compute in, bfloat16 or float16; None: their weights' own.
-        device: that trains.
+        model: the model, on the device.
+        dtype: bfloat16 or float16, for layers and decoder; None: their weights' dtype.
+        device: the training device.
         fast: False: plain torch, the reference.
 
     Returns:
-        What was chosen for "layers" and "decoder".
+        The choices for "layers" and "decoder".
     """
     choices = [_install_layer(layer, dtype, device, fast) for layer in model.layers]
     layers = max(choices, key=lambda choice: choice.kernel != "plain")
@@ -90,7 +90,7 @@ def choose_step(
     fast: bool,
     loss_scale: AnyLossScale | None = None,
 ) -> Choice:
-    """Whether fused_step.FusedStep takes the optimizer's steps."""
+    """Choose between FusedStep and PlainStep ("plain")."""
     if not fast:
         return Choice("plain", "as asked")
     if reason := fused_step.why_not(optimizer, dtype, device, loss_scale):

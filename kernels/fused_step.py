@@ -1,4 +1,4 @@
-"""Clipping, weight decay, SGD and averaging in a few kernels, without waiting for the device."""
+"""Clipping, weight decay, SGD and averaging in a few kernels, without device synchronisation."""
 
 from itertools import accumulate
 
@@ -8,35 +8,35 @@ from torch import Tensor
 from loss_scale import AnyLossScale, LogMax, LossScale
 from nt_asgd import NTASGD
 
-# Parameters start at multiples of so many numbers in the flat buffer.
+# Each parameter's offset in the flat buffer is a multiple of this many elements.
 ALIGNMENT = 64
 # As in torch.nn.utils.clip_grad_norm_.
 NORM_EPS = 1e-6
 
 
 class FusedStep:
-    """NTASGD's step after clipping, for gradients whose loss may have been scaled.
+    """Clipping and NTASGD's step, fused; unscales the gradients first.
 
-    With S the scale, N the norm of the gradients over S, and lr, wd the optimizer's:
+    With S the loss scale, N the norm of the gradients divided by S, and lr, wd the optimizer's:
 
         w <- w - lr (g / (S max(1, (N + 1e-6) / clip)) + wd w)
 
-    by one kernel over all parameters, and the average of the iterates by one more. The parameters
-    are moved into one flat buffer, their averages into another; gradients may lie anywhere. What
-    changes from update to update (learning rate, scale, number of averaged iterates) is on the
-    device, where overflows are found, their updates skipped and the scale adapted by LossScale's
-    rules. So a captured graph of the step stays right, and no update waits for the one before.
+    in one kernel over all parameters; a second kernel updates the average. The parameters move into
+    one flat buffer, their averages into another. Learning rate, scale and number of averaged
+    iterates are on the device, which also detects overflows, skips their updates and adapts the
+    scale by LossScale's rules. So a captured graph of the step stays valid, and no update
+    synchronises with the device.
 
-    N is taken of the scaled gradients, in their dtype: in float32 a product S N above 1.8e19
-    overflows and counts as an overflow, too.
+    The norm is computed before unscaling, in the gradients' dtype: in float32 a product S N above
+    1.8e19 counts as an overflow, too.
 
-    Checkpoints are made of the optimizer and the loss scale. `note` keeps their counts up to date,
-    and `restore` reads them.
+    Checkpoints store the state of the optimizer and the loss scale; `note` keeps their counts up to
+    date, and `restore` reads them.
 
     Args:
-        optimizer: with one group of parameters, all of a floating dtype and on one device.
-        clip: largest global norm of the gradient; 0: any.
-        loss_scale: the scale to start from, and its rules; None: 1, and nothing is skipped.
+        optimizer: has one group of parameters, all of one floating dtype and on one device.
+        clip: largest global norm of the gradient; 0: no clipping.
+        loss_scale: initial scale and rules; None: scale 1, and no update is skipped.
     """
 
     name = "fused"
@@ -87,7 +87,7 @@ class FusedStep:
         if self.averages is None:
             self.averages = self.weights.clone()
         for p, view in zip(self.params, self._views(self.averages), strict=True):
-            # Before its first iterate, the average is taken for the weights themselves.
+            # Before the first averaged iterate, the average is a copy of the weights.
             view.copy_(self.optimizer.state[p].get("average", p.detach()))
             self.optimizer.state[p]["average"] = view
 
@@ -130,7 +130,7 @@ class FusedStep:
         averages.lerp_(self.weights, counts / self.num_averaged.clamp(min=1))
 
     def note(self, overflow: bool) -> None:
-        """Count the update's iterate in the optimizer; the loss scale's owner adapts that."""
+        """Count the update's iterate in the optimizer. (LossScaling adapts the loss scale.)"""
         self.optimizer.num_averaged += self.averaging and not overflow
 
 
@@ -140,7 +140,7 @@ def why_not(
     device: torch.device,
     loss_scale: AnyLossScale | None = None,
 ) -> str:
-    """Why FusedStep does not take an optimizer's steps; empty: it does."""
+    """Reason why FusedStep does not fit; empty if it fits."""
     if not isinstance(optimizer, NTASGD):
         return f"{type(optimizer).__name__} steps by itself"
     if len(optimizer.param_groups) != 1:

@@ -1,4 +1,4 @@
-"""CUDA graphs: work on a GPU that is captured once and replayed, one launch for all its kernels."""
+"""CUDA graphs: capture work on a GPU once, then replay it with one launch for all its kernels."""
 
 from collections.abc import Callable, Hashable
 from contextlib import suppress
@@ -12,22 +12,22 @@ Work = Callable[[], None]
 
 
 class Recorder(Protocol):
-    """How work is captured."""
+    """Captures work for replay."""
 
     def run(self, work: Work) -> None:
-        """Do the work eagerly, on the stream that it is captured from."""
+        """Run the work eagerly, on the capture stream."""
 
     def capture(self, work: Work) -> Work:
-        """Capture the work without doing it.
+        """Capture the work without running it.
 
-        The work reads its inputs from memory that stays where it is and leaves its results there.
-        Python's numbers become constants; random numbers are drawn anew by each replay.
+        The work must read its inputs from fixed memory and write its results to fixed memory.
+        Python numbers become constants; each replay draws new random numbers.
 
         Returns:
-            What replays it, any number of times.
+            A function that replays the work.
 
         Raises:
-            RuntimeError: it cannot be captured.
+            RuntimeError: the work cannot be captured.
         """
 
 
@@ -36,7 +36,7 @@ class CudaRecorder:
 
     Args:
         device: the GPU.
-        generator: that the work draws from, besides torch's default one; None: no other.
+        generator: random generator of the work, besides torch's default one; None: no other.
     """
 
     def __init__(self, device: torch.device, generator: torch.Generator | None = None) -> None:
@@ -45,7 +45,7 @@ class CudaRecorder:
         self.pool = torch.cuda.graph_pool_handle()
 
     def run(self, work: Work) -> None:
-        """See Recorder. Libraries allocate their workspaces per stream, so before a capture."""
+        """See Recorder. Libraries allocate workspaces per stream: run once before a capture."""
         self.stream.wait_stream(torch.cuda.current_stream(self.stream.device))
         with torch.cuda.stream(self.stream):
             work()
@@ -69,27 +69,27 @@ class CudaRecorder:
         return graph.replay
 
     def _end_capture(self) -> None:
-        """Undo what torch.cuda.graph leaves behind where the end of its capture fails.
+        """Reset generators and allocator, which torch.cuda.graph does not if a capture fails.
 
-        Generators would count as capturing for ever, and the allocator would keep freed memory.
+        Otherwise generators stay in capture mode, and the allocator keeps freed memory.
         """
         device = self.stream.device.index
         for generator in (torch.cuda.default_generators[device], self.generator):
             if generator is not None:
                 generator.graphsafe_set_state(generator.clone_state())
-        with suppress(RuntimeError):  # where torch has done so itself
+        with suppress(RuntimeError):  # torch may have done so itself
             torch._C._cuda_endAllocateToPool(device, self.pool)
 
 
 class Graphs:
     """The first call of a kind runs eagerly, the second is captured, later ones replay.
 
-    So work that comes once is never captured, and when work is captured the libraries it calls are
-    initialised. After a capture that fails everything runs eagerly.
+    So work that runs once is never captured, and libraries are initialised before a capture. After
+    a failed capture everything runs eagerly.
 
     Args:
-        recorder: captures.
-        failed: called once with the reason if a capture fails.
+        recorder: captures the work.
+        failed: called once, with the reason, if a capture fails.
     """
 
     def __init__(self, recorder: Recorder, failed: Callable[[str], None]) -> None:
@@ -100,20 +100,20 @@ class Graphs:
         self.replays: dict[Hashable, Work] = {}
 
     def run(self, kind: Hashable, work: Work) -> None:
-        """Do the work, eagerly or by its graph.
+        """Run the work, eagerly or by replaying its graph.
 
         Args:
-            kind: work of the same kind differs only in what it reads from memory.
+            kind: key of the graph; works of one kind differ only in the contents of memory.
             work: see Recorder.capture.
 
         Raises:
-            RunError: a capture failed, and left the GPU unable to compute.
+            RunError: a capture failed, and the GPU cannot compute any more.
         """
         if self.works and kind in self.seen and kind not in self.replays:
             try:
                 self.replays[kind] = self.recorder.capture(work)
             except RuntimeError as error:
-                # Ending a capture that failed may fail too: then the first error is its context.
+                # If ending the failed capture fails too, the first error is the context.
                 self._continue_eagerly(error.__context__ or error, work)
                 return
         self.seen.add(kind)

@@ -1,4 +1,4 @@
-"""Layers and decoders in plain torch, with products of 16 bits."""
+"""Layers and decoders in plain torch, with matrix products in 16 bits."""
 
 import torch
 import torch.nn.functional as F
@@ -10,10 +10,10 @@ from noise import Noise
 
 
 class LayerInDtype:
-    """Layer.compute with input, weights and states cast; the states come back in their own dtype.
+    """Layer.compute with input, weights and states cast to dtype; returns states in their own.
 
     Args:
-        layer: any.
+        layer: any layer.
         dtype: bfloat16 or float16.
     """
 
@@ -34,10 +34,10 @@ class LayerInDtype:
 
 
 class DecoderInDtype:
-    """Decoder.forward with its parameters and input cast, and the cross-entropy in float32.
+    """Decoder.forward with parameters and input cast to dtype; the cross-entropy is float32.
 
     Args:
-        decoder: any.
+        decoder: any decoder.
         dtype: bfloat16 or float16.
     """
 

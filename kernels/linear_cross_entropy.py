@@ -1,4 +1,4 @@
-"""Decoder and cross-entropy in one, with the gradient worked out on the way."""
+"""Fused linear decoder and cross-entropy, which computes its gradient in the forward pass."""
 
 from typing import Any
 
@@ -9,22 +9,22 @@ from torch.autograd.function import once_differentiable
 from decoders.decoder import Decoder
 from decoders.linear import Linear
 
-# Bytes of scores that exist at a time, on a CPU and on a GPU, to which each block costs a pass over
-# the decoder's gradient; rows of them that a CPU handles at once, in its caches.
+# Bytes of a block of scores, on a CPU and on a GPU, where each block costs a pass over the
+# decoder's gradient; rows of softmax at a time on a CPU, so that they stay in its caches.
 BLOCK_BYTES, BLOCK_BYTES_GPU = 64 * 2**20, 256 * 2**20
 SOFTMAX_ROWS = 64
-# Rows of a block in float16, whose sums over rows must stay below 65,504.
+# Most rows of a block in float16, so that sums over rows stay below 65,504.
 FLOAT16_ROWS = 8192
 
 DTYPES = (torch.bfloat16, torch.float16, torch.float32, torch.float64)
 
 
 class FastLinear:
-    """decoders.linear.Linear's loss by linear_cross_entropy.
+    """The loss of decoders.linear.Linear, computed by linear_cross_entropy.
 
     Args:
-        decoder: whose weights are taken.
-        dtype: of the products; None: that of the output it is given.
+        decoder: owner of the weights.
+        dtype: dtype of the products; None: that of the output.
     """
 
     name = "linear_cross_entropy"
@@ -40,7 +40,7 @@ class FastLinear:
 
 
 def why_not(decoder: Decoder, dtype: torch.dtype | None, device: torch.device) -> str:
-    """Why FastLinear does not compute this decoder's loss; empty: it does."""
+    """Reason why FastLinear does not fit; empty if it fits."""
     if type(decoder) is not Linear:
         return f"{type(decoder).__name__} has no fast kernel"
     if device.type != "cuda" and dtype != torch.bfloat16:
@@ -51,36 +51,36 @@ def why_not(decoder: Decoder, dtype: torch.dtype | None, device: torch.device) -
 def linear_cross_entropy(hidden: Tensor, weight: Tensor, bias: Tensor, targets: Tensor) -> Tensor:
     """Mean cross-entropy of softmax(W h + b), with products in the dtype of hidden.
 
-    F.cross_entropy(F.linear(hidden, weight, bias), targets) for a large vocabulary: rows go
-    through it in blocks, whose scores are overwritten at once by what becomes their gradient,
+    Equals F.cross_entropy(F.linear(hidden, weight, bias), targets), but never holds all scores:
+    rows are processed in blocks, whose scores are overwritten by their gradient,
 
         dL/dscores = (softmax(scores) - onehot(target)) / N
 
-    (without the N, which comes last), and nothing is stored for backward but the gradients proper.
+    (backward divides by N). Only the gradients of hidden, W and b are saved for backward.
 
-    In bfloat16 and float16 the scores W h are rounded (their sums are accumulated in float32);
-    bias, softmax, logarithm and the sum of the losses are float32. Then softmax - onehot is rounded
-    for the two products that take it (on a GPU softmax first, and the bias's gradient is of the
-    rounded ones). Weight and bias may (and should) be float32: they are cast
-    here and their gradients come back in float32. In float32 and float64 nothing is rounded down.
+    In bfloat16 and float16 the scores W h are accumulated in float32 and rounded; bias, softmax,
+    logarithm and the sum of the losses are float32; softmax - onehot is rounded for its two
+    products. (On a GPU softmax is rounded before onehot is subtracted, and the bias's gradient sums
+    rounded values.) Weight and bias should be float32: they are cast here, and their gradients
+    are float32. In float32 and float64 no cast loses precision.
 
-    In float16 a softmax below 2**-25 counts as 0, and scores above 65,504 are infinite. The sums
-    for the gradient of W are float32 on a GPU; elsewhere they are float16, over FLOAT16_ROWS rows
-    of hidden at most, which are weighted by no more than 1 each: |hidden| < 8 is safe. A factor on
-    the loss comes after them, in float32; only the gradient of hidden is float16 under it, too.
+    In float16 a softmax below 2**-25 becomes 0, and scores above 65,504 are infinite. On a GPU the
+    gradient of W is summed in float32; on a CPU in float16, over FLOAT16_ROWS rows of hidden at
+    most with weights of at most 1, so that |hidden| < 8 is safe. Loss scaling multiplies these
+    sums afterwards, in float32; only the gradient of hidden is scaled in float16.
 
     Args:
-        hidden: what is decoded, (N, E), bfloat16, float16, float32 or float64; N = T·B, say.
+        hidden: decoder's input, (N, E), bfloat16, float16, float32 or float64; N = T·B.
         weight: decoder's matrix, (V, E), of any floating dtype.
         bias: decoder's bias, (V,), of any floating dtype.
         targets: ids of the words to predict, (N,).
 
     Returns:
-        Scalar float32 (float64 for float64 input), nats per token. Gradients have the dtype of
-        what they belong to. They cannot be differentiated again.
+        Scalar float32 (float64 for float64 input), nats per token. Gradients have their tensors'
+        dtypes; there is no double backward.
 
     Raises:
-        ValueError: shapes that do not fit together, nothing to decode, or another dtype.
+        ValueError: mismatched shapes, an empty input, or another dtype of hidden.
     """
     if hidden.dtype not in DTYPES:
         names = "bfloat16, float16, float32 or float64"
@@ -144,13 +144,13 @@ class _LinearCrossEntropy(torch.autograd.Function):
 
 
 def _scaled(x: Tensor, scale: Tensor, dtype: torch.dtype) -> Tensor:
-    """x * scale, rounded once. With no dimension a scale would be rounded to x's dtype first."""
+    """x * scale, rounded once. (A 0-dimensional scale would be rounded to x's dtype first.)"""
     wide = scale.reshape([1] * x.dim())
     return torch.mul(x, wide, out=torch.empty_like(x, dtype=dtype))
 
 
 def _wide_product(a: Tensor, b: Tensor, wide: torch.dtype) -> Tensor:
-    """a b in a wider dtype; where it can be, the sums are never rounded to that of a and b."""
+    """a b in a wider dtype; on a GPU the sums are not rounded to the dtype of a and b."""
     if a.is_cuda and a.dtype != wide:
         return torch.mm(a, b, out_dtype=wide)
     return (a @ b).to(wide)
@@ -159,13 +159,13 @@ def _wide_product(a: Tensor, b: Tensor, wide: torch.dtype) -> Tensor:
 def _softmax(
     scores: Tensor, bias: Tensor, targets: Tensor, training: bool, d_bias: Tensor | None
 ) -> Tensor:
-    """Sum of the losses of some rows, whose gradient it puts into scores and adds to d_bias.
+    """Summed loss of a block; overwrites scores by their gradient and adds to d_bias.
 
     Args:
         scores: without the bias, (rows, V).
         bias: (V,), in the dtype to compute in.
         targets: (rows,).
-        training: a gradient is wanted.
+        training: compute the gradient.
         d_bias: (V,) or None.
     """
     if not _has_caches(scores):
@@ -176,8 +176,8 @@ def _softmax(
     ):
         wide = rows.to(bias.dtype, copy=True).add_(bias)
         share = wide.softmax(dim=1)
-        # Of the largest score, whose share is at least 1 / V: its logarithm is safe. (To compute
-        # log-softmax and exp costs twice as much.)
+        # log(sum(exp)) from the largest score, whose softmax is at least 1 / V, so that its
+        # logarithm is safe. (log_softmax and exp cost twice as much.)
         log_sum = wide.amax(1, keepdim=True) - share.amax(1, keepdim=True).log()
         loss += (log_sum - wide.gather(1, wanted)).sum()
         if training:
@@ -191,7 +191,7 @@ def _softmax(
 def _softmax_at_once(
     scores: Tensor, bias: Tensor, targets: Tensor, training: bool, d_bias: Tensor | None
 ) -> Tensor:
-    """The same by few kernels, each over all rows: on a GPU memory is what they wait for."""
+    """As _softmax, in few kernels over all rows: a GPU is limited by memory bandwidth."""
     wanted = targets[:, None]
     log_share = torch.add(scores, bias[None]).log_softmax(dim=1)
     loss = -log_share.gather(1, wanted).sum()
@@ -204,5 +204,5 @@ def _softmax_at_once(
 
 
 def _has_caches(x: Tensor) -> bool:
-    """It lies where a part that was just written is read fast."""
+    """True on a CPU, whose caches hold a part that was just written."""
     return x.device.type == "cpu"

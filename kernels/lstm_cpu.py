@@ -1,4 +1,4 @@
-"""An LSTM layer for a CPU with fast bfloat16 products: few of them inside the time loop."""
+"""An LSTM layer for CPUs with fast bfloat16 products; its time loop has one product per step."""
 
 from collections.abc import Callable
 from typing import Any
@@ -11,7 +11,7 @@ from layers.layer import Layer, State, Weights
 from layers.lstm import LSTM, WEIGHTS
 from noise import Noise
 
-# What the states and the gates are kept in, by the dtype of the products.
+# Dtype of states and gates, by the dtype of the products.
 STATE_DTYPES = {
     torch.bfloat16: torch.float32,
     torch.float32: torch.float32,
@@ -20,10 +20,10 @@ STATE_DTYPES = {
 
 
 class CpuLSTM:
-    """layers.lstm.LSTM by lstm_layer.
+    """layers.lstm.LSTM, computed by lstm_layer.
 
     Args:
-        dtype: of the products, bfloat16 where it is to be fast.
+        dtype: dtype of the products; only bfloat16 is fast.
     """
 
     name = "cpu"
@@ -42,7 +42,7 @@ class CpuLSTM:
 
 
 def why_not(layer: Layer, dtype: torch.dtype | None, device: torch.device) -> str:
-    """Why CpuLSTM does not compute this layer; empty: it does."""
+    """Reason why CpuLSTM does not fit; empty if it fits."""
     if type(layer) is not LSTM:
         return f"{type(layer).__name__} has no fast kernel on a CPU"
     if device.type != "cpu" or dtype != torch.bfloat16:
@@ -53,7 +53,7 @@ def why_not(layer: Layer, dtype: torch.dtype | None, device: torch.device) -> st
 def lstm_layer(
     x: Tensor, h0: Tensor, c0: Tensor, w_ih: Tensor, w_hh: Tensor, b_ih: Tensor, b_hh: Tensor
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """One LSTM layer, computed in the dtype of x; bfloat16 is what it is made for.
+    """One LSTM layer with products in the dtype of x, made for bfloat16.
 
     The equations are torch.nn.LSTM's (Hochreiter & Schmidhuber 1997; Gers et al. 2000):
 
@@ -61,18 +61,18 @@ def lstm_layer(
         a = W_ih x[t] + b_ih + W_hh h[t-1] + b_hh,
         c[t] = f c[t-1] + i g,  h[t] = o tanh(c[t]).
 
-    One product gives the inputs' share of a for all time steps, and in backward one each gives the
-    gradients of x, W_ih and W_hh. The time loop is left with one product a step, in either
-    direction, of (B, H) with W_hh.
+    One product computes W_ih x for all time steps, and in backward one product each computes the
+    gradients of x, W_ih and W_hh. Per step the time loop has one product, of (B, H) with W_hh, in
+    forward and one in backward.
 
-    In bfloat16 the factors of every product are rounded to 8 bits, its sums are accumulated in
-    float32 and rounded once. Cells, gates and their derivatives are float32, and so are the sums
-    of the biases' gradients. Weights may (and should) be float32: they are cast here, once a call,
-    and their gradients come back in float32. In float32 and float64 nothing is rounded down.
+    In bfloat16 the factors of every product have 8 bits of precision; its sums are accumulated in
+    float32 and rounded once. Cells, gates, their derivatives and the sums of the biases' gradients
+    are float32. Weights should be float32: they are cast here, once per call, and their gradients
+    are float32. In float32 and float64 no cast loses precision.
 
     Args:
         x: input, (T, B, E), bfloat16, float32 or float64.
-        h0: output before the first step, (B, H). Like all that follow of any floating dtype.
+        h0: output before the first step, (B, H). This and all that follow: any floating dtype.
         c0: cells before the first step, (B, H).
         w_ih: input weights, (4·H, E), the gates in the order i, f, g, o.
         w_hh: recurrent weights, (4·H, H).
@@ -81,10 +81,10 @@ def lstm_layer(
 
     Returns:
         Outputs (T, B, H) in the dtype of x; h[T] (B, H) in that of h0; c[T] (B, H) in that of c0.
-        Gradients have the dtype of what they belong to. They cannot be differentiated again.
+        Gradients have their tensors' dtypes; there is no double backward.
 
     Raises:
-        ValueError: shapes that do not fit together, no time step, no sequence, or another dtype.
+        ValueError: mismatched shapes, an empty input, or another dtype of x.
     """
     _check(x, h0, c0, w_ih, w_hh, b_ih, b_hh)
     training = torch.is_grad_enabled()
@@ -111,14 +111,13 @@ def _check(x: Tensor, h0: Tensor, c0: Tensor, w_ih: Tensor, w_hh: Tensor, *biase
 class _LSTMLayer(torch.autograd.Function):
     """The layer and its gradient.
 
-    All four gates go through one sigmoid, the fastest of the functions at hand, and tanh(a) =
-    2 sigmoid(2 a) - 1. For that the rows of g are doubled, and the cells are kept doubled. Doubling
-    is exact. In what follows z is a with its part for g doubled, s = sigmoid(z_g), k = 2 c and
-    r = sigmoid(k). Per step, everything lies gate by gate, (4, B, H): one gate is then one stretch
-    of memory, and an operation on all of them is as fast as on any other such stretch.
+    One sigmoid serves all four gates, since tanh(a) = 2 sigmoid(2 a) - 1; for that the rows of g
+    are doubled, and cells are stored doubled. Doubling is exact. Below, z is a with its part for g
+    doubled, s = sigmoid(z_g), k = 2 c and r = sigmoid(k). The layout per step is gate by gate,
+    (4, B, H), so that each gate, and all four together, are contiguous.
 
-    Operations of this size cost little more than their call. So forward keeps, instead of gates
-    and cells, what backward multiplies by; with d = dL/dh and e = dL/dk
+    Operations of this size cost little more than their call. So forward saves the factors of
+    backward's products instead of gates and cells; with d = dL/dh and e = dL/dk
 
         e[t] = f[t+1] e[t+1] + 2 d o r (1 - r),   dL/dz = (e, e, e, d) * factors * sigmoid'(z),
         factors = (2 g, k[t-1], 4 i, tanh c).
@@ -148,8 +147,8 @@ class _LSTMLayer(torch.autograd.Function):
         z = (rows @ w_ih.t()).view(steps, batch, -1)
         h = x.new_empty(steps + 1, batch, units)
         h[0] = h0
-        # Per step: f; what dL/dz is a multiple of, in forward the gates; o r (1 - r).
-        # (A block of memory for each step: larger ones malloc may get from the system each time.)
+        # Per step: f; the gates, then the factors of dL/dz; o r (1 - r). (One tensor per step:
+        # malloc may get a larger block from the system each time.)
         shape = (6, batch, units)
         saved = [x.new_empty(shape, dtype=state) for _ in range(steps if training else 1)]
         factors = torch.empty_like(saved[0][1:5])
@@ -177,7 +176,7 @@ class _LSTMLayer(torch.autograd.Function):
 
         ctx.save_for_backward(rows, w_ih, w_hh, h, *saved)
         ctx.set_materialize_grads(False)
-        # Copies: the last states outlive the window, what is saved for backward does not.
+        # Copies, so that the last states do not keep the saved tensors alive.
         return h[1:], h[-1].to(h0.dtype, copy=True), (k / 2).to(c0.dtype)
 
     @staticmethod
@@ -193,7 +192,7 @@ class _LSTMLayer(torch.autograd.Function):
         dh_next = torch.zeros_like(h[0]) if grad_h is None else grad_h.to(dtype, copy=True)
         dh_next += grad_output[-1]
 
-        # What goes on to the step before; dL/dz; what is added to e
+        # f e for the step before; dL/dz; d o r (1 - r).
         products = torch.zeros_like(saved[0])
         if grad_c is not None:
             torch.div(grad_c.to(products.dtype), 2, out=products[0])
@@ -244,11 +243,11 @@ def _sigmoid_backward(factor: Tensor, sigmoid: Tensor, out: Tensor) -> None:
 def _product(
     weight: Tensor, batch: int, bias: Tensor | None = None
 ) -> Callable[[Tensor, Tensor], Tensor]:
-    """The function (y, x) -> y + x W^T + b for many x, (B, K), one W, (N, K), and one b, (N,).
+    """The function (y, x) -> y + x W^T + b for many x, (B, K), with W (N, K) and b (N,) fixed.
 
-    Left alone, oneDNN rearranges W for every product. Here that is done once where it can be.
-    Either way sums are accumulated in float32 (float64 for float64), b and y are added, and the
-    result is rounded once; without packed weights y + b is rounded too.
+    Packs W once if possible; oneDNN otherwise packs it for every product. Sums are accumulated in
+    float32 (float64 for float64) and rounded once, after y and b were added; without packed weights
+    y + b is rounded too.
     """
     if can_pack(weight.dtype):
         kernels = torch.ops.mkldnn
@@ -260,9 +259,9 @@ def _product(
 
 
 def can_pack(dtype: torch.dtype) -> bool:
-    """PyTorch has the operators that keep a weight as oneDNN wants it, and the CPU bfloat16.
+    """True if PyTorch has oneDNN's operators for packed weights, and the CPU supports bfloat16.
 
-    They are the ones that torch.compile's code for a CPU uses, and are not documented.
+    These operators are undocumented; torch.compile uses them on CPUs.
     """
     kernels = torch.ops.mkldnn
     names = ("_reorder_linear_weight", "_linear_pointwise", "_is_mkldnn_bf16_supported")
@@ -272,6 +271,6 @@ def can_pack(dtype: torch.dtype) -> bool:
 
 
 def _double_g(weight: Tensor) -> Tensor:
-    """weight, (4·H, …), itself, its rows of g doubled in place."""
+    """Double the rows of g of a weight, (4·H, …), in place; returns the weight."""
     weight.chunk(4)[2].mul_(2)
     return weight

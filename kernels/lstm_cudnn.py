@@ -1,4 +1,4 @@
-"""cuDNN's LSTM layer over a weight buffer of our own, padded to sizes it is fast at."""
+"""cuDNN's LSTM layer with a persistent weight buffer, padded to sizes at which cuDNN is fast."""
 
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -12,33 +12,33 @@ from layers.layer import Layer, State, Weights
 from layers.lstm import LSTM, WEIGHTS
 from noise import Noise
 
-# Sizes are padded to a multiple of this: rows of 1150 numbers of 16 bits do not start at multiples
-# of 16 bytes, which tensor cores want, rows of 1152 do.
+# Sizes are padded to a multiple of this: tensor cores want rows aligned to 16 bytes, and rows of
+# 1152 16-bit numbers are, rows of 1150 are not.
 MULTIPLE = 8
-# cuDNN's number for an LSTM, and how many weights PyTorch hands over for a layer of one.
+# cuDNN's number for an LSTM, and PyTorch's number of weights per layer.
 LSTM_MODE, COUNT = 2, 4
-# Of a layer that is tried out: for smaller ones, up to 192, cuDNN has other kernels.
+# Size of the trial layer: up to 192 units cuDNN uses other kernels.
 TRIAL_UNITS = 200
 TRIAL_TOLERANCE = 0.03  # outputs lie within 1, and bfloat16 has 8 bits
 
 
 class CudnnLSTM:
-    """layers.lstm.LSTM by cuDNN.
+    """layers.lstm.LSTM, computed by cuDNN.
 
-    cuDNN wants a layer's weights in one buffer, at places of its own choice. A weight that was
-    multiplied by a mask is not there, so that nn.LSTM copies all of them for each call and asks
-    cuDNN for their places. Here the buffer is kept, and one copy a weight casts and moves it.
+    cuDNN wants a layer's weights in one buffer, in a layout of its own. A masked weight is not in
+    that buffer, so nn.LSTM makes a new buffer and copies all weights in every call. This class
+    keeps the buffer; one copy per weight casts and moves it.
 
-    Widths are padded to a multiple of 8. With their weights zero, padded units have gates
-    i = f = o = 1/2 and g = 0, so that from a zero state c = f 0 + i 0 = 0 and h = 0 in every step;
-    nothing leaves them, and so no gradient enters them. The result is that without padding.
+    Widths are padded to a multiple of 8. Padded units have zero weights, so that i = f = o = 1/2,
+    g = 0, and from a zero state c = h = 0 in every step. They contribute nothing to the output and
+    receive no gradient: the result is that without padding.
 
     Args:
-        width: of the input, E.
-        units: of the layer, H.
-        dtype: that cuDNN computes in, float32, float16, bfloat16 (or float64).
-        device: with cuDNN.
-        multiple: sizes are padded to a multiple of this; 1: not at all.
+        width: size of the input, E.
+        units: size of the layer, H.
+        dtype: cuDNN's dtype: float32, float16, bfloat16 or float64.
+        device: a GPU with cuDNN.
+        multiple: sizes are padded to a multiple of this; 1: no padding.
     """
 
     name = "cudnn"
@@ -60,7 +60,7 @@ class CudnnLSTM:
         parts = [torch.zeros(shape, dtype=dtype, device=device) for shape in shapes]
         parts += [torch.zeros(shapes[0][:1], dtype=dtype, device=device) for _ in range(2)]
         with torch.no_grad():
-            # Makes the tensors of parts views of the buffer that it returns.
+            # Turns the tensors of parts into views of the buffer that it returns.
             self.buffer: Tensor = torch.ops.aten._cudnn_rnn_flatten_weight(
                 parts,
                 COUNT,
@@ -79,17 +79,16 @@ class CudnnLSTM:
     ) -> tuple[Tensor, State]:
         """See Layer.compute.
 
-        Between a call and its backward no other may come with other weights.
+        Run a call's backward before the next call with other weights: they share the buffer.
 
         Args:
-            x: input, (T, B, E); it is cast to dtype, if it has another.
+            x: input, (T, B, E); cast to dtype.
             state: h and c before the first step, (1, B, H) each, of any floating dtype.
-            weights: of any floating dtype; float32 may (and should) stay so.
+            weights: of any floating dtype, preferably float32.
 
         Returns:
-            Outputs (T, B, H) in dtype, and the states after the last step, of the dtype of those
-            before. Gradients have the dtype of what they belong to. They cannot be differentiated
-            again.
+            Outputs (T, B, H) in dtype, and the states after the last step in the dtypes of state.
+            Gradients have their tensors' dtypes; there is no double backward.
         """
         x = pad_last(x.to(self.dtype), self.padded_width)
         listed = [weights[name] for name in WEIGHTS]
@@ -98,13 +97,13 @@ class CudnnLSTM:
 
     @torch.no_grad()
     def fill(self, weights: Sequence[Tensor]) -> None:
-        """Write weights into the buffer, cast; padding stays 0."""
+        """Cast the weights and write them into the buffer; padding stays 0."""
         for part, weight in zip(self.parts, weights, strict=True):
             gates = weight.unflatten(0, (4, self.units))
             self._without_padding(part, weight.size(-1)).copy_(gates)
 
     def gradients(self, d_parts: Sequence[Tensor], weights: Sequence[Tensor]) -> list[Tensor]:
-        """The weights' gradients from those of the buffer's parts, in the weights' dtype."""
+        """The weights' gradients, in their dtype, from those of the buffer's parts."""
         grads = []
         for d_part, weight in zip(d_parts, weights, strict=True):
             grads.append(torch.empty_like(weight, memory_format=torch.contiguous_format))
@@ -113,15 +112,15 @@ class CudnnLSTM:
         return grads
 
     def forward(self, x: Tensor, h: Tensor, c: Tensor) -> tuple[Tensor, ...]:
-        """cuDNN's forward over the buffer as it is, without autograd.
+        """cuDNN's forward with the weights in the buffer, without autograd.
 
         Args:
-            x: (T, B, padded_width), contiguous, in dtype; like all that follow.
+            x: (T, B, padded_width); like all that follow contiguous and in dtype.
             h: (1, B, padded_units).
             c: (1, B, padded_units).
 
         Returns:
-            Outputs (T, B, padded_units), last h and c, and the reserve, which backward uses up.
+            Outputs (T, B, padded_units), last h and c, and cuDNN's reserve for one backward.
         """
         found = torch.ops.aten._cudnn_rnn(x, self.parts, COUNT, self.buffer, h, c, *self._options)
         return tuple(found[:4])
@@ -135,15 +134,15 @@ class CudnnLSTM:
         reserve: Tensor,
         of_weights: bool = True,
     ) -> tuple[Tensor, Tensor, Tensor, list[Tensor]]:
-        """cuDNN's backward: gradients of x, h and c, and, if wanted, of the buffer's parts.
+        """cuDNN's backward: gradients of x, h and c, and of the buffer's parts if of_weights.
 
         Args:
-            inputs: forward's.
+            inputs: forward's x, h and c.
             output: forward's outputs.
-            d_output: their gradient.
+            d_output: gradient of the outputs.
             d_states: gradients of the last h and c.
-            reserve: forward's.
-            of_weights: those of the parts are wanted; the others are computed in any case.
+            reserve: forward's reserve.
+            of_weights: compute the gradients of the parts.
         """
         found: tuple[Tensor, Tensor, Tensor, list[Tensor]] = torch.ops.aten._cudnn_rnn_backward(
             inputs[0], self.parts, COUNT, self.buffer, *inputs[1:], output, d_output, *d_states,
@@ -153,11 +152,11 @@ class CudnnLSTM:
 
     @property
     def _options(self) -> list[Any]:
-        """What follows the tensors in both calls: one layer, time first, no dropout."""
+        """cuDNN's options, the same in both calls: one layer, time first, no dropout."""
         return [LSTM_MODE, self.padded_units, 0, 1, False, 0.0, True, False, [], None]
 
     def _without_padding(self, part: Tensor, columns: int) -> Tensor:
-        """A view of a weight's own numbers, (4, H, columns) or (4, H)."""
+        """A view of a weight without its padding, (4, H, columns) or (4, H)."""
         gates: Tensor = part.unflatten(0, (4, self.padded_units))[:, : self.units]
         return gates if part.dim() == 1 else gates[..., :columns]
 
@@ -210,7 +209,7 @@ class _Layer(torch.autograd.Function):
 
 
 def why_not(layer: Layer, dtype: torch.dtype | None, device: torch.device) -> str:
-    """Why CudnnLSTM does not compute this layer; empty: it does. A small one is tried."""
+    """Reason why CudnnLSTM does not fit; empty if it fits. Runs a small trial layer."""
     if type(layer) is not LSTM:
         return f"{type(layer).__name__} has no kernel over cuDNN here"
     if device.type != "cuda":
@@ -222,7 +221,7 @@ def why_not(layer: Layer, dtype: torch.dtype | None, device: torch.device) -> st
 
 
 def _try_out(dtype: torch.dtype, device: torch.device) -> None:
-    """Run a small layer forward and backward, and in plain torch, which has to come to the same."""
+    """Run a small layer forward and backward and compare its outputs with plain torch's."""
     plain = trial_layer(dtype, device)
     x = torch.linspace(-1, 1, 16 * TRIAL_UNITS, device=device).view(2, 8, -1).to(dtype)
     x.requires_grad_()
@@ -232,11 +231,11 @@ def _try_out(dtype: torch.dtype, device: torch.device) -> None:
     output.float().sum().backward()
     difference = float((output - plain(x, zeros)[0]).detach().abs().max())
     if not difference < TRIAL_TOLERANCE:
-        raise RuntimeError(f"it is {difference:g} off")
+        raise RuntimeError(f"outputs differ from plain torch's by {difference:g}")
 
 
 def trial_layer(dtype: torch.dtype, device: torch.device) -> LSTM:
-    """A small layer with weights that nothing random is drawn for."""
+    """A small layer with deterministic weights, so that no random state changes."""
     with torch.device("meta"):
         layer = LSTM(TRIAL_UNITS, TRIAL_UNITS)
     layer.to_empty(device=device).to(dtype)
@@ -248,7 +247,7 @@ def trial_layer(dtype: torch.dtype, device: torch.device) -> LSTM:
 
 
 def failure_of(trial: Callable[[], None]) -> str:
-    """What a trial fails with, in a line; empty: nothing. A lack of memory is no answer."""
+    """The error of a trial, in one line; empty if it works. Raises torch.OutOfMemoryError."""
     try:
         trial()
     except torch.OutOfMemoryError:
@@ -259,10 +258,10 @@ def failure_of(trial: Callable[[], None]) -> str:
 
 
 def pad_last(x: Tensor, size: int) -> Tensor:
-    """x with zeros after its last dimension, up to size; x itself where there is nothing to do."""
+    """Pad the last dimension of x with zeros up to size; returns x itself if it has that size."""
     return x if x.size(-1) == size else F.pad(x, (0, size - x.size(-1)))
 
 
 def _own(state: Tensor, dtype: torch.dtype) -> Tensor:
-    """A copy: the last states outlive the window, what they are a part of does not."""
+    """Copy a last state, so that it does not keep cuDNN's padded tensor alive."""
     return state.to(dtype, copy=True)

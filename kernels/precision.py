@@ -1,4 +1,4 @@
-"""The number formats that training computes in."""
+"""Number formats of training's matrix products: fp32, tf32, bf16, fp16."""
 
 import torch
 
@@ -8,22 +8,22 @@ DTYPES = {"fp32": None, "tf32": None, "bf16": torch.bfloat16, "fp16": torch.floa
 
 
 def choose_precision(name: str, device: torch.device) -> str:
-    """Resolve auto, and say where the device cannot compute in a precision.
+    """Resolve auto, and check that the device can compute in a precision.
 
-    Weights, optimizer, averages, norms, penalties and losses are float32 in each; this is about
-    the matrix products. fp32: IEEE single precision throughout. tf32: a GPU's tensor cores take
-    the factors' first 10 bits of fraction. bf16, fp16: layers and decoder get weights and inputs
-    that are cast to 16 bits.
+    Weights, optimizer, averages, norms, penalties and losses are always float32; the precision is
+    that of matrix products. fp32: IEEE single precision. tf32: a GPU's tensor cores use 10 bits of
+    the factors' fractions. bf16, fp16: weights and inputs of layers and decoder are cast to 16
+    bits.
 
     Args:
         name: fp32, tf32, bf16, fp16, or auto: tf32 on a GPU that has it, else fp32.
-        device: where training will compute.
+        device: the training device.
 
     Returns:
-        The precision chosen; see set_products.
+        fp32, tf32, bf16 or fp16; see set_products.
 
     Raises:
-        ValueError: the device cannot do it.
+        ValueError: the device does not support it.
     """
     gpu = device.type == "cuda"
     has_tf32 = gpu and torch.cuda.get_device_capability(device)[0] >= 8
@@ -47,9 +47,9 @@ def _try_out(dtype: torch.dtype, device: torch.device) -> None:
 
 
 def set_products(precision: str, device: torch.device) -> None:
-    """Set what a GPU's products of float32 and of 16 bits may be, for the whole process.
+    """Set the precision of a GPU's matrix products, for the whole process.
 
-    torch has no narrower setting, so that programs call this, and nothing else does.
+    torch has no narrower setting. Only programs call this, never the library.
 
     Args:
         precision: fp32, tf32, bf16 or fp16.
@@ -57,6 +57,6 @@ def set_products(precision: str, device: torch.device) -> None:
     if device.type == "cuda":
         torch.set_float32_matmul_precision("highest" if precision == "fp32" else "high")
         torch.backends.cudnn.allow_tf32 = precision != "fp32"
-        # Sums of products of 16 bits are float32 throughout.
+        # Products of 16-bit numbers are summed in float32.
         torch.backends.cuda.matmul.allow_bf16_reduced_precision_reduction = False
         torch.backends.cuda.matmul.allow_fp16_reduced_precision_reduction = False

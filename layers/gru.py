@@ -15,7 +15,7 @@ class GRU(Layer):
         n = tanh(W_in x + b_in + r (W_hn h + b_hn)),  h[t] = (1 - z) n + z h[t-1].
 
     Cho et al. apply r to h before the product with W_hn. Parameters have nn.GRU's names, shapes
-    and initialisation, +-1/sqrt(H). Its state is (h,).
+    and initialisation, uniform in +-1/sqrt(H). The state is (h,).
     """
 
     recurrent = ("weight_hh_l0",)

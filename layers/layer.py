@@ -8,36 +8,36 @@ from torch import Tensor, nn
 from gradient_filter import GradientFilter
 from noise import Noise
 
-# The tensors that a layer carries from step to step, each (1, B, H); the first is its output.
+# A layer's hidden state: tensors (1, B, H), of which the first is its output.
 State = tuple[Tensor, ...]
 Weights = dict[str, Tensor]
-# Layer.compute, or another way to the same result.
+# Signature of Layer.compute and of kernels that replace it.
 Compute = Callable[[Tensor, State, Weights, Noise], tuple[Tensor, State]]
 
 
 class Layer(nn.Module):
     """A recurrent layer over (T, B, E).
 
-    A layer registers its parameters in its constructor, names the recurrent ones (which weight
-    drop masks) and computes in plain torch. It uses the weights that `compute` is given: they may
-    be masked, or behind a gradient filter.
+    A subclass registers its parameters in its constructor, names the recurrent ones (which weight
+    drop masks) and computes in plain torch. `compute` uses the weights it is given, never the
+    parameters: they may be masked, or pass through a gradient filter.
 
-    A constructor may have further keywords, plain values; main.py's flags of these names fill
-    them in, and a checkpoint keeps them.
+    A constructor may have further keywords, plain values: main.py's flags of the same names set
+    them, and checkpoints store them.
 
     Args:
-        width: of its input, E.
-        units: of its output, H.
+        width: size of its input, E.
+        units: size of its output, H.
 
     Attributes:
         recurrent: names of the hidden-to-hidden weights.
-        gates: names of its gates, where the one recurrent weight, (G·H, H), is made of a block of
-            rows for each; else empty.
-        num_states: tensors in its state.
-        gradient_filter: in front of the layer, over its input and its weights; None: none.
-        kernel: computes the same in training, faster; None: `compute` does.
-        mask_dtype: of the weights that weight drop masks, where the kernel computes in 16 bits;
-            None: their own.
+        gates: names of the G gates, if one recurrent weight, (G·H, H), stacks a block of rows per
+            gate; else empty.
+        num_states: number of tensors in its state.
+        gradient_filter: filters the gradients of its input and weights; None: no filter.
+        kernel: replaces `compute` in training; None: `compute` runs.
+        mask_dtype: dtype of masked weights, if the kernel computes in 16 bits; None: the
+            parameters' own.
     """
 
     recurrent: tuple[str, ...] = ()
@@ -53,7 +53,7 @@ class Layer(nn.Module):
         self.mask_dtype: torch.dtype | None = None
 
     def init_state(self, bsz: int) -> State:
-        """Zeros, num_states of (1, bsz, H)."""
+        """Zero state: num_states tensors (1, bsz, H)."""
         weight = next(self.parameters())
         return tuple(weight.new_zeros(1, bsz, self.units) for _ in range(self.num_states))
 
@@ -62,8 +62,8 @@ class Layer(nn.Module):
 
         Args:
             x: (T, B, E).
-            state: before the first step.
-            noise: has the random factors of calls that share them; None: fresh ones are drawn.
+            state: state before the first step.
+            noise: shares random factors between calls; None: draw new ones.
 
         Returns:
             Outputs (T, B, H), and the state after the last step.
@@ -76,7 +76,7 @@ class Layer(nn.Module):
         return compute(x, state, weights, noise or Noise())
 
     def weights(self) -> Weights:
-        """The weights of a call by their names, under their masks where weight drop has any."""
+        """The weights by name, masked if weight drop masks them."""
         names = [name.removesuffix("_raw") for name, _ in self.named_parameters(recurse=False)]
         return {name: getattr(self, name) for name in names}
 
@@ -86,8 +86,8 @@ class Layer(nn.Module):
         """The layer's equations in plain torch; see forward.
 
         Args:
-            weights: to compute with, by the parameters' names.
-            noise: has random factors, where the layer wants any of its own; in training only. In
-                16 bits they are float32, and everything else is in 16 bits.
+            weights: the weights to use, by the parameters' names.
+            noise: source of the layer's own random factors, for training only. They are float32
+                even if all other tensors have 16 bits.
         """
         raise NotImplementedError

@@ -6,7 +6,7 @@ from torch import Tensor, nn
 from layers.layer import Layer, State, Weights
 from noise import Noise
 
-# In the order in which torch's and cuDNN's kernels take them.
+# In the order of torch's and cuDNN's kernels.
 WEIGHTS = ("weight_ih_l0", "weight_hh_l0", "bias_ih_l0", "bias_hh_l0")
 
 
@@ -17,7 +17,7 @@ class LSTM(Layer):
         a = W_ih x[t] + b_ih + W_hh h[t-1] + b_hh,
         c[t] = f c[t-1] + i g,  h[t] = o tanh(c[t]).
 
-    Its parameters have nn.LSTM's names, shapes and initialisation, +-1/sqrt(H). Its state is
+    Parameters have nn.LSTM's names, shapes and initialisation, uniform in +-1/sqrt(H). The state is
     (h, c).
     """
 
@@ -39,7 +39,7 @@ class LSTM(Layer):
 
 
 def register_gates(layer: Layer) -> None:
-    """Give a layer the weights of its G gates: (G·H, E), (G·H, H) and two biases, (G·H,)."""
+    """Register and initialise the weights of G gates: (G·H, E), (G·H, H), two biases (G·H,)."""
     width, units, gates = layer.width, layer.units, len(layer.gates)
     shapes = [(gates * units, width), (gates * units, units), (gates * units,), (gates * units,)]
     for name, shape in zip(WEIGHTS, shapes, strict=True):

@@ -29,7 +29,7 @@ from engine.tracking import WandbOptions, log_table, warn
 from flags import given_flags, other_flags, parse_ablation, parse_training, settle_scheme
 
 PROJECT = Path(__file__).resolve().parent.parent
-# What a row may not say: ablate.py does.
+# Flags that ablate.py sets, and rows may not.
 OURS = {"seed", "save", "resume", "dry_run", "wandb_name", "wandb_group", "wandb_job_type"}
 
 
@@ -37,7 +37,7 @@ def run(argv: Sequence[str]) -> None:
     """Run the program.
 
     Raises:
-        UsageError, RunError, DataError: what a user can cause; see engine.program.
+        UsageError, RunError, DataError: errors that a user can cause; see engine.program.
     """
     args = parse_ablation(argv)
     table = select(load_table(args.table, PROJECT), args)
@@ -49,7 +49,7 @@ def run(argv: Sequence[str]) -> None:
         return
     check_places(args)
     ensure_corpus(runs[0].flags["data"])
-    corpus = load_corpus(runs[0].flags["data"])  # its cache is made once, not by every run
+    corpus = load_corpus(runs[0].flags["data"])  # makes the cache once, for all runs
     check_folders(runs, corpus.fingerprint)
     if args.dry_run:
         print_plan(table, runs, corpus, args)
@@ -72,7 +72,7 @@ def run(argv: Sequence[str]) -> None:
 
 
 def select(table: Table, args: argparse.Namespace) -> Table:
-    """The table with what the command line changes of it."""
+    """Apply the command line's rows, flags and seeds to the table."""
     rows = table.rows
     if args.rows is not None:
         words = [word.lower() for word in args.rows]
@@ -88,7 +88,7 @@ def select(table: Table, args: argparse.Namespace) -> Table:
 
 
 def plan(table: Table, args: argparse.Namespace, output: Path) -> list[Run]:
-    """A run for each seed and row, in the order in which they start: seed by seed.
+    """Make a run for each seed and row, in starting order: seed by seed.
 
     Raises:
         UsageError: main.py would refuse a row's flags.
@@ -100,7 +100,7 @@ def plan(table: Table, args: argparse.Namespace, output: Path) -> list[Run]:
 
 
 def make_run(table: Table, row: Row, seed: int, args: argparse.Namespace, output: Path) -> Run:
-    """One row with one seed, its flags checked."""
+    """Make the run of one row and seed, and check its flags."""
     save = output / "runs" / f"{row.slug}-seed{seed}.pt"
     argv = [*table.flags, *row.flags]
     argv += ["--seed", str(seed), "--save", str(save), "--resume", "auto"]
@@ -121,16 +121,19 @@ def make_run(table: Table, row: Row, seed: int, args: argparse.Namespace, output
             raise UsageError("argument --dry-run: nothing would be run")
     except UsageError as error:
         raise UsageError(f"{table.path}: row {row.name!r}: {error}") from None
-    except SystemExit:  # of -h
+    except SystemExit:  # from -h
         raise UsageError(f"{table.path}: row {row.name!r}: -h runs nothing") from None
     return Run(row, seed, argv, resolved, save)
 
 
 def check_folders(runs: list[Run], fingerprint: str | None = None) -> None:
-    """Refuse to mix these runs with others that are in their folders.
+    """Check that runs already in these folders had the same flags and text.
 
     Args:
-        fingerprint: of the text that they read; None: not looked at.
+        fingerprint: fingerprint of the text; None: not compared.
+
+    Raises:
+        UsageError: a run had other flags or another text.
     """
     for run in runs:
         state = read_state(run)
@@ -151,7 +154,7 @@ def check_folders(runs: list[Run], fingerprint: str | None = None) -> None:
 
 
 def check_places(args: argparse.Namespace) -> None:
-    """Refuse GPUs that are not there."""
+    """Check that the GPUs of --gpus exist."""
     for gpu in args.gpus or []:
         if gpu >= torch.cuda.device_count():
             raise UsageError(
@@ -160,13 +163,13 @@ def check_places(args: argparse.Namespace) -> None:
 
 
 def sharing(args: argparse.Namespace) -> tuple[int, int]:
-    """Jobs at a time, and the CPU threads of each."""
+    """Number of parallel jobs, and CPU threads of each."""
     jobs = args.jobs or len(args.gpus or [0])
     return jobs, args.threads or max(1, (os.cpu_count() or 1) // jobs)
 
 
 def print_plan(table: Table, runs: list[Run], corpus: Corpus, args: argparse.Namespace) -> None:
-    """What --dry-run prints: the runs, how far they are, and what the rest costs."""
+    """Print the plan of --dry-run: runs, progress, and the cost of the rest."""
     states = {run.name: read_state(run) for run in runs}
     width = max(len(row.name) for row in table.rows)
     for row in table.rows:
@@ -192,7 +195,7 @@ def print_plan(table: Table, runs: list[Run], corpus: Corpus, args: argparse.Nam
 
 
 def epochs_left(run: Run, state: State, corpus: Corpus) -> float:
-    """Epochs that a run has yet to do, by its flags; a part of one where updates are limited."""
+    """Epochs that a run has left, by its flags; fractional with --max-updates."""
     if state.kind in FINISHED:
         return 0
     args = argparse.Namespace(**run.flags)
@@ -207,10 +210,10 @@ def epochs_left(run: Run, state: State, corpus: Corpus) -> float:
 
 
 def run_all(runs: list[Run], args: argparse.Namespace) -> None:
-    """Bring every run to its end.
+    """Run all runs that are not finished.
 
     Raises:
-        RunError: it was interrupted; the same command goes on.
+        RunError: interrupted; the same command continues.
     """
     board = Board(runs)
     left = [run for run in runs if read_state(run).kind not in FINISHED]
@@ -249,7 +252,7 @@ def report(table: Table, runs: list[Run], output: Path, args: argparse.Namespace
         picture = None
     paths = write_report(figures, output, curves=drawn)
     if isinstance(sys.stdout, io.TextIOWrapper):
-        sys.stdout.reconfigure(errors="replace")  # where it cannot show a dagger
+        sys.stdout.reconfigure(errors="replace")  # for terminals that cannot show a dagger
     print(paths[0].read_text(encoding="utf-8"), end="", flush=True)
     if picture is not None:
         paths.append(picture)

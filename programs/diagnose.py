@@ -1,4 +1,4 @@
-"""Look at how gradients flow back through time: python diagnose.py PTB.pt --data data/penn"""
+"""Measure how gradients flow back through time: python diagnose.py PTB.pt --data data/penn"""
 
 import argparse
 import json
@@ -32,7 +32,7 @@ def run(argv: Sequence[str]) -> None:
     """Run the program.
 
     Raises:
-        UsageError, RunError, DataError: what a user can cause; see engine.program.
+        UsageError, RunError, DataError: errors that a user can cause; see engine.program.
     """
     args = parse_diagnosis(argv)
     device = select_device(args.device, local_rank())
@@ -66,7 +66,11 @@ def run(argv: Sequence[str]) -> None:
 
 
 def read_model(path: Path, corpus: Corpus, data: str) -> RNNModel:
-    """A model whose words are those of the corpus."""
+    """Load a model and check that it can be diagnosed on the corpus.
+
+    Raises:
+        RunError: another vocabulary, layers other than LSTM, or weights that are not finite.
+    """
     model, vocabulary = load_model(path)
     if vocabulary != corpus.vocabulary:
         raise RunError(
@@ -84,13 +88,13 @@ def read_model(path: Path, corpus: Corpus, data: str) -> RNNModel:
 
 
 def fresh(model: RNNModel, seed: int) -> RNNModel:
-    """The model as main.py initialises it with this seed."""
+    """A new model of the same configuration, initialised as by main.py with this seed."""
     torch.manual_seed(seed)
     return RNNModel(**model.config())
 
 
 def names_of(paths: list[Path], fresh: bool) -> list[str]:
-    """What the models are called: file names, paths where these are the same."""
+    """The models' names: file names, or paths if the file names are equal."""
     names = [path.stem for path in paths]
     if len(set(names)) < len(names) and not fresh:
         names = [str(path) for path in paths]
@@ -100,13 +104,13 @@ def names_of(paths: list[Path], fresh: bool) -> list[str]:
 
 
 def default_folder(paths: list[Path], fresh: bool) -> Path:
-    """NAME-diagnosis beside the first model."""
+    """The folder NAME-diagnosis beside the first model."""
     name = "-".join([path.stem for path in paths] + (["fresh"] if fresh else []))
     return paths[0].with_name(f"{name}-diagnosis")
 
 
 def make_folder(path: str | Path) -> Path:
-    """A folder that can be written to."""
+    """Create the folder if missing, and check that it can be written to."""
     path = Path(path)
     try:
         path.mkdir(exist_ok=True)
@@ -118,13 +122,13 @@ def make_folder(path: str | Path) -> Path:
 
 
 def settings_of(args: argparse.Namespace) -> Settings:
-    """The flags that the diagnosis looks at."""
+    """The settings of the diagnosis, from the flags."""
     values = {field.name: getattr(args, field.name) for field in fields(Settings)}
     return Settings(**dict(values, thresholds=tuple(sorted(set(args.thresholds)))))
 
 
 def read_rows(corpus: Corpus, args: argparse.Namespace, settings: Settings) -> Tensor:
-    """The beginnings of as many columns of text as --batch-size says."""
+    """The first rows of the batchified text, (rows, B), as many as the diagnosis needs."""
     ids: Tensor = getattr(corpus, args.split)
     needed = settings.rows * args.batch_size
     if len(ids) < needed:
@@ -136,14 +140,14 @@ def read_rows(corpus: Corpus, args: argparse.Namespace, settings: Settings) -> T
 
 
 def say(what: str) -> None:
-    """Progress goes to stderr."""
+    """Print progress to stderr."""
     print(f"|   {what}", file=sys.stderr, flush=True)
 
 
 def write(folder: Path, diagnosis: dict[str, Any]) -> None:
-    """Write figures, page and pictures, and print what was found."""
+    """Write figures, page and plots; print the findings."""
     text = json.dumps(diagnosis, indent=1, allow_nan=False)
-    # Lists of numbers on one line each.
+    # Put each list of numbers on one line.
     text = re.sub(r"\[[^][{}\"]*\]", lambda found: " ".join(found[0].split()), text)
     try:
         pictures = plots.draw(diagnosis)

@@ -50,7 +50,7 @@ def run(argv: Sequence[str]) -> None:
     """Run the program.
 
     Raises:
-        UsageError, RunError, DataError: what a user can cause; see engine.program.
+        UsageError, RunError, DataError: errors that a user can cause; see engine.program.
     """
     args, given = parse_training(argv)
     args, state = find_state(args, given)
@@ -65,7 +65,7 @@ def run(argv: Sequence[str]) -> None:
             ranks.share(args.batch_size)
         except ValueError as error:
             raise UsageError(f"argument --batch-size: {error}") from None
-        if not ranks.leader:  # which speaks for all
+        if not ranks.leader:  # only the leader prints
             nowhere = stack.enter_context(Path(os.devnull).open("w"))
             stack.enter_context(redirect_stdout(nowhere))
             stack.enter_context(redirect_stderr(nowhere))
@@ -79,11 +79,11 @@ def start(
     device: torch.device,
     ranks: Ranks,
 ) -> None:
-    """Build everything that a run consists of, and run it."""
+    """Build the objects of a run, and run it."""
     corpus = read_corpus(args, ranks)
     if state is not None and state["fingerprint"] != corpus.fingerprint:
         raise CheckpointError(f"{args.data}: its text is not that of the run to be resumed")
-    with torch.device("meta"):  # sizes without memory
+    with torch.device("meta"):  # shapes only, no memory
         plan = build_model(args, len(corpus.vocabulary))
     if args.dry_run:
         print_plan(args, plan, corpus)
@@ -114,7 +114,7 @@ def start(
             callbacks=build_callbacks(args, model, optimizer, loss_scale, ranks),
             ranks=ranks,
         )
-        if state is not None:  # before any file is touched: the state may be damaged
+        if state is not None:  # before any file changes, since the state may be damaged
             with damage_reported(Path(args.resume)):
                 trainer.load_state_dict(state)
         if not ranks.leader:
@@ -131,7 +131,7 @@ def lead(
     precision: str,
     kernels: dict[str, Choice],
 ) -> None:
-    """Run what was built, in the process that writes."""
+    """Run the trainer in the leader, with the run's files and tracker."""
     folder, flags = trainer.folder, trainer.identity["flags"]
     source = None if state is None else Path(args.resume).parent
     if aside := folder.begin(source, trainer.at.best_epoch, trainer.at.best_loss):
@@ -161,7 +161,7 @@ def lead(
 
 
 def train_and_test(args: argparse.Namespace, trainer: Trainer, tracker: Tracker) -> None:
-    """Train, test the best model, and write down what came out."""
+    """Train, test the best model, write the summary."""
     device, folder = trainer.device, trainer.folder
     parameters = count_parameters(trainer.model)
     summary: dict[str, Any] = dict(parameters=parameters)
@@ -236,7 +236,7 @@ def conclude(trainer: Trainer, tracker: Tracker, summary: dict[str, Any]) -> Non
 def find_state(
     args: argparse.Namespace, given: set[str]
 ) -> tuple[argparse.Namespace, dict[str, Any] | None]:
-    """The state to resume from, if any, and the flags that go with it."""
+    """Load the state to resume from, if any; returns the resumed run's flags and the state."""
     if args.resume is None:
         return args, None
     if args.resume == "auto":

@@ -150,7 +150,7 @@ def test_where_cudnn_fails_a_small_trial_the_kernel_is_plain(
             fill(self, [2 * weight for weight in weights])
 
         monkeypatch.setattr(lstm_cudnn.CudnnLSTM, "fill", fill_wrongly)
-        assert lstm_cudnn.why_not(lstm, None, CUDA).endswith(" off")
+        assert "outputs differ from plain torch's by" in lstm_cudnn.why_not(lstm, None, CUDA)
 
 
 @pytest.mark.parametrize(

@@ -1,7 +1,4 @@
-"""What training calls back: the protocol of everything that has figures, state, or an epoch's end.
-
-The training loop knows callbacks by this class alone.
-"""
+"""The interface of callbacks, through which techniques and statistics take part in training."""
 
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -13,11 +10,11 @@ from torch import Tensor
 
 @dataclass(frozen=True)
 class UpdateStart:
-    """An update that is about to be made.
+    """The next update.
 
     update: its number, from 1.
-    progress: the part of all epochs' text that training has seen before it, in [0, 1).
-    optimizer: whose learning rates may be changed.
+    progress: share of all epochs' rows that training has done before it, in [0, 1).
+    optimizer: the optimizer; a callback may change its learning rates.
     """
 
     update: int
@@ -27,10 +24,10 @@ class UpdateStart:
 
 @dataclass(frozen=True)
 class UpdateEnd:
-    """An update whose outcome is known.
+    """A finished update that was not skipped.
 
     update: its number, from 1.
-    epoch: from 1.
+    epoch: its epoch, from 1.
     grad_norm: the gradient's global norm before clipping, a scalar on the device.
     log: writes an event: log(name, **values).
     """
@@ -43,11 +40,11 @@ class UpdateEnd:
 
 @dataclass(frozen=True)
 class StepEnd:
-    """A step that was taken, or skipped since the gradients overflowed.
+    """A step, taken or skipped.
 
     update: its number, from 1.
-    overflow: it was skipped.
-    largest: the largest gradient, absolute, where the loss scale uses it; else None.
+    overflow: True if its gradients overflowed and it was skipped.
+    largest: the largest absolute gradient; None if the loss scale does not use it.
     log: writes an event: log(name, **values).
     """
 
@@ -59,13 +56,12 @@ class StepEnd:
 
 @dataclass(frozen=True)
 class EpochEnd:
-    """A validated epoch.
+    """An epoch after its validation.
 
-    epoch: from 1.
+    epoch: its number, from 1.
     valid_loss: nats per token.
-    optimizer: whose learning rates may be changed.
-    save_copy: keeps the weights that were validated beside the best model, as its name and this
-        suffix.
+    optimizer: the optimizer; a callback may change its learning rates.
+    save_copy: saves the validated weights to the best model's path plus a suffix.
     log: writes an event: log(name, **values).
     """
 
@@ -77,40 +73,40 @@ class EpochEnd:
 
 
 class Callback:
-    """Takes part in training. Each method is a no-op that a callback overrides where it needs to.
+    """A participant in training. All methods are no-ops; subclasses override what they need.
 
     Attributes:
-        name: under which checkpoints keep its state; empty: it has none.
+        name: key of its state in checkpoints; empty if it has no state.
     """
 
     name = ""
 
     def update_begins(self, start: UpdateStart) -> None:
-        """Act before an update, for instance on its learning rate."""
+        """Called before an update, for instance to set its learning rate."""
 
     def wants_gradients(self, update: int) -> bool:
-        """True if update_ended is to be called for this update, with its gradients in place."""
+        """True if update_ended shall be called for this update, with its gradients in p.grad."""
         return False
 
     def update_ended(self, end: UpdateEnd) -> None:
-        """Look at an update that was asked for and not skipped; p.grad are its gradients."""
+        """Called after an update for which wants_gradients is True, unless it was skipped."""
 
     def step_ended(self, end: StepEnd) -> None:
-        """Look at a step; called for each in turn, up to one update late."""
+        """Called for each step in order, up to one update late."""
 
     def figures(self) -> dict[str, float]:
-        """What to add to the `train` event of the logging interval that ends; starts the next."""
+        """Figures of the ended logging interval for its `train` event; resets them."""
         return {}
 
     def remark(self) -> str:
-        """What to add to the interval's line; empty: nothing. Called before figures."""
+        """Text appended to the interval's log line; called before figures."""
         return ""
 
     def epoch_ended(self, end: EpochEnd) -> None:
-        """Act at an epoch's end, after the best model was saved."""
+        """Called at an epoch's end, after validation and after the best model was saved."""
 
     def state_dict(self) -> dict[str, Any]:
-        """Tensors and plain values that load_state_dict continues from."""
+        """Tensors and plain values for load_state_dict."""
         return {}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:

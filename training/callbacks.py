@@ -10,10 +10,10 @@ from training.callback import Callback, EpochEnd, StepEnd, UpdateEnd
 
 
 class NonMonotonicTrigger(Callback):
-    """Tells NT-ASGD each epoch's validation loss; see nt_asgd."""
+    """Passes each epoch's validation loss to NT-ASGD; see nt_asgd."""
 
     def epoch_ended(self, end: EpochEnd) -> None:
-        """Let the optimizer observe the loss, and say when it starts to average."""
+        """Pass the loss to the optimizer; print and log the start of averaging."""
         assert isinstance(end.optimizer, NTASGD)
         if end.optimizer.observe(end.valid_loss):
             print("Switching to ASGD", flush=True)
@@ -21,17 +21,17 @@ class NonMonotonicTrigger(Callback):
 
 
 class LearningRateDrops(Callback):
-    """Divides the learning rates by 10 at the end of given epochs, and keeps the model of then.
+    """Saves a copy of the model and divides the learning rates by 10 at the end of given epochs.
 
     Args:
-        epochs: at whose ends, from 1.
+        epochs: numbers of these epochs, from 1.
     """
 
     def __init__(self, epochs: tuple[int, ...]) -> None:
         self.epochs = epochs
 
     def epoch_ended(self, end: EpochEnd) -> None:
-        """Divide the learning rates, if it is time."""
+        """Save a copy and divide the learning rates, if the epoch is one of those given."""
         if end.epoch in self.epochs:
             print("Saving model before learning rate decreased", flush=True)
             end.save_copy(f".e{end.epoch}")
@@ -40,10 +40,10 @@ class LearningRateDrops(Callback):
 
 
 class FilterFigures(Callback):
-    """Logs how often and how hard gradient filters act.
+    """Logs the statistics of gradient filters.
 
     Args:
-        filters: one a layer.
+        filters: one per layer.
     """
 
     name = "gradient_filters"
@@ -61,58 +61,58 @@ class FilterFigures(Callback):
         return found
 
     def state_dict(self) -> dict[str, Any]:
-        """The counts of the interval under way."""
+        """The statistics of the current logging interval."""
         return dict(statistics=[f.statistics.clone() for f in self.filters])
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Continue with these counts."""
+        """Continue from what state_dict returned."""
         for gradient_filter, counts in zip(self.filters, state["statistics"], strict=True):
             gradient_filter.statistics.copy_(counts)
 
 
 class GradientFigures(Callback):
-    """Logs a `diagnostics` event every so many updates.
+    """Logs a `diagnostics` event at regular intervals.
 
     Args:
-        look: from the gradient's norm before clipping to the event's figures.
-        every: updates from one event to the next.
+        measure: computes the event's figures from the gradient's norm before clipping.
+        every: updates between two events.
     """
 
-    def __init__(self, look: Callable[..., dict[str, float]], every: int) -> None:
-        self.look = look
+    def __init__(self, measure: Callable[..., dict[str, float]], every: int) -> None:
+        self.measure = measure
         self.every = every
 
     def wants_gradients(self, update: int) -> bool:
-        """Every so many updates."""
+        """True for each `every`-th update."""
         return update % self.every == 0
 
     def update_ended(self, end: UpdateEnd) -> None:
         """Log the figures."""
-        end.log("diagnostics", epoch=end.epoch, **self.look(end.grad_norm))
+        end.log("diagnostics", epoch=end.epoch, **self.measure(end.grad_norm))
 
 
 class LossScaling(Callback):
-    """Adapts the loss scale to each update, and logs overflows and its changes.
+    """Adapts the loss scale to each update; logs overflows and changes of the scale.
 
     Args:
-        loss_scale: that the step takes out of the gradients.
+        loss_scale: the step's loss scale.
     """
 
     name = "loss_scale"
 
     def __init__(self, loss_scale: AnyLossScale) -> None:
         self.loss_scale = loss_scale
-        self.skipped = 0  # in the logging interval under way
+        self.skipped = 0  # updates skipped in the current logging interval
 
     def step_ended(self, end: StepEnd) -> None:
-        """Adapt; what goes into the scale's history is an event."""
+        """Adapt the scale; log a `loss_scale` event for each entry of its history."""
         self.skipped += end.overflow
         if self.loss_scale.note(end.update, end.overflow, end.largest):
             scale = self.loss_scale.value
             end.log("loss_scale", step=end.update, scale=scale, overflow=end.overflow)
 
     def figures(self) -> dict[str, float]:
-        """loss_scale, and overflows in the interval."""
+        """loss_scale, and overflows (updates skipped in the interval)."""
         found = dict(loss_scale=self.loss_scale.value, overflows=self.skipped)
         self.skipped = 0
         return found

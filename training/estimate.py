@@ -1,4 +1,4 @@
-"""The memory of a training run, estimated before it starts."""
+"""Estimates the memory of a training run before it starts."""
 
 from itertools import pairwise
 
@@ -9,17 +9,16 @@ from model import RNNModel, count_parameters
 def training_memory(
     model: RNNModel, batch_size: int, scheme: Scheme, num_steps: int, averages: bool
 ) -> int:
-    """Estimated bytes of tensors at the peak of an update with the largest window.
+    """Estimate the bytes of tensors at the peak of an update with the largest window.
 
-    Counted: weights, gradients, the average (if averages), the masked weights and their
-    gradients; per layer and time step whose activations are held at once the input, the four
-    gates' pre-activations and activations, cell and output, with their gradients' buffers; the
-    logits three times (themselves, their log softmax, their gradient); hidden states kept to
-    start from. Not counted: the interpreter and libraries (some 300 MB resident on a CPU) and
-    what the allocator keeps.
+    Counted: weights, gradients, the average (if averages), the masked weights and their gradients;
+    per layer and time step of stored activations the input, the four gates' pre-activations and
+    activations, cell and output, and buffers of their gradients; three times the logits (logits,
+    log softmax, gradient); hidden states to recompute from. Not counted: the interpreter and
+    libraries (about 300 MB resident on a CPU) and the allocator's cache.
 
     Args:
-        model: with its sizes.
+        model: the model, whose sizes count; its tensors may be on the meta device.
         batch_size: columns, B.
         scheme: how the rows are divided into windows.
         num_steps: rows that an epoch trains on.

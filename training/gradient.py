@@ -15,10 +15,10 @@ from training.objective import Objective, Share
 
 @dataclass(frozen=True)
 class Piece:
-    """A stretch of a window that the model runs over in one call.
+    """Rows of a window that the model runs over in one call.
 
     start, stop: its rows in the window are start, …, stop - 1.
-    share: what it weighs in the window's objective; None: none of its rows counts.
+    share: its weights in the window's objective; None: none of its rows counts.
     """
 
     start: int
@@ -30,10 +30,9 @@ def pieces_of(window: Window) -> list[Piece]:
     """The pieces that a window is run in.
 
     Loss and penalties are means over the window's counted rows. A penalty over pairs of
-    neighbouring rows is a mean over the window's pairs, where the history is passed on whole
-    between pieces. Where it is cut, or its gradient multiplied, no pair reaches from one piece
-    into another, and each piece's mean weighs what its loss weighs, as if it were a window of its
-    own.
+    neighbouring rows is a mean over the window's pairs if window.crossing is 1. Otherwise no pair
+    spans two pieces, and each piece's mean over its pairs has the weight of its loss, as if the
+    piece were a window.
     """
     lengths = window.pieces or (window.length,)
     pieces = []
@@ -53,9 +52,9 @@ def pieces_of(window: Window) -> list[Piece]:
 
 @dataclass(frozen=True)
 class _Call:
-    """One call of the model, with its graph: the states after it, and its share of the objective.
+    """The result of one forward pass: states after it, and its share of loss and objective.
 
-    loss and objective are None where no row counts.
+    loss and objective are None if no row counts.
     """
 
     after: Hidden
@@ -63,11 +62,11 @@ class _Call:
     objective: Tensor | None
 
     def backward(self, arriving: list[Tensor], scale: float | Tensor) -> None:
-        """Add to the parameters' grad.
+        """Add the gradient to the parameters' grad.
 
         Args:
-            arriving: gradients of after, scale times the real ones; empty where cut off.
-            scale: factor on the objective, and so on all gradients.
+            arriving: gradients of `after`, times scale; empty if no gradient arrives.
+            scale: factor on the objective.
         """
         tensors, gradients = [], list[Tensor]()
         if self.objective is not None:
@@ -82,12 +81,12 @@ class _Call:
 class WindowGradient:
     """Adds the gradient of a window's objective to the parameters' grad.
 
-    All pieces are run with the same noise, so that a piece that is run twice is the same twice.
-    The gradient goes back piece by piece: that of a piece's first state is handed to the piece
-    before as the gradient of its last one. A gradient filter sees each piece by itself, once.
+    All pieces share the noise, so that a recomputed piece gives the same result. Backward runs
+    piece by piece: the gradient of a piece's first state becomes the gradient of the last state of
+    the piece before. A gradient filter filters each piece separately, once.
 
     Args:
-        objective: its model is in training mode when called.
+        objective: the objective; its model must be in training mode.
     """
 
     def __init__(self, objective: Objective) -> None:
@@ -103,20 +102,20 @@ class WindowGradient:
         scale: float | Tensor = 1.0,
         check: Callable[[], None] = lambda: None,
     ) -> tuple[Tensor, Hidden]:
-        """Take the gradient of one window.
+        """Compute the gradient of one window; no device synchronisation.
 
         Args:
-            window: how it is run.
-            rows: its word ids and those of one row more, (T + 1, B).
-            hidden: states before it; their history is cut off.
+            window: how the text is run.
+            rows: word ids of the window and of one more row, (T + 1, B).
+            hidden: states before the window; they are detached.
             noise: the update's random factors.
             scale: factor on the gradients; see loss_scale.
-            check: called between pieces, and between forward and backward; gives the window up by
-                raising an exception.
+            check: called between pieces, and between forward and backward; may raise an exception
+                to abandon the window.
 
         Returns:
             The mean cross-entropy without the penalties, nats per token, and the states that the
-            next window starts from. Nothing is read back from the device.
+            next window starts from.
         """
         pieces = pieces_of(window)
         states, losses = [hidden], list[Tensor]()
@@ -138,10 +137,10 @@ class WindowGradient:
         scale: float | Tensor,
         check: Callable[[], None],
     ) -> tuple[list[Hidden], list[Tensor]]:
-        """Forward, then backward, through pieces none of which is cut off from the one before.
+        """Forward, then backward, through pieces that the gradient passes between.
 
         Returns:
-            The states after each piece; the losses of those that have one.
+            The states after each piece; the losses of the pieces with counted rows.
         """
         befores, calls = [repackage_hidden(hidden)], list[_Call]()
         afters: list[Hidden] = []
@@ -185,5 +184,5 @@ def _flat(hidden: Hidden) -> list[Tensor]:
 
 
 def _leaves(hidden: Hidden) -> Hidden:
-    """The same states, from which a gradient can be taken."""
+    """Detached states that accumulate a gradient."""
     return [tuple(part.detach().requires_grad_() for part in state) for state in hidden]

@@ -1,4 +1,4 @@
-"""What training descends: cross-entropy and penalties, of a window or a piece of one."""
+"""The training objective: cross-entropy plus penalties, of a window or a piece of one."""
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -13,11 +13,11 @@ from noise import Noise
 
 @dataclass(frozen=True)
 class Trace:
-    """A forward pass over a piece of a window, as penalties see it.
+    """The tensors of a forward pass over a piece of a window, for penalties.
 
-    raw_outputs, outputs: of each layer, before and after locked dropout, (T, B, units): the rows
-        whose loss counts. For a penalty over pairs of rows raw_outputs[-1] begins with the row
-        before, where that is in an earlier piece that the history is passed on from.
+    raw_outputs, outputs: each layer's output before and after locked dropout, (T, B, units), at
+        the rows whose loss counts. For a penalty over pairs of rows, raw_outputs[-1] begins with
+        the row before the piece if the history is passed on from an earlier piece.
     before, after: the states before the piece and after it.
     """
 
@@ -29,11 +29,11 @@ class Trace:
 
 @dataclass(frozen=True)
 class Penalty:
-    """A term of the objective.
+    """A penalty term of the objective.
 
-    function: from a trace and a weight to the weighted penalty, a scalar, nats per token. It is a
-        mean over rows (time steps), so that the pieces of a window can be put together.
-    weight: of the term; 0 switches it off.
+    function: computes the weighted penalty, a scalar in nats per token, from a trace and a weight.
+        It must be a mean over rows (time steps), so that the means of pieces can be combined.
+    weight: weight of the term; 0 switches it off.
     over_pairs: the mean is over pairs of neighbouring rows.
     """
 
@@ -53,18 +53,18 @@ def temporal_activation(trace: Trace, weight: float) -> Tensor:
 
 
 def paper_penalties(alpha: float, beta: float) -> list[Penalty]:
-    """The paper's: AR, weight alpha, and TAR, weight beta."""
+    """The paper's penalties: AR with weight alpha, and TAR with weight beta."""
     return [Penalty(activation, alpha), Penalty(temporal_activation, beta, over_pairs=True)]
 
 
 @dataclass(frozen=True)
 class Share:
-    """A piece of a window and what it weighs there; rows are those of the piece.
+    """The weights of a piece in its window's objective.
 
-    skipped: leading rows that are run but whose loss does not count.
-    rows: what the means over its counted rows weigh in those over the window's.
-    pairs: the same for means over pairs of neighbouring rows.
-    linked: its first row also makes a pair with the row before, which is in another piece.
+    skipped: leading rows of the piece that are run but whose loss does not count.
+    rows: weight of means over its counted rows.
+    pairs: weight of means over its pairs of neighbouring rows.
+    linked: its first row also makes a pair with the last row of the piece before.
     """
 
     skipped: int = 0
@@ -77,8 +77,8 @@ class Objective:
     """Mean cross-entropy plus penalties.
 
     Args:
-        model: whose decoder makes the loss.
-        penalties: added to it; those of weight 0 are left out.
+        model: the model, whose decoder computes the cross-entropy.
+        penalties: terms to add; those of weight 0 are left out.
     """
 
     def __init__(self, model: RNNModel, penalties: Sequence[Penalty]) -> None:
@@ -93,18 +93,18 @@ class Objective:
         noise: Noise | None = None,
         share: Share | None = None,
     ) -> tuple[Tensor, Tensor, Hidden]:
-        """Run the model over a window, or a piece of one some of whose rows count.
+        """Run the model over a window or a piece of one.
 
         Args:
             inputs: word ids, (T, B).
-            targets: the words that follow, (T, B).
+            targets: ids of the next words, (T, B).
             before: states before the first row.
             noise: see RNNModel.forward.
-            share: see Share; None: all of a window.
+            share: weights of the piece; None: a whole window.
 
         Returns:
-            Its share of the window's mean cross-entropy, detached; of the objective; and the
-            states after it. Losses are in nats per token.
+            The share of the window's mean cross-entropy, detached; the share of the objective; and
+            the states after the last row. Losses are in nats per token.
         """
         share = share or Share()
         result, after, raw_outputs, outputs = self.model(inputs, before, return_h=True, noise=noise)
@@ -126,6 +126,6 @@ class Objective:
 
 
 def _linked(trace: Trace) -> Trace:
-    """The trace with the last layer's output in the row before, which is its state."""
+    """Prepend the last layer's output of the row before, which is its first state, to the trace."""
     last = torch.cat([trace.before[-1][0], trace.raw_outputs[-1]])
     return Trace([*trace.raw_outputs[:-1], last], trace.outputs, trace.before, trace.after)

@@ -1,4 +1,4 @@
-"""Updates on a GPU as CUDA graphs: one launch for all the kernels of an update."""
+"""Captures updates on a GPU as CUDA graphs and replays them."""
 
 from collections.abc import Callable
 from dataclasses import replace
@@ -12,19 +12,19 @@ from model import Hidden
 from training.gradient import pieces_of
 from training.update import Outcome, Updater
 
-# A window of more pieces runs eagerly: its graph would be large, and there are too many kinds.
+# A window of more pieces runs eagerly: its graph would be large, and rarely be used again.
 MOST_PIECES = 8
 
 
 class RecordedUpdater:
-    """An updater whose updates are captured as CUDA graphs, one for each kind of window.
+    """An updater that captures one CUDA graph per kind of window, and replays it.
 
     A graph holds a whole update: noise, forward, backward, norm, step, average. Windows are of one
-    kind if they differ only in where they start. What differs between updates of a kind is read
-    from fixed memory on the device: the text, the states before it, and the step's own scalars.
+    kind if they differ only in their start. A graph reads what differs between updates of one kind
+    (text, first states, the step's scalars) from fixed memory on the device.
 
     Args:
-        updater: of a single process, whose step never synchronises.
+        updater: updater of a single process, whose step never synchronises.
         graphs: captures and replays.
     """
 
@@ -47,7 +47,7 @@ class RecordedUpdater:
         """Update the weights once; see Updater.
 
         Args:
-            keep_gradients: run eagerly, so that the parameters' grad is this update's afterwards.
+            keep_gradients: run eagerly, so that p.grad holds this update's gradients afterwards.
 
         Returns:
             An Outcome whose tensors the next update overwrites.
@@ -74,7 +74,7 @@ class RecordedUpdater:
 
     @torch.no_grad()
     def _write_hidden(self, hidden: Hidden) -> None:
-        """Copy states to the memory that graphs read them from."""
+        """Copy states to the fixed memory that graphs read them from."""
         if not self.hidden:
             self.hidden = [tuple(torch.empty_like(part) for part in state) for state in hidden]
         if hidden is not self.hidden:

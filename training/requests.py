@@ -8,16 +8,16 @@ from training.state import TrainingOptions
 
 
 class Requests:
-    """What signals and the clock ask of the training loop.
+    """Requests of signals and of the clock to the training loop, the same in all processes.
 
     Args:
-        interrupt: notes signals.
+        interrupt: records signals.
         options: how often checkpoints are due.
-        ranks: the processes that act on a request together.
+        ranks: the processes of the run.
 
     Attributes:
-        stop: an early end is asked for.
-        checkpoint: a checkpoint is due.
+        stop: True if training shall stop.
+        checkpoint: True if a checkpoint is due.
     """
 
     def __init__(self, interrupt: Interrupt, options: TrainingOptions, ranks: Ranks) -> None:
@@ -28,16 +28,14 @@ class Requests:
         self.checkpoint_written()
 
     def checkpoint_written(self) -> None:
-        """Start the clock anew."""
+        """Restart the clock of --checkpoint-minutes."""
         self._last_checkpoint = time.monotonic()
 
     def share(self, update: int = -1) -> None:
-        """All-reduce the requests.
-
-        What comes in afterwards waits for the next time, so that all processes do the same.
+        """All-reduce the requests; later ones take effect at the next all-reduce.
 
         Args:
-            update: the last update's number, where a checkpoint may be due after it.
+            update: the last update's number; without it no checkpoint is due.
         """
         every, minutes = self.options.checkpoint_every, self.options.checkpoint_minutes
         waited = time.monotonic() - self._last_checkpoint
@@ -49,7 +47,7 @@ class Requests:
         self.interrupt.terminated |= bool(terminate)
 
     def check(self) -> None:
-        """Share the requests, and raise StopRequested in all processes if one has to stop."""
+        """All-reduce the requests, and raise StopRequested in all processes if one shall stop."""
         self.share()
         if self.stop:
             raise StopRequested

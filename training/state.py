@@ -1,4 +1,4 @@
-"""What training is told, and how far it has come."""
+"""Options and progress of training."""
 
 import math
 import time
@@ -13,10 +13,10 @@ from bptt import Window
 
 
 class Stateful(Protocol):
-    """Has a state of tensors and plain values."""
+    """An object with a state of tensors and plain values."""
 
     def state_dict(self) -> dict[str, Any]:
-        """The state, which what follows does not change."""
+        """A snapshot of the state."""
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Continue from what state_dict returned."""
@@ -24,7 +24,7 @@ class Stateful(Protocol):
 
 @dataclass(frozen=True, kw_only=True)
 class TrainingOptions:
-    """What the training loop is told; the flags of these names say what each means."""
+    """Options of the training loop; main.py's flags of the same names explain them."""
 
     epochs: int
     batch_size: int
@@ -37,12 +37,12 @@ class TrainingOptions:
 
 @dataclass
 class Position:
-    """How far a run has come: the plain values that an exact resume needs.
+    """A run's progress: the plain values that an exact resume needs.
 
-    epoch counts from 1; row, batch and epoch_seconds are those of the epoch; update, tokens,
+    epoch counts from 1; row, batch and epoch_seconds count within the epoch; update, tokens,
     training_seconds, seconds and overflows (updates skipped) are totals over all sessions of a
-    run; interval_* belong to the logging interval under way, whose summed loss is in nats;
-    grad_norm is the last update's. Losses are in nats per token.
+    run; interval_* count within the current logging interval, and interval_loss is a sum in nats;
+    grad_norm is the last update's; best_loss is in nats per token.
     """
 
     epoch: int = 1
@@ -65,7 +65,7 @@ class Position:
     best_epoch: int | None = None
 
     def advance(self, rows: int, tokens: int) -> None:
-        """Count an update over so many rows of the text and so many tokens."""
+        """Count an update of this many rows and tokens."""
         self.batch += 1
         self.update += 1
         self.row += rows
@@ -74,7 +74,7 @@ class Position:
         self.interval_updates += 1
 
     def begin_epoch(self) -> None:
-        """Go on to the next epoch."""
+        """Start the next epoch."""
         self.epoch += 1
         self.row = self.batch = 0
         self.epoch_seconds = 0.0
@@ -87,12 +87,12 @@ class Position:
 
 
 class Undo:
-    """Takes back an update that was given up before its step.
+    """Undoes an update that was abandoned before its step.
 
     Args:
         at: the position.
-        parts: what else such an update has changed; each has state_dict and load_state_dict.
-        generator: that the update has drawn from.
+        parts: other objects that an update changes before its step.
+        generator: the run's random generator.
     """
 
     def __init__(self, at: Position, parts: Sequence[Stateful], generator: torch.Generator) -> None:
@@ -102,7 +102,7 @@ class Undo:
         self._before: tuple[dict[str, Any], list[dict[str, Any]], Tensor]
 
     def watch(self, windows: Iterator[Window]) -> Iterator[Window]:
-        """The same windows; before each is drawn, the state to go back to is copied."""
+        """Yield the same windows; before each is drawn, copy the state that restore loads."""
         while True:
             states = [part.state_dict() for part in self._parts]
             self._before = (asdict(self._at), states, self._generator.get_state())
@@ -113,7 +113,7 @@ class Undo:
             yield window
 
     def restore(self) -> None:
-        """Go back to where the last window was not drawn yet."""
+        """Restore the state from before the last window was drawn."""
         position, states, generator = self._before
         vars(self._at).update(position)
         for part, state in zip(self._parts, states, strict=True):
@@ -122,14 +122,14 @@ class Undo:
 
 
 class Stopwatch:
-    """Deals the time that passes out to the counts of a Position."""
+    """Adds the time that passes to the counters of a Position, in seconds."""
 
     def __init__(self, at: Position) -> None:
         self._at = at
         self._last = time.monotonic()
 
     def lap(self, training: bool = False) -> None:
-        """Book the time since the last lap; training: it went into updates."""
+        """Add the time since the last lap; training: also to the time of updates."""
         now = time.monotonic()
         passed, self._last = now - self._last, now
         self._at.seconds += passed

@@ -1,4 +1,4 @@
-"""The step of an update: from the gradients to the new weights."""
+"""The step of an update: unscaling, clipping, optimizer."""
 
 import math
 from typing import Protocol
@@ -10,11 +10,11 @@ from loss_scale import AnyLossScale
 
 
 class Step(Protocol):
-    """How the weights are stepped by their gradients.
+    """Updates the weights from their gradients.
 
-    scale: factor on the loss while gradients are taken.
-    synchronizes: each update's outcome is to be read before the next update begins.
-    averaging: the optimizer averages its iterates.
+    scale: factor on the loss in backward.
+    synchronizes: True if each update's outcome must be read before the next update.
+    averaging: True if the optimizer averages its iterates.
     """
 
     synchronizes: bool
@@ -25,38 +25,40 @@ class Step(Protocol):
         """See above."""
 
     def prepare(self, factor: float) -> None:
-        """Set what the learning rates of the next step are multiplied by."""
+        """Set the factor on the learning rates of the next step."""
 
     def __call__(self, loss: Tensor) -> tuple[Tensor, Tensor | None, Tensor | None]:
-        """Step by the parameters' gradients.
+        """Step by the parameters' gradients, or skip the step if they overflowed.
 
         Args:
-            loss: the update's, not scaled. One that is not finite is no overflow.
+            loss: the update's loss, unscaled. If it is not finite, the update is not an overflow:
+                training has diverged.
 
         Returns:
-            The gradient's global norm before clipping; 1 if the gradients overflowed and the
-            weights are as they were, else 0, None where the loss is not scaled; the largest
-            gradient before clipping, absolute, None where the loss scale does not use it.
+            norm: the gradient's global norm before clipping, unscaled.
+            overflow: 1 if the step was skipped, else 0; None without a loss scale.
+            largest: the largest absolute gradient before clipping, unscaled; None if the loss
+                scale does not use it.
         """
 
     def note(self, overflow: bool) -> None:
-        """Take note of whether an update overflowed; called for each update in turn."""
+        """Record whether an update was skipped; called for each update in order."""
 
     def restore(self) -> None:
-        """Read the optimizer and the loss scale again, after their states were loaded."""
+        """Read the states of optimizer and loss scale again, after they were loaded."""
 
 
 class PlainStep:
     """Clipping by the global norm, then the optimizer's own step.
 
     Args:
-        optimizer: any; its parameters are clipped together, a tied matrix counted once.
-        clip: largest global norm of the gradient; 0: any.
-        loss_scale: taken out of the gradients, and whose owner adapts it before the next step;
-            None: the loss is not scaled, and no update is skipped.
+        optimizer: any optimizer; its parameters are clipped together.
+        clip: largest global norm of the gradient; 0: no clipping.
+        loss_scale: the loss scale, which its owner adapts before the next step; None: the loss is
+            not scaled, and no update is skipped.
     """
 
-    averaging = False  # what differs between updates is the optimizer's own business
+    averaging = False  # the key of captured graphs, which need FusedStep
 
     def __init__(
         self,
@@ -80,7 +82,7 @@ class PlainStep:
         self._factor = factor
 
     def __call__(self, loss: Tensor) -> tuple[Tensor, Tensor | None, Tensor | None]:
-        """See Step. Where the loss is scaled it synchronises, to decide whether to skip."""
+        """See Step. With a loss scale it synchronises, to decide whether to skip the step."""
         groups = self.optimizer.param_groups
         parameters = [p for group in groups for p in group["params"] if p.grad is not None]
         gradients = [p.grad for p in parameters]
@@ -95,7 +97,7 @@ class PlainStep:
             norm = torch.nn.utils.get_total_norm(gradients)
         overflow = None
         if self.loss_scale is not None:
-            # The loss itself was computed before scaling: not finite, it is no matter of scale.
+            # The loss was computed before scaling: if it is not finite, scaling is not the cause.
             overflow = torch.isfinite(loss) & ~torch.isfinite(norm)
             if overflow:
                 self.optimizer.zero_grad(set_to_none=True)
@@ -112,4 +114,4 @@ class PlainStep:
         """No-op; FusedStep overrides it."""
 
     def restore(self) -> None:
-        """No-op: optimizer and loss scale are used as they are."""
+        """No-op; FusedStep overrides it."""

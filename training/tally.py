@@ -11,15 +11,15 @@ from engine.errors import DivergenceError
 from training.state import Position
 from training.update import Outcome
 
-# So many overflows one after another are no matter of scale: training has diverged.
+# After more overflows in a row training has diverged: no loss scale would help.
 MOST_OVERFLOWS = 50
 
 
 @dataclass(frozen=True)
 class _Unread:
-    """An update's scalars on their way to the host.
+    """An update's scalars, being copied to the host.
 
-    values: in the order of names, on the CPU once event has happened; None: at once.
+    values: scalars in the order of names, valid once event has happened; event None: at once.
     """
 
     update: int
@@ -35,23 +35,22 @@ class _Unread:
 
 
 class Tally:
-    """Losses, norms and overflows of the updates of a logging interval.
+    """Accumulates losses, norms and overflows of a logging interval.
 
-    On a GPU an update's scalars are copied to pinned memory behind its kernels, and read after the
-    next update has been queued, so that the device never waits for the host.
+    On a GPU an update's scalars are copied asynchronously to pinned memory and read after the next
+    update was queued, so that the device never waits for the host.
 
     Args:
-        device: that trains.
-        at: whose counts of skipped updates are incremented.
-        on_read: called for each update in turn, once its scalars are read, with its number, whether
-            it was skipped, and its largest gradient where the loss scale uses that.
-        describe: makes an error's text out of what is not finite, e.g. "loss is nan", and the
-            update's number.
+        device: the training device.
+        at: position, whose counts of skipped updates it increments.
+        on_read: called for each update in order when its scalars are read, with its number, whether
+            it was skipped, and its largest gradient if the loss scale uses that.
+        describe: makes an error message from a cause, e.g. "loss is nan", and an update's number.
 
     Attributes:
-        summed: loss of the interval's tokens, nats; on the device.
-        grad_norm: gradient's norm before clipping, of the last update that counted; on the device.
-        skipped: number of the last update that was skipped, 0: none was.
+        summed: summed loss of the interval's tokens, nats; on the device.
+        grad_norm: norm before clipping of the last update that was not skipped; on the device.
+        skipped: number of the last skipped update; 0: none.
     """
 
     def __init__(
@@ -71,10 +70,10 @@ class Tally:
         self._unread: _Unread | None = None
 
     def add(self, update: int, outcome: Outcome, tokens: int) -> None:
-        """Count an update without waiting for it, and read the one before.
+        """Add an update without synchronisation, and read the scalars of the one before.
 
         Raises:
-            DivergenceError: the one before was not finite.
+            DivergenceError: loss or norm of the one before was not finite.
         """
         scalars = {"loss": outcome.loss, "gradient norm": outcome.norm}
         loss = outcome.loss.double() * tokens
@@ -92,10 +91,10 @@ class Tally:
         self.summed += loss
 
     def check(self) -> None:
-        """Wait for the last update and read its scalars, unless they have been read.
+        """Synchronise with the last update and read its scalars, unless they were read.
 
         Raises:
-            DivergenceError: it is not finite.
+            DivergenceError: its loss or norm is not finite.
         """
         if self._unread is None:
             return

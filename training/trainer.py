@@ -34,20 +34,20 @@ class Trainer:
     """Trains a model, validates it every epoch and keeps the best one.
 
     Args:
-        model: on the device to train on.
-        optimizer: over the model's parameters. One that has `averaged_weights`, a context manager,
-            lends them for validation and for what is saved; see nt_asgd.
+        model: the model, on the training device.
+        optimizer: optimizer of the model's parameters. If it has `averaged_weights`, a context
+            manager, the averaged weights are validated and saved; see nt_asgd.
         scheme: which tokens each update sees.
         corpus: texts and vocabulary.
         updater: makes the updates, from this process's columns of the training text.
-        generator: of the run, on the model's device: all that updates draw comes from it.
+        generator: the run's random generator, on the model's device; updates draw from no other.
         options: see TrainingOptions.
-        folder: where the best model and the checkpoints go.
-        interrupt: asks for an early end.
-        identity: plain values that a checkpoint carries along for the caller.
+        folder: holds the best model and the checkpoints.
+        interrupt: records requests to stop.
+        identity: plain values that checkpoints store for the caller.
         callbacks: called in this order; see training.callback.
-        ranks: the processes that share the batch's columns, all of which have to train; only the
-            leader writes to the folder. None: there is one.
+        ranks: the processes that share the batch's columns; each has a trainer, and only the
+            leader writes to the folder. None: one process.
     """
 
     def __init__(
@@ -92,16 +92,16 @@ class Trainer:
     # The loop
 
     def train(self, tracker: Tracker) -> str:
-        """Train until the epochs or updates are done or an early end is asked for.
+        """Train until the epochs or updates are done or a stop is requested.
 
         Args:
-            tracker: where the numbers go.
+            tracker: logs the metrics.
 
         Returns:
-            "epochs", "updates" or "interrupted".
+            Why training ended: "epochs", "updates" or "interrupted".
 
         Raises:
-            DivergenceError: something is not finite any more; the files stay as they were.
+            DivergenceError: a loss or norm is not finite; the files are unchanged.
             CheckpointError: a checkpoint could not be written.
         """
         self.tracker = tracker
@@ -111,7 +111,7 @@ class Trainer:
             while self.at.epoch <= self.options.epochs:
                 self.requests.share()
                 try:
-                    whole = self.at.row == self.num_steps  # its validation was given up
+                    whole = self.at.row == self.num_steps  # only its validation is left
                     reason = None if whole else self.stop_reason() or self.train_epoch()
                     if reason is None:
                         self.end_epoch()
@@ -123,10 +123,10 @@ class Trainer:
         return "epochs"
 
     def train_epoch(self) -> str | None:
-        """The updates of an epoch, or what is left of them.
+        """Make the (remaining) updates of an epoch.
 
         Returns:
-            Why it was left in the middle; None at its end.
+            Why training stops within the epoch; None at its end.
         """
         self.model.train()
         description = f"epoch {self.at.epoch}"
@@ -146,10 +146,10 @@ class Trainer:
         return None
 
     def update(self, window: Window) -> None:
-        """One update of the weights from one window of text.
+        """Update the weights once, from one window of text.
 
         Raises:
-            StopRequested: it was given up, and nothing has changed.
+            StopRequested: the update was abandoned and undone.
         """
         at = self.at
         progress = (at.epoch - 1 + at.row / self.num_steps) / self.options.epochs
@@ -173,7 +173,7 @@ class Trainer:
                 end = UpdateEnd(at.update, at.epoch, self.tally.grad_norm, self._log)
                 for callback in looking:
                     callback.update_ended(end)
-            self._stopwatch.lap()  # which is not training's time
+            self._stopwatch.lap()  # callbacks do not count as training time
 
     # Around the loop
 
@@ -224,10 +224,11 @@ class Trainer:
         self.checkpoint()
 
     def validate(self) -> float:
-        """Measure the weights as they would be saved, print and log it; nats per token.
+        """Validation loss of the weights that would be saved, nats per token; prints and logs it.
 
         Raises:
-            StopRequested: it was given up, and nothing has changed.
+            StopRequested: a stop was requested meanwhile; nothing has changed.
+            DivergenceError: the loss is not finite.
         """
         self.tally.check()
         loss = self.ranks.from_leader(self._evaluate() if self.ranks.leader else 0.0)
@@ -247,7 +248,7 @@ class Trainer:
         return loss
 
     def _evaluate(self) -> float:
-        """The validation loss; below 0 where a stop was asked for meanwhile."""
+        """The validation loss; -1 if a stop was requested meanwhile."""
         valid, batch_size = self.corpus.valid, self.options.eval_batch_size
         try:
             with self.evaluated_weights():
@@ -256,19 +257,19 @@ class Trainer:
             return -1.0
 
     def evaluated_weights(self) -> AbstractContextManager[None]:
-        """A context in which the model has the weights that count: the average if there is one."""
+        """A context that gives the model the weights to evaluate and save: the average, if any."""
         lend = getattr(self.optimizer, "averaged_weights", nullcontext)
         context: AbstractContextManager[None] = lend()
         return context
 
     def save_best(self, loss: float) -> None:
-        """Keep these weights as the best so far."""
+        """Save the weights as the best model so far."""
         self.save_model(self.folder.model_path, loss)
         self.at.best_loss = loss
         self.at.best_epoch = self.at.epoch
 
     def save_model(self, path: Path, loss: float | None) -> None:
-        """Write the weights that count to path."""
+        """Write the weights, or their average, to path."""
         if not self.ranks.leader:
             return
         details = dict(epoch=self.at.epoch, update=self.at.update, valid_loss=loss)
@@ -295,7 +296,7 @@ class Trainer:
     # Stopping and checkpoints
 
     def stop_reason(self) -> str | None:
-        """Why training should end here, if it should."""
+        """Why training shall stop now; None: it continues."""
         if self.requests.stop:
             return "interrupted"
         if self.options.max_updates is not None and self.at.update >= self.options.max_updates:
@@ -303,9 +304,9 @@ class Trainer:
         return None
 
     def stop_early(self, reason: str) -> None:
-        """Checkpoint, and see to it that there is a best model to test.
+        """Write a checkpoint, then make sure that a best model exists.
 
-        What is done after the checkpoint is not part of the run that may be resumed from it.
+        A resumed run repeats all that comes after the checkpoint.
         """
         self.checkpoint()
         if reason == "updates" and self.at.row > 0:
@@ -317,7 +318,7 @@ class Trainer:
             self.save_model(self.folder.model_path, None)
 
     def checkpoint(self) -> None:
-        """Write all that an exact resume needs."""
+        """Write the state that an exact resume needs."""
         self.tally.check()
         self._stopwatch.lap()
         state = self.state_dict()
@@ -328,7 +329,7 @@ class Trainer:
         self._stopwatch.lap()
 
     def state_dict(self) -> dict[str, Any]:
-        """Tensors and plain values from which load_state_dict continues."""
+        """Tensors and plain values for load_state_dict."""
         self.at.interval_loss = float(self.tally.summed)
         self.at.grad_norm = float(self.tally.grad_norm)
         return dict(
@@ -344,7 +345,7 @@ class Trainer:
         )
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Continue from what state_dict returned; the tracker is resumed by its maker."""
+        """Continue from what state_dict returned; the caller resumes the tracker."""
         self.model.load_state_dict(state["model"])
         self.optimizer.load_state_dict(state["optimizer"])
         self.scheme.load_state_dict(state["scheme"])

@@ -16,14 +16,13 @@ from training.step import Step
 
 @dataclass(frozen=True)
 class Outcome:
-    """What an update leaves.
+    """The result of an update.
 
     loss: mean cross-entropy of the counted rows without the penalties, nats per token.
     norm: the gradient's global norm before clipping.
     hidden: the states that the next window starts from.
-    overflow: 1 if its gradients overflowed and the weights are as they were, else 0; None: its
-        loss was not scaled.
-    largest: the largest gradient, absolute; None: the loss scale does not use it.
+    overflow: 1 if its gradients overflowed and the step was skipped, else 0; None: no loss scale.
+    largest: the largest absolute gradient; None: the loss scale does not use it.
     """
 
     loss: Tensor
@@ -37,14 +36,13 @@ class Updater:
     """Loss, gradient, clipping and step.
 
     Args:
-        objective: of a model in training mode.
+        objective: objective of a model in training mode.
         rows: word ids of the text, (N, B), on the model's device.
-        step: over the model's parameters, with the learning rates of an update in which bptt rows
-            count.
-        bptt: how many rows the learning rate is meant for.
-        make_noise: gives the random factors of an update; None: from torch's default generator.
-        ranks: the processes that share the batch, whose losses and gradients are averaged; None:
-            there is one.
+        step: step of the model's parameters.
+        bptt: the learning rate is that of an update with this many counted rows.
+        make_noise: makes the random factors of an update.
+        ranks: the processes that share the batch; losses and gradients are averaged over them;
+            None: one process.
     """
 
     def __init__(
@@ -72,17 +70,14 @@ class Updater:
         keep_gradients: bool = False,
         check: Callable[[], None] = lambda: None,
     ) -> Outcome:
-        """Update the weights once.
+        """Update the weights once; only the step may synchronise with the device.
 
         Args:
-            window: how its text is run.
-            hidden: states before the window; their history is cut off.
-            keep_gradients: the parameters' grad has to be this update's afterwards. Here it
-                always is; RecordedUpdater replays graphs otherwise.
-            check: called now and then before the step; gives the update up by raising an exception.
-
-        Returns:
-            See Outcome. Nothing is read back from the device, unless by the step.
+            window: how the text is run.
+            hidden: states before the window; they are detached.
+            keep_gradients: p.grad must hold this update's gradients afterwards. Here it always
+                does; RecordedUpdater then runs eagerly.
+            check: called repeatedly before the step; may raise an exception to abandon the update.
         """
         self.step.prepare(window.counted / self.bptt)
         text = self.rows[window.start : window.start + window.length + 1]
@@ -91,7 +86,7 @@ class Updater:
     def compute(
         self, window: Window, text: Tensor, hidden: Hidden, check: Callable[[], None]
     ) -> Outcome:
-        """The update itself, once the step is prepared; text is the window's rows and one more."""
+        """Update the weights with a prepared step; text: the window's rows and one more."""
         for parameter in self.model.parameters():
             parameter.grad = None
         noise, scale = self.make_noise(), self.step.scale
