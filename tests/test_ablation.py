@@ -13,6 +13,7 @@ import signal
 import statistics
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -24,6 +25,7 @@ from conftest import ROOT, TINY, Result, write_corpus
 
 import ablate
 import programs.ablate
+from engine.ablation import pool
 from engine.ablation.pool import slots
 from engine.ablation.report import latex, markdown
 from engine.ablation.results import collect
@@ -433,6 +435,34 @@ def test_differences_are_paired_by_seed_and_names_escaped(tmp_path: Path) -> Non
     tex = latex(figures)
     assert "a|b\\_c \\& 50\\% & 3 of 4 $\\dagger$ & 90.00" in tex
     assert "failed: 50% of $HOME_DIR" in tex
+
+
+def test_a_curve_has_whole_epochs_only(tmp_path: Path) -> None:
+    """--max-updates adds a validation within the epoch that it cuts short."""
+    row = Row("base")
+    table = Table(tmp_path / "t.toml", "A", [], [row], [1])
+    run = Run(row, 1, [], dict(epochs=9, max_updates=20), tmp_path / "base-seed1.pt")
+    write_summary(run, updates=20, test_ppl=80.0)
+    lines = [dict(event="valid", step=s, epoch=e, ppl=p) for s, e, p in
+             ((8, 1, 99.0), (16, 2, 90.0), (20, 3, 95.0))]  # fmt: skip
+    (run.folder / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    [found] = collect(table, [run], tmp_path)["rows"][0]["runs"]
+    assert (found["state"], found["curve"]) == ("done", [99.0, 90.0])
+
+
+def test_a_run_that_is_tried_again_is_no_failure_meanwhile(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    program = tmp_path / "main.py"
+    program.write_text("import pathlib, sys; print('failed:', pathlib.Path(sys.argv[1]).exists())")
+    monkeypatch.setattr(pool, "PROGRAM", program)
+    monkeypatch.setattr(pool, "GRACE_SECONDS", 0)
+    save = tmp_path / "base.pt"
+    run = Run(Row("base"), 1, [str(save.with_suffix(".failed"))], dict(epochs=1), save)
+    for _ in range(2):
+        pool.execute(run, {}, threading.Event())
+        assert read_state(run).kind == "failed"
+        assert run.log_path.read_text().splitlines()[-1] == "failed: False"
 
 
 # On a cluster

@@ -7,15 +7,22 @@ import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import pytest
 import torch
-from conftest import REAL_DATA, ROOT, TINY, Result
+from conftest import REAL_DATA, ROOT, TINY, Result, read_summary
 from test_flags import WORD_LEVEL
 
 import assembly
+import training.requests
+import training.state
 from engine.checkpoint import load_model
+from engine.checkpoint_writer import CheckpointWriter
+from evaluation.plain import evaluate
 from flags import parse_training
+from training.update import Updater
 
 Run = Callable[..., Result]
 
@@ -68,6 +75,58 @@ def test_a_run_writes_what_the_contract_says(run: Run, corpus_folder: Path, tmp_
     assert summary["peak_memory_bytes"] > 1e7
     assert summary["tokens_per_second"] > 0
     assert summary["seconds"] > 0
+
+
+def test_where_the_time_goes(
+    run: Run, corpus_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """By a clock at which an update takes 25 s, a validation 10 and a file 100, and nothing else.
+
+    A checkpoint is due a minute after the one before was written, so after each third update.
+    """
+    now, written = [0.0], list[tuple[int, int]]()
+
+    def taking(seconds: float, work: Callable[..., Any]) -> Callable[..., Any]:
+        def timed(*args: Any, **keywords: Any) -> Any:
+            now[0] += seconds
+            return work(*args, **keywords)
+
+        return timed
+
+    def write(self: CheckpointWriter, path: Path, payload: dict[str, Any], *_: object) -> None:
+        if path.name == "last.pt":
+            written.append((payload["position"]["epoch"], payload["position"]["batch"]))
+        write_file(self, path, payload)
+
+    write_file = CheckpointWriter.write
+    clock = SimpleNamespace(monotonic=lambda: now[0])
+    monkeypatch.setattr(training.state, "time", clock)
+    monkeypatch.setattr(training.requests, "time", clock)
+    monkeypatch.setattr(Updater, "__call__", taking(25, Updater.__call__))
+    monkeypatch.setattr("training.trainer.evaluate", taking(10, evaluate))
+    monkeypatch.setattr(CheckpointWriter, "write", taking(100, write))
+    flags = [*TINY, "--data", corpus_folder, "--save", tmp_path / "run.pt", "--epochs", 2]
+    result = run(*flags, "--bptt-scheme", "fixed", "--checkpoint-minutes", 1, "--log-interval", 1)
+    assert result.code == 0, result.err
+
+    lines = (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()
+    events = [json.loads(line) for line in lines]
+    first, second = (line["step"] for line in events if line["event"] == "valid")
+    assert first == second - first > 6
+    due = list(range(3, first, 3))
+    assert written == [(1, batch) for batch in due] + [(2, 0)] + [(2, b) for b in due] + [(3, 0)]
+    speeds = [line["tokens_per_second"] for line in events if line["event"] == "train"]
+    assert speeds[: first - 1] == pytest.approx([40 / 25] * (first - 1))
+    assert re.findall(r"ms/batch (\S+)", result.err) == ["25000.00"] * second
+    took = 25 * first + 10 + 100 * len(due)  # what comes after a validation is the next epoch's
+    assert re.findall(r"time: (\S+)s", result.out)[0] == f"{took:.2f}"
+    words = (corpus_folder / "train.txt").read_text().replace("\n", " <eos> ").split()
+    summary = read_summary(tmp_path / "run.pt")
+    tokens = 2 * (len(words) // 4 - 1) * 4
+    assert summary["tokens_per_second"] == pytest.approx(tokens / (25 * second))
+    best = [line["ppl"] for line in events if line["event"] == "valid"]
+    files = len(written) + (2 if best[1] < best[0] else 1)
+    assert summary["seconds"] == pytest.approx(25 * second + 20 + 100 * files)
 
 
 def test_what_is_printed_last(run: Run, corpus_folder: Path, tmp_path: Path) -> None:

@@ -3,6 +3,7 @@
 On this many models at once on one device will stand.
 """
 
+import copy
 import importlib
 import os
 import random
@@ -166,3 +167,28 @@ def test_alternating_runs_end_as_each_does_alone(
         one, other = (torch.load(path, weights_only=True) for path in paths)
         assert_same(one["weights"], other["weights"])
     assert process_state() == before
+
+
+@pytest.mark.parametrize("name", RUNS)
+def test_a_state_that_was_loaded_is_the_one_that_is_saved(
+    corpus_folder: Path, tmp_path: Path, name: str
+) -> None:
+    """In mid-epoch, while averaging, and with an interval under way that has skipped an update."""
+    flags = [*RUNS[name], "--loss-scale", "dynamic", "--log-interval", "1000"]
+    trainer = build(flags, corpus_folder, tmp_path / "one.pt")
+    overflowing = iter([False, True, False])
+    bias = trainer.model.decoder.bias
+    assert isinstance(bias, torch.Tensor)
+    bias.register_hook(lambda g: g * torch.inf if next(overflowing, False) else g)
+    if isinstance(trainer.optimizer, NTASGD):
+        trainer.optimizer.averaging = True
+    windows = trainer.scheme.windows(trainer.num_steps)
+    for _ in range(4):
+        trainer.update(next(windows))
+    trainer.tally.check()
+    state = copy.deepcopy(trainer.state_dict())
+    assert state["position"]["overflows"] == state["callbacks"]["loss_scale"]["skipped"] == 1
+    assert state["position"]["grad_norm"] > 0
+    other = build(flags, corpus_folder, tmp_path / "other.pt")
+    other.load_state_dict(copy.deepcopy(state))
+    assert_same(other.state_dict(), state)

@@ -214,6 +214,22 @@ def test_an_overflowing_update_changes_neither_weights_nor_average(
     assert all(torch.isfinite(average).all() for average in averages)
 
 
+@pytest.mark.parametrize("make_step", [PlainStep, FusedStep])
+def test_the_scale_that_is_stepped_by_stays_within_its_bounds(make_step: Any) -> None:
+    p = nn.Parameter(torch.zeros(3))
+    rules = LossScale(64.0, low=32.0, high=128.0, window=1)
+    step = make_step(NTASGD([p], lr=1.0), 0, rules)
+    scales = []
+    for overflow in (False, False, False, True, True, True, True, False):
+        p.grad = torch.full((3,), torch.inf if overflow else 1.0)
+        step.prepare(1.0)
+        step(torch.zeros(()))
+        step.note(overflow)
+        rules.note(0, overflow)
+        scales.append(float(step.scale))
+    assert scales == [128, 128, 128, 64, 32, 32, 32, 64]
+
+
 # Through main.py
 
 

@@ -121,6 +121,21 @@ def test_evaluation_stays_in_full_precision(fast: bool) -> None:
     assert model.config() == config
 
 
+@pytest.mark.parametrize("fast", [False, True])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_the_decoder_computes_in_the_dtype(dtype: torch.dtype, fast: bool) -> None:
+    """What it is given is rounded first, though locked dropout has made it float32."""
+    model = make_model().train()
+    output, targets = torch.randn(20, 24), torch.randint(0, 40, (20,))
+    exact = model.decoder.loss(output, targets)
+    install(model, dtype, CPU, fast)
+    loss = model.decoder.loss(output, targets)
+    assert torch.equal(loss, model.decoder.loss(output.to(dtype).float(), targets))
+    assert loss.dtype == torch.float32
+    assert loss != exact
+    torch.testing.assert_close(loss, exact, rtol=0.01, atol=0)
+
+
 # Through main.py
 
 

@@ -12,6 +12,7 @@ import termios
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
+from unittest.mock import MagicMock
 
 import pytest
 import torch
@@ -437,3 +438,20 @@ def test_main_with_wandb_from_start_to_resume(
     ours = json.loads((tmp_path / "run" / "summary.json").read_text())
     for name in ("test_ppl", "best_valid_ppl"):
         assert summary_of(folders)[name] == pytest.approx(ours[name])
+
+
+@pytest.mark.parametrize(("flags", "code"), [([], 0), (["--lr", "1e30", "--clip", "0"], 1)])
+def test_wandb_is_told_how_a_run_ended(
+    corpus_folder: Path,
+    tmp_path: Path,
+    run: Callable[..., Any],
+    monkeypatch: pytest.MonkeyPatch,
+    flags: list[str],
+    code: int,
+) -> None:
+    wandb = MagicMock()
+    wandb.init.return_value.configure_mock(id="id", url="address")
+    monkeypatch.setitem(sys.modules, "wandb", wandb)
+    argv = [*TINY, *flags, "--data", corpus_folder, "--save", tmp_path / "run.pt"]
+    assert run(*argv, "--epochs", 1, "--wandb", "offline").code == code
+    wandb.init.return_value.finish.assert_called_once_with(exit_code=code)

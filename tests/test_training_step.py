@@ -3,6 +3,7 @@
 Only the random factors are the code's: they are read from the Noise that drew them.
 """
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -20,6 +21,7 @@ from kernels.linear_cross_entropy import FastLinear
 from kernels.lstm_cpu import CpuLSTM
 from model import RNNModel
 from noise import Noise
+from training.callback import Callback, UpdateStart
 from training.objective import paper_penalties
 
 
@@ -218,3 +220,23 @@ def test_a_window_in_pieces_under_the_same_noise_is_the_window(kind: str) -> Non
         parts.append(output)
     torch.testing.assert_close(torch.cat(parts), whole, rtol=1e-12, atol=1e-12)
     torch.testing.assert_close(hidden, after, rtol=1e-12, atol=1e-12)
+
+
+def test_a_callback_is_told_of_an_update_before_it(tmp_path: Path) -> None:
+    """Its number, and the part of all epochs' text that training has seen by then."""
+    trainer, starts = make_trainer(tmp_path, EVERYTHING), []
+
+    class Watching(Callback):
+        def update_begins(self, start: UpdateStart) -> None:
+            starts.append((start.update, start.progress))
+
+    trainer.callbacks = [Watching()]
+    trainer.options = replace(trainer.options, epochs=2)
+    with trainer.writer:
+        for _ in range(2):
+            trainer.train_epoch()
+            trainer.end_epoch()
+    rows = trainer.num_steps
+    seen = [epoch / 2 + row / rows / 2 for epoch in (0, 1) for row in range(0, rows, BPTT)]
+    assert [update for update, _ in starts] == list(range(1, len(seen) + 1))
+    assert [progress for _, progress in starts] == pytest.approx(seen, abs=1e-12)

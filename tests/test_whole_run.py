@@ -17,6 +17,7 @@ from typing import Any
 
 import by_hand
 import pytest
+import torch
 from by_hand import ByHand, Weights
 from conftest import ROOT, command_line, read_events, read_summary, read_weights, write_corpus
 
@@ -194,6 +195,23 @@ def test_the_best_model_of_an_epoch_s_end_comes_back(runs: Runs, tmp_path: Path)
         assert_weights(save, expected.best)
     runs.resume(save)
     assert_as_by_hand(save, expected)
+
+
+def test_what_when_keeps_is_what_that_epoch_validated(runs: Runs, tmp_path: Path) -> None:
+    """The weights, the average once there is one, and whose they are."""
+    flags, expected = runs.seeded(dict(when=[2, 4]), switched)
+    save = tmp_path / "run.pt"
+    runs.train(save, flags)
+    valid = by_hand.read_ids(runs.corpus)["valid"]
+    for epoch in (2, 4):
+        kept = save.with_name(f"run.pt.e{epoch}")
+        line = expected.of("valid")[epoch - 1]
+        details = torch.load(kept, weights_only=True)["details"]
+        assert (details["epoch"], details["update"]) == (epoch, line["step"])
+        assert details["valid_loss"] == pytest.approx(line["loss"], rel=5e-6)
+        weights = {name: weight.double() for name, weight in read_weights(kept).items()}
+        loss = by_hand.evaluate(weights, valid, flags["eval_batch_size"])
+        assert loss == pytest.approx(line["loss"], rel=5e-6)
 
 
 def test_the_first_weights_are_drawn_as_the_paper_says(runs: Runs) -> None:
