@@ -5,8 +5,10 @@ from collections.abc import Callable
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from noise import Noise
+
 # Signature of Decoder.loss and of kernels that replace it.
-Loss = Callable[[Tensor, Tensor], Tensor]
+Loss = Callable[[Tensor, Tensor, Noise | None], Tensor]
 
 
 class Decoder(nn.Module):
@@ -30,21 +32,25 @@ class Decoder(nn.Module):
         super().__init__()
         self.kernel: Loss | None = None
 
-    def forward(self, output: Tensor) -> Tensor:
-        """Logits (N, V) for outputs (N, E); their softmax is the distribution."""
+    def forward(self, output: Tensor, noise: Noise | None = None) -> Tensor:
+        """Logits (N, V) for outputs (N, E); their softmax is the distribution.
+
+        Args:
+            noise: in training the update's random factors, for a decoder that drops.
+        """
         raise NotImplementedError
 
-    def loss(self, output: Tensor, targets: Tensor) -> Tensor:
+    def loss(self, output: Tensor, targets: Tensor, noise: Noise | None = None) -> Tensor:
         """Mean cross-entropy, nats per token, a scalar float32 or wider.
 
         Args:
             output: (N, E).
             targets: ids of the words to predict, (N,).
+            noise: see forward.
         """
-        if self.training and self.kernel is not None:
-            return self.kernel(output, targets)
-        return self.plain_loss(output, targets)
+        loss = self.kernel if self.training and self.kernel is not None else self.plain_loss
+        return loss(output, targets, noise)
 
-    def plain_loss(self, output: Tensor, targets: Tensor) -> Tensor:
+    def plain_loss(self, output: Tensor, targets: Tensor, noise: Noise | None) -> Tensor:
         """`loss` in plain torch."""
-        return F.cross_entropy(self(output), targets)
+        return F.cross_entropy(self(output, noise), targets)

@@ -5,6 +5,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from decoders.decoder import Decoder
+from noise import Noise
 
 
 class Linear(Decoder):
@@ -20,6 +21,6 @@ class Linear(Decoder):
         self.weight = nn.Parameter(torch.empty(ntoken, width).uniform_(-0.1, 0.1))
         self.bias = nn.Parameter(torch.zeros(ntoken))
 
-    def forward(self, output: Tensor) -> Tensor:
+    def forward(self, output: Tensor, noise: Noise | None = None) -> Tensor:
         """See Decoder."""
         return F.linear(output, self.weight, self.bias)

@@ -65,7 +65,10 @@ def load_model(path: str | Path, device: str | torch.device = "cpu") -> tuple[RN
     """
     payload = _read(Path(path), MODEL_FORMAT)
     with damage_reported(Path(path)):
-        model = RNNModel(**payload["config"])
+        try:
+            model = RNNModel(**payload["config"])
+        except ValueError as error:  # saved by other code, with a layer of its own, say
+            raise CheckpointError(f"{path}: this code cannot build its model: {error}") from error
         model.load_state_dict(payload["weights"])
         vocabulary = Vocabulary.from_text(payload["vocabulary"])
         if len(vocabulary) != model.ntoken:

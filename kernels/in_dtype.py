@@ -47,10 +47,10 @@ class DecoderInDtype:
         self.decoder = decoder
         self.dtype = dtype
 
-    def __call__(self, output: Tensor, targets: Tensor) -> Tensor:
+    def __call__(self, output: Tensor, targets: Tensor, noise: Noise | None = None) -> Tensor:
         """See Decoder.loss."""
         cast = {name: p.to(self.dtype) for name, p in self.decoder.named_parameters()}
         logits: Tensor = torch.func.functional_call(
-            self.decoder, cast, (output.to(self.dtype),), tie_weights=False
+            self.decoder, cast, (output.to(self.dtype), noise), tie_weights=False
         )
         return F.cross_entropy(logits.float(), targets)

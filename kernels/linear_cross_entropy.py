@@ -8,6 +8,7 @@ from torch.autograd.function import once_differentiable
 
 from decoders.decoder import Decoder
 from decoders.linear import Linear
+from noise import Noise
 
 # Bytes of a block of scores, on a CPU and on a GPU, where each block costs a pass over the
 # decoder's gradient; rows of softmax at a time on a CPU, so that they stay in its caches.
@@ -33,7 +34,7 @@ class FastLinear:
         self.decoder = decoder
         self.dtype = dtype
 
-    def __call__(self, output: Tensor, targets: Tensor) -> Tensor:
+    def __call__(self, output: Tensor, targets: Tensor, noise: Noise | None = None) -> Tensor:
         """See Decoder.loss."""
         output = output.to(self.dtype or output.dtype)
         return linear_cross_entropy(output, self.decoder.weight, self.decoder.bias, targets)

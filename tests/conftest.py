@@ -4,6 +4,7 @@ import json
 import os
 import random
 import shlex
+import signal
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -52,6 +53,14 @@ def _fresh_random_state() -> Iterator[None]:
     torch.manual_seed(0)
     yield
     torch.set_rng_state(state)
+
+
+@pytest.fixture(autouse=True, scope="session")
+def _no_ignored_hangup() -> Iterator[None]:
+    """SIGHUP acts as usual, also where the tests run under nohup, which ignores it."""
+    before = signal.signal(signal.SIGHUP, signal.SIG_DFL)
+    yield
+    signal.signal(signal.SIGHUP, before)
 
 
 @pytest.fixture(autouse=True)

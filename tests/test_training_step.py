@@ -16,13 +16,14 @@ from torch import Tensor
 from bptt import FixedWindows, VariableWindows, Window
 from data.corpus import load_corpus
 from decoders.linear import Linear
+from engine.interrupt import StopRequested
 from kernels.choose import install
 from kernels.linear_cross_entropy import FastLinear
 from kernels.lstm_cpu import CpuLSTM
 from model import RNNModel
 from noise import Noise
 from training.callback import Callback, UpdateStart
-from training.objective import paper_penalties
+from training.objective import Objective, paper_penalties
 
 
 class Setting(NamedTuple):
@@ -240,3 +241,44 @@ def test_a_callback_is_told_of_an_update_before_it(tmp_path: Path) -> None:
     seen = [epoch / 2 + row / rows / 2 for epoch in (0, 1) for row in range(0, rows, BPTT)]
     assert [update for update, _ in starts] == list(range(1, len(seen) + 1))
     assert [progress for _, progress in starts] == pytest.approx(seen, abs=1e-12)
+
+
+def test_a_learning_rate_is_put_back_where_an_update_is_given_up(tmp_path: Path) -> None:
+    trainer = make_trainer(tmp_path, EVERYTHING)
+
+    class Falling(Callback):
+        def update_begins(self, start: UpdateStart) -> None:
+            for group in start.optimizer.param_groups:
+                group["lr"] *= 0.5
+
+    trainer.callbacks = [Falling()]
+    before = trainer.optimizer.param_groups[0]["lr"]
+    trainer.interrupt.requested = True
+    window = next(trainer.undo.watch(trainer.scheme.windows(trainer.num_steps)))
+    with pytest.raises(StopRequested):
+        trainer.update(window)
+    assert trainer.optimizer.param_groups[0]["lr"] == before
+    assert trainer.at.update == 0
+    trainer.interrupt.requested = False
+    trainer.update(window)
+    assert trainer.optimizer.param_groups[0]["lr"] == before / 2
+
+
+def test_a_decoder_gets_the_update_s_noise() -> None:
+    """The same factors for each piece, under a name of the decoder's own."""
+    model = RNNModel("LSTM", 9, 4, 5, 1).train()
+    seen: list[Tensor] = []
+
+    class Dropping(Linear):
+        def forward(self, output: Tensor, noise: Noise | None = None) -> Tensor:
+            assert noise is not None
+            seen.append(noise.drop("experts", (1, 5), 0.5, like=output))
+            return super().forward(output * seen[-1])
+
+    model.decoder = Dropping(5, 9)
+    objective, noise = Objective(model, []), Noise(torch.Generator().manual_seed(1))
+    words = torch.randint(9, (4, 2))
+    for piece in range(2):
+        objective(words[:-1], words[1:], model.init_hidden(2), noise.at(3 * piece))
+    assert seen[0] is seen[1]
+    assert seen[0] is noise.drop("decoder.experts", (1, 5), 0.5, like=seen[0])

@@ -112,7 +112,8 @@ class Objective:
             raw_outputs = [raw[share.skipped :] for raw in raw_outputs]
             outputs = [output[share.skipped :] for output in outputs]
             result, targets = outputs[-1].flatten(0, 1), targets[share.skipped :]
-        loss = self.model.decoder.loss(result, targets.flatten())
+        factors = None if noise is None else noise.of("decoder")
+        loss = self.model.decoder.loss(result, targets.flatten(), factors)
         if share.rows != 1:
             loss = loss * share.rows
         objective = loss

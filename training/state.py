@@ -92,20 +92,29 @@ class Undo:
     Args:
         at: the position.
         parts: other objects that an update changes before its step.
+        groups: the optimizer's parameter groups, whose learning rates callbacks may change.
         generator: the run's random generator.
     """
 
-    def __init__(self, at: Position, parts: Sequence[Stateful], generator: torch.Generator) -> None:
+    def __init__(
+        self,
+        at: Position,
+        parts: Sequence[Stateful],
+        groups: list[dict[str, Any]],
+        generator: torch.Generator,
+    ) -> None:
         self._at = at
         self._parts = parts
+        self._groups = groups
         self._generator = generator
-        self._before: tuple[dict[str, Any], list[dict[str, Any]], Tensor]
+        self._before: tuple[dict[str, Any], list[dict[str, Any]], list[float], Tensor]
 
     def watch(self, windows: Iterator[Window]) -> Iterator[Window]:
         """Yield the same windows; before each is drawn, copy the state that restore loads."""
         while True:
             states = [part.state_dict() for part in self._parts]
-            self._before = (asdict(self._at), states, self._generator.get_state())
+            rates = [group["lr"] for group in self._groups]
+            self._before = (asdict(self._at), states, rates, self._generator.get_state())
             try:
                 window = next(windows)
             except StopIteration:
@@ -114,10 +123,12 @@ class Undo:
 
     def restore(self) -> None:
         """Restore the state from before the last window was drawn."""
-        position, states, generator = self._before
+        position, states, rates, generator = self._before
         vars(self._at).update(position)
         for part, state in zip(self._parts, states, strict=True):
             part.load_state_dict(state)
+        for group, rate in zip(self._groups, rates, strict=True):
+            group["lr"] = rate
         self._generator.set_state(generator)
 
 

@@ -84,7 +84,7 @@ class Trainer:
         self.hidden = model.init_hidden(self.columns)
         self.at = Position()
         self.tally = Tally(self.device, self.at, self._end_step, self._describe_divergence)
-        self.undo = Undo(self.at, [scheme, *callbacks], generator)
+        self.undo = Undo(self.at, [scheme, *callbacks], optimizer.param_groups, generator)
         self.writer = CheckpointWriter(background=self.device.type == "cuda")
         self.requests = Requests(interrupt, options, ranks)
         self._stopwatch = Stopwatch(self.at)
