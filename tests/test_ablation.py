@@ -115,6 +115,7 @@ def test_a_table_with_rows_that_work_diverge_and_fail(
     assert without_times(out) == before
 
 
+@pytest.mark.slow
 def test_more_seeds_and_epochs_are_added_and_other_flags_refused(
     make_table: Callable[..., Path], run_table: Callable[..., Result], tmp_path: Path
 ) -> None:
@@ -205,6 +206,7 @@ def test_interrupted_it_checkpoints_and_goes_on(
     assert (out / "runs" / "base-seed1" / "last.pt").exists()
 
 
+@pytest.mark.slow
 def test_a_run_that_outlived_its_table_is_waited_for(
     make_table: Callable[..., Path], run_table: Callable[..., Result], tmp_path: Path
 ) -> None:
