@@ -3,11 +3,11 @@
 import io
 from typing import Any
 
-from diagnostics.unrolled import GATES
+from layers.lstm import LSTM
 
 COLOURS = ("#1f77b4", "#d62728")  # of the first and the second model
 LAYER_COLOURS = ("#1f77b4", "#d62728", "#2ca02c", "#9467bd", "#8c564b", "#e377c2")
-GATE_COLOURS = dict(zip(GATES, ("#2ca02c", "#ff7f0e", "#9467bd", "#8c564b"), strict=True))
+GATE_COLOURS = dict(zip(LSTM.gates, ("#2ca02c", "#ff7f0e", "#9467bd", "#8c564b"), strict=True))
 LABELS = {"hidden": "|∂L_t / ∂h_(t-lag)|", "cells": "|∂L_t / ∂c_(t-lag)|"}
 DPI = 90
 
@@ -145,7 +145,7 @@ def spectra(models: list[dict[str, Any]]) -> Any:
     figure, grid = _grid(len(models), _most_layers(models), sharey=True)
     for m, name, n, layer in _each_layer(models):
         axes = grid[m][n]
-        for gate in GATES:
+        for gate in LSTM.gates:
             found = layer["spectrum"][gate]
             label = f"{gate}, spectral radius {found['radius']:.2f}"
             axes.plot(found["singular_values"], color=GATE_COLOURS[gate], label=label)
@@ -164,14 +164,14 @@ def spectra(models: list[dict[str, Any]]) -> Any:
 
 def gates(models: list[dict[str, Any]]) -> Any:
     """A row for each gate, a column for each layer."""
-    figure, grid = _grid(len(GATES), _most_layers(models), (4.2, 2.2))
-    for row, gate in enumerate(GATES):
+    figure, grid = _grid(len(LSTM.gates), _most_layers(models), (4.2, 2.2))
+    for row, gate in enumerate(LSTM.gates):
         for axes in grid[row]:
             axes.set_xlabel("value (no unit)", fontsize=8)
             axes.set_xticks([-1, -0.5, 0, 0.5, 1] if gate == "cell" else [0, 0.25, 0.5, 0.75, 1])
         grid[row][0].set_ylabel("% of values", fontsize=8)
     for m, name, n, layer in _each_layer(models):
-        for row, gate in enumerate(GATES):
+        for row, gate in enumerate(LSTM.gates):
             axes, found = grid[row][n], layer["gates"][gate]
             shares = found["histogram"]
             low = -1.0 if gate == "cell" else 0.0

@@ -3,7 +3,7 @@
 from typing import Any
 
 from diagnostics import words
-from diagnostics.unrolled import GATES
+from layers.lstm import LSTM
 
 READING = """\
 L_t is the loss of step t alone, in nats. The gradient by h or c at a lag is the norm of L_t's
@@ -73,10 +73,10 @@ def _table(models: list[dict[str, Any]], settings: dict[str, Any]) -> list[str]:
                     [f"{_short(f['near'])}, {_short(f['far'])}" if f else "" for f in found],
                 )
             )
-    for gate in GATES:
+    for gate in LSTM.gates:
         cells = [_spectrum(layer, gate) for layer in layers]
         rows.append((f"W_hh of the {gate} gate: largest singular value, spectral radius", cells))
-    for gate in GATES:
+    for gate in LSTM.gates:
         saturated = [words.percent(layer["gates"][gate]["saturated"]) for layer in layers]
         rows.append((f"{gate} gate saturated", saturated))
     for state, letter in words.STATES.items():

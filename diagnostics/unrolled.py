@@ -12,8 +12,6 @@ from layers.lstm import LSTM
 from model import Hidden, RNNModel
 from noise import Noise
 
-GATES = LSTM.gates
-
 
 class Unrolled(NamedTuple):
     """What a window of T steps looked like on its way through the stack.

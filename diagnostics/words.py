@@ -3,7 +3,7 @@
 from typing import Any
 
 from diagnostics.lag_norms import EXPLOSION, NEAR
-from diagnostics.unrolled import GATES
+from layers.lstm import LSTM
 
 VANISHED_WITHIN = 10  # steps: a gradient that is down to a hundredth so soon vanishes
 DOMINANT = 0.5  # a share of the squared norm that settles what clipping does
@@ -94,7 +94,7 @@ def _flow(n: int, layer: dict[str, Any], settings: dict[str, Any]) -> str:
 
 
 def _linear(n: int, layer: dict[str, Any]) -> str:
-    radii = {gate: layer["spectrum"][gate]["radius"] for gate in GATES}
+    radii = {gate: layer["spectrum"][gate]["radius"] for gate in LSTM.gates}
     low, high = min(radii, key=radii.__getitem__), max(radii, key=radii.__getitem__)
     measured = layer["hidden"]["far"]
     against = "within their range"
@@ -111,7 +111,7 @@ def _linear(n: int, layer: dict[str, Any]) -> str:
 
 def _saturation(n: int, layer: dict[str, Any]) -> str:
     gates = layer["gates"]
-    shares = [f"{gate} {percent(gates[gate]['saturated'])}" for gate in GATES]
+    shares = [f"{gate} {percent(gates[gate]['saturated'])}" for gate in LSTM.gates]
     return (
         f"Layer {n}, saturated values of each gate: {_list(shares)}. The forget gate alone would "
         f"leave {percent(gates['forget']['kept_per_step'])} of a cell's gradient per step."

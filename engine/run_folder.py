@@ -15,8 +15,6 @@ from engine.errors import CheckpointError, RunError
 
 LOCK = ".lock"
 PREVIOUS_BEST = "best.previous.pt"
-# Other names of a run's best model, in its folder; older versions used the second.
-OTHER_BEST = (PREVIOUS_BEST, "best-at-epoch-end.pt")
 
 
 class RunFolder:
@@ -196,9 +194,9 @@ def find_best(model: Path, folder: Path, epoch: int, loss: float | None) -> Path
     Raises:
         RunError: the model is missing or damaged.
     """
-    others = [folder / name for name in OTHER_BEST if (folder / name).exists()]
+    before = folder / PREVIOUS_BEST
     reasons = []
-    for path in [model, *others]:
+    for path in [model, before] if before.exists() else [model]:
         try:
             details = model_details(path)
         except CheckpointError as error:

@@ -17,8 +17,6 @@ class LayerInDtype:
         dtype: bfloat16 or float16.
     """
 
-    name = "plain"
-
     def __init__(self, layer: Layer, dtype: torch.dtype) -> None:
         self.layer = layer
         self.dtype = dtype
@@ -40,8 +38,6 @@ class DecoderInDtype:
         decoder: any decoder.
         dtype: bfloat16 or float16.
     """
-
-    name = "plain"
 
     def __init__(self, decoder: Decoder, dtype: torch.dtype) -> None:
         self.decoder = decoder

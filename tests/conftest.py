@@ -149,5 +149,12 @@ def read_weights(path: Path) -> dict[str, torch.Tensor]:
 
 
 @pytest.fixture
+def flags(tmp_path: Path) -> list[str]:
+    """Flags of two epochs on a small corpus; averaging starts within them."""
+    corpus = write_corpus(tmp_path / "corpus", lines=120)
+    return [*TINY, "--data", str(corpus), "--epochs", "2", "--nonmono", "0"]
+
+
+@pytest.fixture
 def corpus_folder(tmp_path: Path) -> Path:
     return write_corpus(tmp_path / "corpus")

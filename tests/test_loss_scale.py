@@ -1,6 +1,5 @@
 """Loss scales against their rules, and what they do to a run."""
 
-import json
 import math
 import random
 import re
@@ -11,7 +10,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from conftest import TINY, Result, write_corpus
+from conftest import Result, read_events
 from torch import Tensor, nn
 
 from assembly import build_loss_scale
@@ -233,17 +232,6 @@ def test_the_scale_that_is_stepped_by_stays_within_its_bounds(make_step: Any) ->
 # Through main.py
 
 
-@pytest.fixture
-def flags(tmp_path: Path) -> list[str]:
-    corpus = write_corpus(tmp_path / "corpus", lines=120)
-    return [*TINY, "--data", str(corpus), "--epochs", "2", "--nonmono", "0"]
-
-
-def events(folder: Path) -> list[dict[str, Any]]:
-    lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
-    return [{k: v for k, v in line.items() if k != "tokens_per_second"} for line in lines]
-
-
 @pytest.mark.parametrize(
     ("flags", "precision", "expected"),
     [
@@ -271,7 +259,7 @@ def test_overflows_without_end_are_divergence(run: Run, tmp_path: Path, flags: l
     result = run(*flags, *extra, "--save", tmp_path / "a.pt")
     assert result.code == 1
     assert re.search(rf"gradient norm is (inf|nan) at update {MOST_OVERFLOWS + 1} ", result.err)
-    found = [event for event in events(tmp_path / "a") if event["event"] == "loss_scale"]
+    found = [event for event in read_events(tmp_path / "a") if event["event"] == "loss_scale"]
     assert len(found) == MOST_OVERFLOWS + 1
     assert all(event["overflow"] for event in found)
 
@@ -286,7 +274,7 @@ def test_scale_and_its_history_are_logged(
     assert result.code == 0, result.err
     scale, skipped = 2.0**16, 0
     shown, history = 0, []
-    for line in events(tmp_path / "a"):
+    for line in read_events(tmp_path / "a"):
         if line["event"] == "loss_scale":
             if kind == "dynamic":
                 assert line["scale"] == (scale / 2 if line["overflow"] else scale * 2)
@@ -310,7 +298,7 @@ def test_the_scale_changes_nothing_else(run: Run, tmp_path: Path, flags: list[st
         assert run(*flags, *extra, "--save", tmp_path / f"{name}.pt").code == 0
         drop = ("loss_scale", "overflows")
         found.append(
-            [{k: v for k, v in e.items() if k not in drop} for e in events(tmp_path / name)]
+            [{k: v for k, v in e.items() if k not in drop} for e in read_events(tmp_path / name)]
         )
     assert found[0] == found[1]
     assert any("grad_filter_masked_l0" in event for event in found[0])

@@ -1,13 +1,12 @@
 """Sixteen bits, and each fast kernel against float64."""
 
-import json
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from conftest import TINY, Result, write_corpus
+from conftest import Result, read_events
 from cudnn_on_cpu import install_gpu_kernels
 from torch import Tensor
 
@@ -139,17 +138,6 @@ def test_the_decoder_computes_in_the_dtype(dtype: torch.dtype, fast: bool) -> No
 # Through main.py
 
 
-@pytest.fixture
-def flags(tmp_path: Path) -> list[str]:
-    corpus = write_corpus(tmp_path / "corpus", lines=120)
-    return [*TINY, "--data", str(corpus), "--epochs", "2", "--nonmono", "0"]
-
-
-def events(folder: Path) -> list[dict[str, Any]]:
-    lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
-    return [{k: v for k, v in line.items() if k != "tokens_per_second"} for line in lines]
-
-
 @pytest.mark.parametrize(
     ("precision", "more"),
     [
@@ -177,7 +165,7 @@ def test_sixteen_bits_train_and_resume_exactly(
     assert stopped.code == 0
     resumed = run("--resume", tmp_path / "part", "--test-batch-size", "1")
     assert resumed.code == 0, resumed.err
-    assert events(tmp_path / "part") == events(tmp_path / "whole")
+    assert read_events(tmp_path / "part") == read_events(tmp_path / "whole")
     found = [
         torch.load(tmp_path / name, weights_only=True)["weights"]
         for name in ("part.pt", "whole.pt")
@@ -193,7 +181,10 @@ def test_sixteen_bits_train_and_resume_exactly(
     in_fp32 = run(*flags[: flags.index("--precision")], "--save", tmp_path / "fp32.pt")
     kinds = ("train", "valid")
     losses = [
-        {kind: [e["loss"] for e in events(tmp_path / name) if e["event"] == kind] for kind in kinds}
+        {
+            kind: [e["loss"] for e in read_events(tmp_path / name) if e["event"] == kind]
+            for kind in kinds
+        }
         for name in ("whole", "fp32")
     ]
     assert in_fp32.code == 0
