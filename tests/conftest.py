@@ -127,7 +127,7 @@ def command_line(flags: dict[str, Any]) -> list[str]:
 
 
 def read_events(save: Path) -> list[dict[str, Any]]:
-    """The lines of metrics.jsonl of the run whose best model is at save, without measured times."""
+    """The lines of metrics.jsonl of a run, by its best model or its folder, without speeds."""
     lines = (save.with_suffix("") / "metrics.jsonl").read_text().splitlines()
     events = [json.loads(line) for line in lines]
     return [{k: v for k, v in line.items() if k != "tokens_per_second"} for line in events]

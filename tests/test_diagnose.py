@@ -9,9 +9,9 @@ from typing import Any
 
 import pytest
 import torch
-from conftest import TINY, Result, write_corpus
+from conftest import TINY, Result, read_events, write_corpus
 from test_bad_input import only_line
-from test_resume import assert_same_run, metrics
+from test_resume import assert_same_run
 
 import assembly
 import diagnose
@@ -164,7 +164,7 @@ def test_fresh_weights_are_those_that_training_starts_from(
 
 
 def without_diagnostics(folder: Path) -> list[dict[str, Any]]:
-    return [e for e in metrics(folder) if e["event"] != "diagnostics"]
+    return [e for e in read_events(folder) if e["event"] != "diagnostics"]
 
 
 @pytest.mark.parametrize("clip", [0.25, 0])
@@ -180,14 +180,14 @@ def test_diagnostics_change_nothing_and_resume_exactly(
     for updates in (3, 8, 100):
         assert run(*flags, "--save", parts, "--max-updates", updates).code == 0
     assert_same_run(whole, parts)
-    assert metrics(tmp_path / "off") == without_diagnostics(tmp_path / "whole")
+    assert read_events(tmp_path / "off") == without_diagnostics(tmp_path / "whole")
     one, other = (torch.load(p, weights_only=True)["weights"] for p in (off, whole))
     assert all(torch.equal(one[name], other[name]) for name in one)
 
-    events = [e for e in metrics(tmp_path / "whole") if e["event"] == "diagnostics"]
-    last = metrics(tmp_path / "whole")[-1]["step"]
+    events = [e for e in read_events(tmp_path / "whole") if e["event"] == "diagnostics"]
+    last = read_events(tmp_path / "whole")[-1]["step"]
     assert [e["step"] for e in events] == list(range(2, last + 1, 2))
-    train = {e["step"]: e for e in metrics(tmp_path / "whole") if e["event"] == "train"}
+    train = {e["step"]: e for e in read_events(tmp_path / "whole") if e["event"] == "train"}
     assert train.keys() & {e["step"] for e in events}
     for event in events:
         held = [value for key, value in event.items() if key.startswith("grad_share_")]
@@ -198,7 +198,7 @@ def test_diagnostics_change_nothing_and_resume_exactly(
         if event["step"] in train:
             assert event["grad_norm"] == train[event["step"]]["grad_norm"]
     assert run("--resume", tmp_path / "off", "--epochs", 4, "--diagnostics", 2).code == 0
-    assert "diagnostics" in {e["event"] for e in metrics(tmp_path / "off")}
+    assert "diagnostics" in {e["event"] for e in read_events(tmp_path / "off")}
 
 
 # Bad input

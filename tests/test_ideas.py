@@ -8,8 +8,8 @@ import sys
 from pathlib import Path
 
 import pytest
-from conftest import ROOT, TINY, write_corpus
-from test_resume import assert_same_run, metrics
+from conftest import ROOT, TINY, read_events, write_corpus
+from test_resume import assert_same_run
 
 import main
 
@@ -129,13 +129,13 @@ def test_a_change_trains_and_resumes_and_is_a_row(
     result = subprocess.run(command, cwd=changed, capture_output=True, text=True)
     assert result.returncode == 0, result.stdout + result.stderr
 
-    updates = [line["step"] for line in metrics(row.with_suffix("")) if line["event"] == "valid"]
+    updates = [line["step"] for line in read_events(row) if line["event"] == "valid"]
     assert updates[0] < 14 < updates[1]  # it stopped within an epoch
     assert_same_run(whole, row)
     assert_same_run(awd_lstm / "run.pt", base)
-    assert (metrics(row.with_suffix("")) == metrics(base.with_suffix(""))) == (ROWS[name] == "")
+    assert (read_events(row) == read_events(base)) == (ROWS[name] == "")
     report = json.loads((tmp_path / "results" / "table.json").read_text())
-    [test] = [line for line in metrics(row.with_suffix("")) if line["event"] == "test"]
+    [test] = [line for line in read_events(row) if line["event"] == "test"]
     assert report["rows"][1]["name"] == "idea"
     assert report["rows"][1]["test"]["mean"] == pytest.approx(test["ppl"])
     if name == "program":

@@ -12,8 +12,8 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import Result, write_corpus
-from test_resume import assert_same_run, metrics, spawn, start, wait_for
+from conftest import Result, read_events, write_corpus
+from test_resume import assert_same_run, spawn, start, wait_for
 
 Run = Callable[..., Result]
 
@@ -93,7 +93,7 @@ def test_a_damaged_metrics_file_loses_no_run(tmp_path: Path, run: Run, damage: s
     warnings = [line for line in result.err.splitlines() if line.startswith("warning: ")]
     assert len(warnings) == 1
     assert f"{path}: has" in warnings[0]
-    events, expected = metrics(tmp_path / "run"), metrics(tmp_path / "whole")
+    events, expected = read_events(tmp_path / "run"), read_events(tmp_path / "whole")
     step = events[gap - 1]["step"] if gap else 0
     assert events[: gap + 1] == [*expected[:gap], {"event": "gap", "step": step}]
     after = [event for event in expected if event["step"] > 20]

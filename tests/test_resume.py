@@ -11,20 +11,14 @@ from typing import Any
 
 import pytest
 import torch
-from conftest import ROOT, TINY, Result, write_corpus
+from conftest import ROOT, TINY, Result, read_events, write_corpus
 
 from engine.run_folder import RunFolder
 
 Run = Callable[..., Result]
-TIMES = {"tokens_per_second"}
 # nonmono 0 and a high learning rate: averaging starts within the first epochs
 FLAGS = [*TINY, "--nonmono", "0", "--lr", "20", "--epochs", "5", "--when", "4"]
 CLOCKS = {"seconds", "training_seconds", "epoch_seconds", "interval_seconds"}
-
-
-def metrics(folder: Path) -> list[dict[str, Any]]:
-    lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
-    return [{k: v for k, v in line.items() if k not in TIMES} for line in lines]
 
 
 def assert_same(one: Any, other: Any, place: str = "state") -> None:
@@ -46,7 +40,7 @@ def assert_same(one: Any, other: Any, place: str = "state") -> None:
 
 def assert_same_run(one: Path, other: Path) -> None:
     """Two runs by their --save paths."""
-    assert metrics(one.with_suffix("")) == metrics(other.with_suffix(""))
+    assert read_events(one) == read_events(other)
     assert_same(*(torch.load(p, weights_only=True)["weights"] for p in (one, other)))
     assert_same(
         *(torch.load(p.with_suffix("") / "last.pt", weights_only=True) for p in (one, other))
@@ -59,7 +53,7 @@ def whole(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("whole")
     write_corpus(folder / "corpus")
     assert start(folder / "whole.pt", folder / "corpus") == 0
-    events = metrics(folder / "whole")
+    events = read_events(folder / "whole")
     switch = [e["epoch"] for e in events if e["event"] == "averaging"]
     assert switch, "this run has to switch to averaging"
     assert switch[0] < 5
@@ -86,7 +80,7 @@ PLACES = [
 
 def update_of(place: str, whole: Path) -> int:
     """The update to stop after."""
-    events = metrics(whole / "whole")
+    events = read_events(whole / "whole")
     ends = [e["step"] for e in events if e["event"] == "valid"]
     switch = next(e["step"] for e in events if e["event"] == "averaging")
     updates: list[int] = [ends[0], switch - 1, switch, switch + 1, ends[3] + 2, ends[-1]]
@@ -104,7 +98,7 @@ def test_stopped_and_resumed(whole: Path, tmp_path: Path, place: str) -> None:
 def test_stopped_at_every_turn(whole: Path, tmp_path: Path) -> None:
     """Sessions of four updates each."""
     save = tmp_path / "whole.pt"
-    total = metrics(whole / "whole")[-1]["step"]
+    total = read_events(whole / "whole")[-1]["step"]
     for updates in range(4, total, 4):
         assert start(save, whole / "corpus", "--max-updates", updates) == 0
     assert start(save, whole / "corpus") == 0
@@ -157,14 +151,16 @@ def test_every_kind_of_run_resumes(whole: Path, tmp_path: Path, name: str) -> No
         save = tmp_path / part / "run.pt"
         save.parent.mkdir()
         if part == "two":
-            steps = [e["step"] for e in metrics(tmp_path / "one" / "run") if e["event"] == "valid"]
+            steps = [
+                e["step"] for e in read_events(tmp_path / "one" / "run") if e["event"] == "valid"
+            ]
             for stop in (1 + steps[0] // 2, (steps[1] + steps[2]) // 2):
                 assert start(save, whole / "corpus", *flags, "--max-updates", stop) == 0
                 last = torch.load(save.with_suffix("") / "last.pt", weights_only=True)
                 assert (last["position"]["row"] > 0) == (name != "full")
         assert start(save, whole / "corpus", *flags) == 0
     assert_same_run(tmp_path / "one" / "run.pt", tmp_path / "two" / "run.pt")
-    [test] = [e for e in metrics(tmp_path / "one" / "run") if e["event"] == "test"]
+    [test] = [e for e in read_events(tmp_path / "one" / "run") if e["event"] == "test"]
     tokens = torch.load(tmp_path / "one" / "run" / "last.pt", weights_only=True)["position"]
     words = len((whole / "corpus" / "train.txt").read_text().replace("\n", " <eos> ").split())
     assert tokens["tokens"] == 3 * (words // 4 - 1) * 4

@@ -12,11 +12,11 @@ from typing import Any
 
 import pytest
 import torch
-from conftest import ROOT, TINY, Result, write_corpus
+from conftest import ROOT, TINY, Result, read_events, write_corpus
 from test_ranks import FLAGS as RANKS_FLAGS
 from test_ranks import assert_same_run as assert_nearly_same_run
 from test_ranks import command
-from test_resume import assert_same_run, metrics, start, wait_for
+from test_resume import assert_same_run, start, wait_for
 
 import evaluation.plain
 from engine.interrupt import Interrupt, StopRequested
@@ -118,7 +118,7 @@ def test_a_validation_is_given_up_and_repeated(
         assert stopped == (0 if number == signal.SIGINT else 1)
         position = torch.load(tmp_path / "run" / "last.pt", weights_only=True)["position"]
         assert (position["epoch"], position["row"]) == (epoch, rows)
-        validated = [e["epoch"] for e in metrics(tmp_path / "run") if e["event"] == "valid"]
+        validated = [e["epoch"] for e in read_events(tmp_path / "run") if e["event"] == "valid"]
         assert validated == list(range(1, epoch))
         # As many updates as there were: the validation is still the epoch's.
     assert start(save, corpus, "--max-updates", position["update"]) == 0
