@@ -25,7 +25,8 @@ from bptt import FixedWindows, FullWindows, RandomizedWindows, Scheme, VariableW
 from data.corpus import Corpus, batchify, load_corpus
 from data.download import ensure_corpus
 from engine.device import peak_memory, select_device
-from evaluation.plain import evaluate, perplexity
+from evaluation.evaluate import evaluate, perplexity
+from evaluation.plain import Plain
 from model import RNNModel
 from noise import Noise
 from nt_asgd import NTASGD
@@ -125,7 +126,7 @@ def measure(name: str, corpus: Corpus, goal: argparse.Namespace) -> dict[str, An
             timed |= due
             marks = [mark for mark in marks if mark > at.tokens]
             peak = peak if len(curve) > 1 else peak_memory(device)
-            loss = evaluate(training.model, corpus.valid[:VALID_TOKENS], 10)
+            loss = evaluate(Plain(training.model), corpus.valid[:VALID_TOKENS], 10)
             curve.append([at.tokens, training.seconds, at.update, perplexity(loss)])
         if training.seconds >= 1.5 * goal.seconds or (timed and not marks):
             break

@@ -2,7 +2,7 @@
 
 import math
 
-from evaluation.plain import perplexity
+from evaluation.evaluate import perplexity
 
 RULE = "-" * 89
 DOUBLE_RULE = "=" * 89

@@ -37,7 +37,8 @@ from engine.report import DOUBLE_RULE, final_line
 from engine.run_folder import RunFolder, find_run
 from engine.tracking import Silence, Tracker, warn
 from evaluation.bigram import bigram_loss
-from evaluation.plain import evaluate, perplexity
+from evaluation.evaluate import evaluate, perplexity
+from evaluation.plain import Plain
 from evaluation.sampling import sample_sentences
 from flags import parse_training, resume_flags, settle_scheme
 from kernels.choose import Choice
@@ -197,7 +198,7 @@ def train_and_test(args: argparse.Namespace, trainer: Trainer, tracker: Tracker)
 
     model, vocabulary = load_model(folder.model_path, device)
     ids = trainer.corpus.test
-    loss = evaluate(model, ids, args.test_batch_size)
+    loss = evaluate(Plain(model), ids, args.test_batch_size)
     results = dict(loss=loss, ppl=perplexity(loss), bpc=loss / math.log(2))
     tracker.log("test", step=trainer.at.update, **results)
     summary["test_ppl"] = results["ppl"]

@@ -23,7 +23,7 @@ ALLOWED: dict[str, set[str]] = {
     "weight_drop": {"noise", "layers"},
     "model": {"noise", "gradient_filter", *NETWORK},
     "kernels": {"noise", "nt_asgd", "loss_scale", *NETWORK, "engine.errors"},
-    "evaluation": {"data", "model"},
+    "evaluation": {"data", "model", "noise"},
     "engine": {"data", "model", "evaluation"},
     "training": {*GROUND, *NETWORK, "data", "evaluation", "kernels", "engine"},
     "diagnostics": {*GROUND, *NETWORK, "data", "training.objective"},

@@ -26,7 +26,8 @@ from engine.checkpoint import (
 )
 from engine.checkpoint_writer import CheckpointWriter
 from engine.errors import CheckpointError
-from evaluation.plain import evaluate
+from evaluation.evaluate import evaluate
+from evaluation.plain import Plain
 from model import RNNModel
 
 WORDS = Vocabulary(["the", "naïve", "<unk>", "<eos>"])
@@ -171,7 +172,7 @@ def test_a_run_of_format_1(run: Callable[..., Result]) -> None:
     assert "resume it with the commit that its config.json names" in result.err
     model, vocabulary = load_model(folder / "run.pt")
     words = (folder / "test.txt").read_text().replace("\n", " <eos> ").split()
-    loss = evaluate(model, torch.tensor([vocabulary.index(word) for word in words]), 1)
+    loss = evaluate(Plain(model), torch.tensor([vocabulary.index(word) for word in words]), 1)
     reported = json.loads((folder / "run" / "summary.json").read_text())["test_ppl"]
     assert math.exp(loss) == pytest.approx(reported, rel=1e-6)
 

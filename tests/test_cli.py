@@ -20,7 +20,7 @@ import training.requests
 import training.state
 from engine.checkpoint import load_model
 from engine.checkpoint_writer import CheckpointWriter
-from evaluation.plain import evaluate
+from evaluation.evaluate import evaluate
 from flags import parse_training
 from training.update import Updater
 

@@ -11,7 +11,8 @@ from torch import Tensor
 
 from data.corpus import Vocabulary
 from evaluation.bigram import bigram_loss
-from evaluation.plain import evaluate, perplexity, stretches
+from evaluation.evaluate import evaluate, perplexity, stretches
+from evaluation.plain import Plain
 from evaluation.sampling import sample_sentences
 from model import RNNModel
 
@@ -46,14 +47,14 @@ def test_each_prediction_counts_once(length: int, batch_size: int, device: torch
     expected = loss_by_tokens(model, ids, batch_size)
     model.to(device)
     for window in (None, 1, 7, 1000):
-        loss = evaluate(model, ids, batch_size, window)
+        loss = evaluate(Plain(model), ids, batch_size, window)
         assert loss == pytest.approx(expected, rel=1e-9)
 
 
 def test_window_does_not_matter_in_float32() -> None:
     model = small_model().float()
     ids = torch.randint(0, 11, (997,), dtype=torch.int32)
-    losses = [evaluate(model, ids, 3, window) for window in (1, 10, 70, 331, 500)]
+    losses = [evaluate(Plain(model), ids, 3, window) for window in (1, 10, 70, 331, 500)]
     assert max(losses) - min(losses) < 1e-6 * min(losses)
 
 
@@ -70,7 +71,7 @@ def test_stretches_are_the_text() -> None:
 def test_evaluation_leaves_mode_and_random_state_alone() -> None:
     model = small_model().train()
     before = torch.get_rng_state()
-    evaluate(model, torch.randint(0, 11, (20,)), 2)
+    evaluate(Plain(model), torch.randint(0, 11, (20,)), 2)
     sample_sentences(model, Vocabulary([*"abcdefghij", "<eos>"]), 1, seed=1)
     assert model.training
     torch.randint(0, 11, (20,))
@@ -83,7 +84,7 @@ def test_evaluation_leaves_mode_and_random_state_alone() -> None:
 
 def test_too_short() -> None:
     with pytest.raises(ValueError, match="4 tokens are too few for 4"):
-        evaluate(small_model(), torch.zeros(4, dtype=torch.int32), 4)
+        evaluate(Plain(small_model()), torch.zeros(4, dtype=torch.int32), 4)
 
 
 def test_perplexity_does_not_overflow() -> None:

@@ -14,7 +14,8 @@ from activation_regularize import activation_regularization, temporal_activation
 from data.corpus import load_corpus
 from embed_regularize import embedded_dropout
 from engine.checkpoint import model_payload, write_checkpoint
-from evaluation.plain import evaluate
+from evaluation.evaluate import evaluate
+from evaluation.plain import Plain
 from gradient_filter import GradientFilter, sequence_norms
 from locked_dropout import LockedDropout
 from model import RNNModel
@@ -101,10 +102,10 @@ def model(corpus_folder: Path) -> RNNModel:
 @pytest.mark.parametrize("function", FORWARD, ids=lambda f: f.__qualname__)
 def test_evaluation_stops(model: RNNModel, monkeypatch: pytest.MonkeyPatch, function: Any) -> None:
     text = torch.randint(0, model.ntoken, (50,))
-    evaluate(model, text, 3)
+    evaluate(Plain(model), text, 3)
     plant(monkeypatch, function)
     with pytest.raises(RuntimeError, match="planted"):
-        evaluate(model, text, 3)
+        evaluate(Plain(model), text, 3)
 
 
 @pytest.mark.parametrize(

@@ -18,9 +18,11 @@ from test_ranks import assert_same_run as assert_nearly_same_run
 from test_ranks import command
 from test_resume import assert_same_run, start, wait_for
 
-import evaluation.plain
+import evaluation.evaluate
+import evaluation.predictor
 from engine.interrupt import Interrupt, StopRequested
-from evaluation.plain import evaluate
+from evaluation.evaluate import evaluate
+from evaluation.plain import Plain
 from model import RNNModel
 from training.requests import Requests
 
@@ -107,7 +109,7 @@ def test_a_validation_is_given_up_and_repeated(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, number: signal.Signals
 ) -> None:
     """In the first epoch, and in one whose validation is of the averaged weights."""
-    monkeypatch.setattr(evaluation.plain, "WINDOW_TOKENS", 9)
+    monkeypatch.setattr(evaluation.evaluate, "WINDOW_TOKENS", 9)
     corpus, save = write_corpus(tmp_path / "corpus"), tmp_path / "run.pt"
     assert start(tmp_path / "whole.pt", corpus) == 0
     rows = len((corpus / "train.txt").read_text().replace("\n", " <eos> ").split()) // 4 - 1
@@ -142,15 +144,17 @@ def test_the_validation_of_a_run_cut_short_is_given_up(
 def test_evaluation_asks_between_windows_and_blocks(monkeypatch: pytest.MonkeyPatch) -> None:
     model = RNNModel("LSTM", 9, 4, 5, 2)
     ids, calls = torch.arange(101) % 9, []
-    plain = evaluate(model, ids, 2, window=5)
-    monkeypatch.setattr(evaluation.plain, "BLOCK_LOGITS", 9 * 5)
-    assert evaluate(model, ids, 2, 5, lambda: calls.append(0)) == pytest.approx(plain, rel=1e-6)
+    plain = evaluate(Plain(model), ids, 2, window=5)
+    monkeypatch.setattr(evaluation.predictor, "BLOCK_VALUES", 9 * 5)
+    assert evaluate(Plain(model), ids, 2, 5, lambda: calls.append(0)) == pytest.approx(
+        plain, rel=1e-6
+    )
     assert len(calls) == 20
     interrupt = Interrupt()
     interrupt.check()
     interrupt.requested = True
     with pytest.raises(StopRequested):
-        evaluate(model.train(), ids, 2, 5, interrupt.check)
+        evaluate(Plain(model.train()), ids, 2, 5, interrupt.check)
     assert model.training
 
 

@@ -20,7 +20,8 @@ from engine.ranks import Ranks
 from engine.report import RULE, epoch_line, interval_line
 from engine.run_folder import RunFolder
 from engine.tracking import Progress, Tracker
-from evaluation.plain import evaluate, perplexity
+from evaluation.evaluate import evaluate, perplexity
+from evaluation.plain import Plain
 from model import RNNModel, repackage_hidden
 from training.callback import Callback, EpochEnd, StepEnd, UpdateEnd, UpdateStart
 from training.recorded import RecordedUpdater
@@ -252,7 +253,7 @@ class Trainer:
         valid, batch_size = self.corpus.valid, self.options.eval_batch_size
         try:
             with self.evaluated_weights():
-                return evaluate(self.model, valid, batch_size, check=self.interrupt.check)
+                return evaluate(Plain(self.model), valid, batch_size, check=self.interrupt.check)
         except StopRequested:
             return -1.0
 
