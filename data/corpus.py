@@ -136,27 +136,6 @@ def load_corpus(folder: str | os.PathLike[str], cache: bool = True) -> Corpus:
     return _in_memory(vocabulary, ids, fingerprint)
 
 
-def read_ids(path: str | os.PathLike[str], vocabulary: Vocabulary) -> Tensor:
-    """The ids of any text by a vocabulary, int32, (N,); load_corpus says what its words are.
-
-    Args:
-        path: the text.
-        vocabulary: a word that it lacks becomes ``<unk>``, if it has that.
-
-    Raises:
-        DataError: the text cannot be read, is binary, not UTF-8 or shorter than two tokens, or
-            has a word that the vocabulary lacks, ``<unk>`` included.
-    """
-    index = _KnownIndex({word: id_ for id_, word in enumerate(vocabulary)})
-    try:
-        pieces, _ = _encode_text(Path(path), index)
-    except KeyError as error:
-        raise DataError(
-            f"{path}: the vocabulary lacks the word {error.args[0]!r}, and has no {UNK}"
-        ) from None
-    return torch.from_numpy(np.concatenate(pieces))
-
-
 def batchify(ids: Tensor, batch_size: int) -> Tensor:
     """Lay a text out as parallel columns, column b being its b-th contiguous stretch.
 
@@ -184,7 +163,7 @@ def batchify(ids: Tensor, batch_size: int) -> Tensor:
     return ids[: length * batch_size].view(batch_size, length).t()
 
 
-class _GrowingIndex(dict[str, int]):
+class GrowingIndex(dict[str, int]):
     """Word to id; a word that is looked up for the first time gets the next id."""
 
     def __missing__(self, word: str) -> int:
@@ -193,29 +172,20 @@ class _GrowingIndex(dict[str, int]):
         return id_
 
 
-class _KnownIndex(dict[str, int]):
-    """Word to id; a word that it lacks is <unk>, and KeyError where it lacks that, too."""
-
-    def __missing__(self, word: str) -> int:
-        if UNK not in self:
-            raise KeyError(word)
-        return self[UNK]
-
-
 _Encoded = tuple[Vocabulary, dict[str, list[npt.NDArray[np.int32]]], str]
 
 
 def _encode_folder(folder: Path, block_bytes: int = BLOCK_BYTES) -> _Encoded:
     """Vocabulary, ids of each part in pieces, fingerprint."""
-    index = _GrowingIndex()
+    index = GrowingIndex()
     ids, digests = {}, []
     for split in SPLITS:
-        ids[split], digest = _encode_text(folder / f"{split}.txt", index, block_bytes)
+        ids[split], digest = encode_text(folder / f"{split}.txt", index, block_bytes)
         digests.append(digest)
     return Vocabulary(index), ids, _fingerprint(digests)
 
 
-def _encode_text(
+def encode_text(
     path: Path, index: dict[str, int], block_bytes: int = BLOCK_BYTES
 ) -> tuple[list[npt.NDArray[np.int32]], bytes]:
     """Ids of one text, in pieces, and the hash of the very bytes that they were made of."""

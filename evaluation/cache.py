@@ -1,6 +1,7 @@
 """The continuous cache (Grave, Joulin & Usunier 2016, arXiv:1612.04426)."""
 
 import math
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -47,26 +48,39 @@ class Cache(Predictor):
         self.base.start(columns)
         self.history.start()
 
-    def read(self, words: Tensor) -> Prediction:
+    def read(self, words: Tensor) -> "Mixture":
         """See Predictor."""
         base = self.base.read(words)
-        return _Mixed(base, self.history.add(words, base.outputs), self.theta, self.lambdasm)
+        return Mixture(base, self.history.add(words, base.outputs), self.theta, self.lambdasm)
 
 
-class _Mixed(Prediction):
+class Mixture(Prediction):
+    """A prediction of Cache."""
+
     def __init__(self, base: Prediction, entries: "Entries", theta: float, lambdasm: float) -> None:
         super().__init__(base.outputs, base.ntoken)
-        self._base, self._entries, self._theta = base, entries, theta
-        self._lambdasm = lambdasm
+        self._base, self._entries = base, entries
+        self._theta, self._lambdasm = theta, lambdasm
         self.values_per_place = max(base.values_per_place, entries.keys.shape[1])
 
     def log_probs(self, places: slice) -> Tensor:
+        """See Prediction."""
         cached = self._entries.log_probs(places, self._theta, self.ntoken)
         return mix(self._base.log_probs(places), cached, self._lambdasm)
 
     def score(self, targets: Tensor, check: Check = lambda: None) -> Tensor:
+        """See Prediction."""
         cached = self._entries.score(targets, self._theta, check)
         return mix(self._base.score(targets, check), cached, self._lambdasm)
+
+    def grid(
+        self, targets: Tensor, thetas: Sequence[float], lambdas: Sequence[float]
+    ) -> Iterator[Tensor]:
+        """`score` with other settings: for each theta, (number of lambdas, N)."""
+        base = self._base.score(targets)
+        for theta in thetas:
+            cached = self._entries.score(targets, theta)
+            yield torch.stack([mix(base, cached, lambdasm) for lambdasm in lambdas])
 
 
 def mix(base: Tensor, cached: Tensor, lambdasm: float) -> Tensor:

@@ -14,9 +14,10 @@ import torch
 
 from data import cache as corpus_cache
 from data import corpus as corpus_module
-from data.corpus import Corpus, Vocabulary, batchify, load_corpus, read_ids
+from data.corpus import Corpus, Vocabulary, batchify, load_corpus
 from data.errors import DataError
 from data.files import SPLITS, atomic_write
+from data.text import encode_words, read_text
 
 REAL_DATA = Path(os.environ.get("AWD_DATA") or Path(__file__).parents[1] / "../shared/data")
 # All that str.split() cuts at, all that looks like it, and what lies on the borders of blocks.
@@ -235,7 +236,7 @@ def test_bad_byte_is_located_across_blocks(tmp_path: Path) -> None:
     path.write_bytes(data)
     for block_bytes in (1, 2, 3, 5, 1000):
         with pytest.raises(DataError, match=rf"byte {len(data) - 1}, line 101\)"):
-            corpus_module._encode_text(path, corpus_module._GrowingIndex(), block_bytes)
+            corpus_module.encode_text(path, corpus_module.GrowingIndex(), block_bytes)
 
 
 def test_bad_folder(tmp_path: Path) -> None:
@@ -308,18 +309,39 @@ def test_published_sizes(
 def test_a_text_of_the_corpus_has_the_same_ids_again(tmp_path: Path) -> None:
     corpus = load_corpus(write_texts(tmp_path / "corpus"), cache=False)
     for split in SPLITS:
-        ids = read_ids(tmp_path / "corpus" / f"{split}.txt", corpus.vocabulary)
-        assert torch.equal(ids, getattr(corpus, split))
-        assert ids.dtype == torch.int32
+        text = read_text(tmp_path / "corpus" / f"{split}.txt", corpus.vocabulary)
+        assert torch.equal(text.ids, getattr(corpus, split))
+        assert torch.equal(text.numbers, text.ids)
+        assert text.ids.dtype == torch.int32
 
 
 def test_words_that_a_vocabulary_lacks(tmp_path: Path) -> None:
-    text = tmp_path / "text.txt"
-    text.write_text("b new a\nother b")
-    ids = read_ids(text, Vocabulary(["a", "<unk>", "<eos>", "b"]))
-    assert ids.tolist() == [3, 1, 0, 2, 1, 3, 2]
-    message = r"text\.txt: the vocabulary lacks the word 'new', and has no <unk>"
-    with pytest.raises(DataError, match=message):
-        read_ids(text, Vocabulary(["a", "b", "<eos>"]))
+    path = tmp_path / "text.txt"
+    path.write_text("b new a\nother b")
+    vocabulary = Vocabulary(["a", "<unk>", "<eos>", "b"])
+    text = read_text(path, vocabulary)
+    assert text.ids.tolist() == [3, 1, 0, 2, 1, 3, 2]
+    assert [text.words[n] for n in text.numbers] == [
+        "b",
+        "new",
+        "a",
+        "<eos>",
+        "other",
+        "b",
+        "<eos>",
+    ]
+    assert text.unknown == 2
+    assert text.lines().tolist() == [0, 0, 0, 0, 1, 1, 1]
+    assert encode_words(["b", "new"], vocabulary).ids.tolist() == [3, 1]
+    assert len(encode_words([], vocabulary).ids) == 0
+    with pytest.raises(DataError, match=r"text\.txt: the vocabulary lacks 'new', 'other', and has"):
+        read_text(path, Vocabulary(["a", "b", "<eos>"]))
+    with pytest.raises(
+        DataError, match=r"^the vocabulary lacks 'q', 'r', 's', 't', 'u' and 2 more"
+    ):
+        encode_words("qrstuvw", Vocabulary(["a"]))
     with pytest.raises(DataError, match=r"nowhere\.txt: cannot be read \(No such file"):
-        read_ids(tmp_path / "nowhere.txt", Vocabulary(["<eos>"]))
+        read_text(tmp_path / "nowhere.txt", Vocabulary(["<eos>"]))
+    path.write_text("")
+    with pytest.raises(DataError, match=r"text\.txt: empty"):
+        read_text([str(path)], vocabulary)

@@ -1,0 +1,18 @@
+"""Measure the perplexity of a text under a trained model: python evaluate.py PTB.pt
+
+The program is programs/evaluate.py.
+"""
+
+from collections.abc import Sequence
+
+from engine.launch import leave
+from engine.program import run_program
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run the program; returns its exit code."""
+    return run_program("programs.evaluate", argv)
+
+
+if __name__ == "__main__":
+    leave(main())

@@ -1,0 +1,18 @@
+"""Test a model with a continuous cache: python pointer.py --data data/penn --save PTB.pt
+
+The program is programs/pointer.py.
+"""
+
+from collections.abc import Sequence
+
+from engine.launch import leave
+from engine.program import run_program
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run the program; returns its exit code."""
+    return run_program("programs.pointer", argv)
+
+
+if __name__ == "__main__":
+    leave(main())

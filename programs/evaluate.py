@@ -1,0 +1,250 @@
+"""Measure the perplexity of a text under a trained model: python evaluate.py PTB.pt"""
+
+import argparse
+import json
+import math
+import sys
+import time
+from collections.abc import Iterable, Sequence
+from itertools import product
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from data.corpus import EOS, Vocabulary
+from data.download import ensure_corpus
+from data.files import atomic_write
+from data.text import Text, read_text
+from engine.checkpoint import load_model
+from engine.device import select_device
+from engine.errors import RunError, UsageError
+from engine.launch import local_rank
+from engine.report import DOUBLE_RULE, loss_figures
+from engine.run_folder import corpus_of_run
+from engine.tracking import Progress, warn
+from evaluation.cache import Cache
+from evaluation.dynamic import Dynamic, root_mean_squares
+from evaluation.evaluate import evaluate, in_text_order, perplexity, read, stretches
+from evaluation.plain import Plain
+from evaluation.predictor import Mean, Predictor, Temperature
+from evaluation.search import cache_losses
+from flags.evaluation import parse_evaluation
+from model import RNNModel
+
+Settings = dict[str, float]  # lr, lamb, theta and lambdasm
+
+
+def run(argv: Sequence[str]) -> None:
+    """Run the program.
+
+    Raises:
+        UsageError, RunError, DataError: errors that a user can cause; see engine.program.
+    """
+    measure(parse_evaluation(argv))
+
+
+def measure(args: argparse.Namespace, title: str = "") -> None:
+    """Evaluate; print the loss after the title, and write the files that flags ask for."""
+    started = time.monotonic()
+    device = select_device(args.device, local_rank())
+    model, vocabulary = load_model(args.model, device)
+    texts = Texts(args, vocabulary)
+    text, name = texts.to_evaluate()
+    columns = args.eval_batch_size or default_columns(args)
+    predictions = len(text.ids) - 1
+    if predictions < columns:
+        raise UsageError(f"argument --eval-batch-size: {name} has {predictions} predictions only")
+    if text.unknown:
+        share = text.unknown / len(text.ids)
+        warn(f"{name}: {text.unknown:,} words ({share:.1%}) are not in the model's vocabulary")
+    if args.cache and args.window > predictions:
+        warn(f"--window {args.window} is longer than {name}; the cache holds all of it")
+    roots = None
+    if args.dynamic == "rms":
+        roots = statistics(args, model, texts.split("train").ids)
+    settings = {key: getattr(args, key)[0] for key in used(args)}
+    if args.search:
+        settings = search(args, model, roots, texts.split("valid").ids)
+    print(f"| {args.model} | {name} | {predictions:,} predictions | {device}", file=sys.stderr)
+    scores, ranks = score(build(args, model, roots, settings), text.ids, columns, args.per_word)
+    loss = -float(scores.mean())
+    texts_lines = text.lines()[1:] - (1 if args.text else 0)
+    if args.per_word:
+        write_lines(args.per_word, per_word(text, scores, ranks))
+    if args.by_line:
+        write_lines(args.by_line, by_line(texts_lines, scores))
+    kind = "text" if args.text else args.split
+    print(DOUBLE_RULE)
+    print(f"{title}| {loss_figures(f'{kind} ', loss)}", flush=True)
+    if args.summary:
+        figures = dict(loss=loss, ppl=perplexity(loss), bpc=loss / math.log(2))
+        options = {key: getattr(args, key) for key in ("cache", "dynamic", "temperature", "mc")}
+        told = dict(model=args.model, text=name, predictions=predictions, unknown=text.unknown)
+        told |= dict(figures, columns=columns, **options, **settings)
+        told |= dict(window=args.window) if args.cache else {}
+        told |= dict(bptt=args.bptt) if args.dynamic else {}
+        finite = {k: None if v in (math.inf, math.nan) else v for k, v in told.items()}
+        write_lines(args.summary, [json.dumps(dict(finite, seconds=time.monotonic() - started))])
+
+
+class Texts:
+    """The texts that the flags name, by the model's vocabulary."""
+
+    def __init__(self, args: argparse.Namespace, vocabulary: Vocabulary) -> None:
+        self.args = args
+        self.vocabulary = vocabulary
+        self.folder: Path | None = None
+
+    def split(self, name: str) -> Text:
+        """A text of the corpus.
+
+        Raises:
+            UsageError: no corpus was given, and the model's run does not name one.
+            DataError: it cannot be read, or has words that the model does not know.
+        """
+        if self.folder is None:
+            data = self.args.data or corpus_of_run(self.args.model)
+            if data is None:
+                raise UsageError(f"argument --data: which corpus? {self.args.model} names none")
+            ensure_corpus(data)
+            self.folder = Path(data)
+        return read_text(self.folder / f"{name}.txt", self.vocabulary)
+
+    def to_evaluate(self) -> tuple[Text, str]:
+        """The text to evaluate, and its name."""
+        if not self.args.text:
+            text = self.split(self.args.split)
+            return text, f"{self.folder} {self.args.split}"
+        before = EOS if EOS in self.vocabulary else None
+        return read_text(self.args.text, self.vocabulary, before), " ".join(self.args.text)
+
+
+def default_columns(args: argparse.Namespace) -> int:
+    """As main.py divides the text, if the columns' own predictions are those of one column."""
+    one = args.cache or args.dynamic or args.text or args.per_word or args.by_line
+    return 10 if args.split == "valid" and not one else 1
+
+
+def used(args: argparse.Namespace) -> list[str]:
+    """The names of the settings in use."""
+    return ["lr", "lamb"] * bool(args.dynamic) + ["theta", "lambdasm"] * args.cache
+
+
+def build(
+    args: argparse.Namespace, model: RNNModel, roots: list[Tensor] | None, settings: Settings
+) -> Predictor:
+    """The predictor: dropout masks inside dynamic evaluation, temperature and cache around it."""
+
+    def network(masks: int | None) -> Predictor:
+        if not args.dynamic:
+            return Plain(model, masks)
+        lr, lamb = settings["lr"], settings["lamb"]
+        return Dynamic(model, lr, lamb, args.bptt, roots, args.epsilon, masks)
+
+    predictor = network(None)
+    if args.mc:
+        predictor = Mean([network(args.seed + k) for k in range(args.mc)])
+    if args.temperature != 1:
+        predictor = Temperature(predictor, args.temperature)
+    if "theta" in settings:
+        predictor = Cache(predictor, args.window, settings["theta"], settings["lambdasm"])
+    return predictor
+
+
+def statistics(args: argparse.Namespace, model: RNNModel, train: Tensor) -> list[Tensor]:
+    """The root mean squares of the gradients over the training text."""
+    most = len(train) // args.batch_size // args.bptt
+    with Progress(min(most, args.max_batches or most), description="gradients") as progress:
+        try:
+            return root_mean_squares(
+                model, train, args.batch_size, args.bptt, args.max_batches, progress.update
+            )
+        except ValueError as error:
+            raise RunError(f"training text: {error}") from None
+
+
+def search(
+    args: argparse.Namespace, model: RNNModel, roots: list[Tensor] | None, valid: Tensor
+) -> Settings:
+    """The settings of the smallest validation loss: first --lr and --lamb, then the cache's."""
+    best: Settings = {}
+    loss = math.inf
+    if args.dynamic:
+        part = valid[: (args.search_tokens or len(valid) - 1) + 1]
+        for lr, lamb in product(args.lr, args.lamb):
+            found = evaluate(build(args, model, roots, dict(lr=lr, lamb=lamb)), part, 1)
+            report(dict(lr=lr, lamb=lamb), found)
+            if not best or found < loss:
+                best, loss = dict(lr=lr, lamb=lamb), found
+    if args.cache:
+        base = build(args, model, roots, best)
+        with Progress(len(valid) - 1, description="search") as progress:
+            losses = cache_losses(
+                base, valid, 1, args.window, args.theta, args.lambdasm, progress.update
+            )
+        for (row, theta), (column, share) in product(
+            enumerate(args.theta), enumerate(args.lambdasm)
+        ):
+            report(dict(theta=theta, lambdasm=share), float(losses[row, column]))
+        row, column = divmod(int(losses.argmin()), len(args.lambdasm))
+        best |= dict(theta=args.theta[row], lambdasm=args.lambdasm[column])
+        loss = float(losses.min())
+    print(f"| best on the validation text: {as_flags(best)} | valid ppl {perplexity(loss):8.2f}")
+    return best
+
+
+def report(settings: Settings, loss: float) -> None:
+    """Print a line of the search."""
+    print(f"| {as_flags(settings)} | valid ppl {perplexity(loss):8.2f}", file=sys.stderr)
+
+
+def as_flags(settings: Settings) -> str:
+    """Settings as written on the command line."""
+    return " ".join(f"--{name} {value:g}" for name, value in settings.items())
+
+
+def score(
+    predictor: Predictor, ids: Tensor, columns: int, with_ranks: object
+) -> tuple[Tensor, Tensor]:
+    """Log-probabilities of all words but the first, and their ranks if asked for, (N - 1,)."""
+    scores, ranks = [], []
+    with Progress(len(stretches(ids, columns)[0]), description="evaluate") as progress:
+        for prediction, targets in read(predictor, ids, columns):
+            scores.append(prediction.score(targets).double().view(-1, columns))
+            if with_ranks:
+                ranks.append(prediction.ranks(targets).view(-1, columns))
+            progress.update(len(scores[-1]))
+    predictions = len(ids) - 1
+    found = torch.cat(ranks) if ranks else torch.zeros(0, columns)
+    return in_text_order(torch.cat(scores), predictions), in_text_order(found, predictions)
+
+
+def per_word(text: Text, scores: Tensor, ranks: Tensor) -> Iterable[str]:
+    """The lines of --per-word."""
+    yield "word\tlog_probability\trank"
+    for number, value, rank in zip(text.numbers[1:], scores, ranks, strict=True):
+        yield f"{text.words[int(number)]}\t{float(value):.6f}\t{int(rank)}"
+
+
+def by_line(numbers: Tensor, scores: Tensor) -> Iterable[str]:
+    """The lines of --by-line, for the words' line numbers and log-probabilities, (N - 1,)."""
+    yield "line\twords\tloss\tppl"
+    words = numbers.bincount()
+    losses = -torch.zeros(len(words), dtype=scores.dtype).index_add_(0, numbers, scores.cpu())
+    for line in words.nonzero()[:, 0].tolist():
+        mean = float(losses[line] / words[line])
+        yield f"{line + 1}\t{int(words[line])}\t{mean:.6f}\t{perplexity(mean):.2f}"
+
+
+def write_lines(path: str, lines: Iterable[str]) -> None:
+    """Write a text file, whole or not at all.
+
+    Raises:
+        RunError: it cannot be written.
+    """
+    try:
+        with atomic_write(path, "w") as file:
+            file.writelines(f"{line}\n" for line in lines)
+    except OSError as error:
+        raise RunError(f"{path}: cannot write: {error.strerror or error}") from None
