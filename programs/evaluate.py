@@ -17,7 +17,7 @@ from data.download import ensure_corpus
 from data.files import atomic_write
 from data.text import Text, read_text
 from engine.checkpoint import load_model
-from engine.device import select_device
+from engine.device import keep_freed_memory, select_device
 from engine.errors import RunError, UsageError
 from engine.launch import local_rank
 from engine.report import DOUBLE_RULE, loss_figures
@@ -48,6 +48,8 @@ def measure(args: argparse.Namespace, title: str = "") -> None:
     """Evaluate; print the loss after the title, and write the files that flags ask for."""
     started = time.monotonic()
     device = select_device(args.device, local_rank())
+    if device.type == "cpu":
+        keep_freed_memory()
     model, vocabulary = load_model(args.model, device)
     texts = Texts(args, vocabulary)
     text, name = texts.to_evaluate()
