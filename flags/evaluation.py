@@ -148,18 +148,32 @@ LAMBS = [0.001, 0.002, 0.003, 0.005]
 FIRST_RATES = {"rms": 5e-5, "sgd": 0.1}
 
 
+def evaluation_parser() -> Parser:
+    """The parser of evaluate.py."""
+    return Parser(
+        EVALUATION,
+        prog="evaluate.py",
+        description="Measure the perplexity of a text under a trained model.",
+    )
+
+
+def pointer_parser() -> Parser:
+    """The parser of pointer.py."""
+    parser = Parser(POINTER, prog="pointer.py", description="Test a model with a continuous cache.")
+    parser.add_argument(
+        "--cuda", default=argparse.SUPPRESS, help=argparse.SUPPRESS, type=refused_cuda, nargs="?",
+        const="",
+    )  # fmt: skip
+    return parser
+
+
 def parse_evaluation(argv: Sequence[str]) -> argparse.Namespace:
     """Parse evaluate.py's command line; fills in the grid of --search.
 
     Raises:
         UsageError: an invalid flag or value.
     """
-    parser = Parser(
-        EVALUATION,
-        prog="evaluate.py",
-        description="Measure the perplexity of a text under a trained model.",
-    )
-    args, given = parser.parse(argv)
+    args, given = evaluation_parser().parse(argv)
     needs = dict.fromkeys(("window", "theta", "lambdasm"), ("cache", args.cache))
     needs |= dict.fromkeys(("lr", "lamb", "bptt"), ("dynamic", args.dynamic))
     rms = ("dynamic rms", args.dynamic == "rms")
@@ -191,12 +205,7 @@ def parse_pointer(argv: Sequence[str]) -> argparse.Namespace:
     Raises:
         UsageError: an invalid flag or value.
     """
-    parser = Parser(POINTER, prog="pointer.py", description="Test a model with a continuous cache.")
-    parser.add_argument(
-        "--cuda", default=argparse.SUPPRESS, help=argparse.SUPPRESS, type=refused_cuda, nargs="?",
-        const="",
-    )  # fmt: skip
-    args, _ = parser.parse(argv)
+    args, _ = pointer_parser().parse(argv)
     if args.save is None:
         raise UsageError("argument --save: which model?")
     same = ["--data", args.data, "--device", args.device, "--window", str(args.window)]

@@ -1,5 +1,6 @@
 """The commands, flags, links and Python in README.md and docs/ are ones that work."""
 
+import importlib
 import re
 import runpy
 import shlex
@@ -11,13 +12,22 @@ from conftest import ROOT, TINY, Result, write_corpus
 
 import ablate
 import flags
+from flags import evaluation
 
 PARSE: dict[str, Callable[[list[str]], object]] = {
     "main.py": flags.parse_training,
     "ablate.py": flags.parse_ablation,
     "diagnose.py": flags.parse_diagnosis,
+    "evaluate.py": evaluation.parse_evaluation,
+    "pointer.py": evaluation.parse_pointer,
 }
-PARSERS = [flags.training_parser(), flags.ablation_parser(), flags.diagnosis_parser()]
+PARSERS = [
+    flags.training_parser(),
+    flags.ablation_parser(),
+    flags.diagnosis_parser(),
+    evaluation.evaluation_parser(),
+    evaluation.pointer_parser(),
+]
 TORCHRUN_FLAGS = {"--nproc-per-node", "--max-restarts"}
 
 ALL_PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
@@ -78,6 +88,24 @@ def test_training_commands_run(
     result = run(*arguments, *short, "--save", tmp_path / "model.pt", "--device", "cpu")
     assert result.code == 0, result.err
     assert ("parameters" if "--dry-run" in arguments else "| End of training") in result.out
+
+
+def test_after_training_its_commands_run(
+    run: Callable[..., Result], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """In the page's order, on a small model and corpus of the names that they use."""
+    monkeypatch.chdir(tmp_path)
+    write_corpus(Path("data/penn"), lines=150)
+    for name in ("chapter1.txt", "chapter2.txt"):
+        Path(name).write_text("w1 w2\n")
+    assert run(*TINY, "--data", "data/penn", "--max-updates", 1, "--save", "PTB.pt").code == 0
+    more = {"evaluate.py": ["--batch-size", "4", "--max-batches", "2"]}
+    for block in blocks(ROOT / "docs" / "after-training.md", "sh"):
+        for line in block.splitlines():
+            _, program, *arguments = shlex.split(line, comments=True)
+            short = more.get(program, []) if "rms" in arguments else []
+            module = importlib.import_module(program.removesuffix(".py"))
+            assert module.main([*arguments, *short]) == 0, line
 
 
 def test_the_plan_of_a_table_is_printed(
