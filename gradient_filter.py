@@ -8,6 +8,8 @@ from torch import Tensor, nn
 
 # Keeps the quotient finite if the median is 0.
 EPS = 1e-20
+# A filter singles out a sequence whose mask is below this times the median sequence's mask.
+SINGLED_OUT = 0.9
 
 
 class GradientFilter(nn.Module):
@@ -23,15 +25,24 @@ class GradientFilter(nn.Module):
     the cutoff keeps its gradient; one far above is scaled down to the cutoff. The median is
     torch's: the lower one of two.
 
+    The median sequence, and about all of an ordinary batch, is multiplied by
+    threshold / (threshold + 1): 0.91 at 10, 0.67 at 2. So the filter also acts like a smaller
+    learning rate. With normalize, inv_mask_b = (cutoff + n_b) / (cutoff + median(n) + eps): the
+    median sequence keeps its gradient, and one far below the median is multiplied by up to
+    (threshold + 1) / threshold.
+
     Unlike icefall, this computes in float32 or wider, so that half precision neither underflows eps
     nor overflows g**2; eps is relative to the largest gradient, so that a factor on the loss
     changes nothing; all-zero gradients stay zero, and non-finite gradients stay non-finite.
 
     Args:
         batch_dim: x's dimension of sequences; 1 for (T, B, F).
-        threshold: cutoff divided by the median norm, > 0.
+        threshold: cutoff divided by the median norm, > 0. A sequence whose norm is threshold times
+            the median is halved.
+        normalize: divide by the median sequence's factor.
 
     Attributes:
+        scale: the median sequence's mask: threshold / (threshold + 1), or 1 with normalize.
         gather: all-gathers the norms, (B,), if several processes share the batch: median and mean
             are over the whole batch. None: one process.
 
@@ -39,15 +50,18 @@ class GradientFilter(nn.Module):
         ValueError: the threshold is not above 0.
     """
 
-    def __init__(self, batch_dim: int = 1, threshold: float = 10.0) -> None:
+    def __init__(
+        self, batch_dim: int = 1, threshold: float = 10.0, normalize: bool = False
+    ) -> None:
         super().__init__()
         if not threshold > 0:
             raise ValueError(f"threshold is {threshold}; it must be above 0")
         self.batch_dim = batch_dim
         self.threshold = threshold
+        self.normalize = normalize
+        self.scale = 1.0 if normalize else median_mask(threshold)
         self.gather: Callable[[Tensor], Tensor] | None = None
-        # Backward passes, sequences, sequences masked below 0.9, smallest mask, sum of parameter
-        # masks.
+        # Backward passes, sequences, sequences singled out, smallest mask, sum of parameter masks.
         self.statistics: Tensor
         self.register_buffer("statistics", torch.empty(5, dtype=torch.float64), persistent=False)
         self.reset_statistics()
@@ -69,7 +83,8 @@ class GradientFilter(nn.Module):
         Never synchronises, and updates the statistics in place, so that it can be captured.
         """
         old = self.statistics
-        new = [old[0] + 1, old[1] + mask.numel(), old[2] + (mask < 0.9).sum()]
+        singled_out = (mask < SINGLED_OUT * self.scale).sum()
+        new = [old[0] + 1, old[1] + mask.numel(), old[2] + singled_out]
         new += [torch.minimum(old[3], mask.min().double()), old[4] + param_mask.double()]
         # Do not count a pass that overflowed: loss scaling skips such an update.
         counted = torch.stack(new)
@@ -79,14 +94,20 @@ class GradientFilter(nn.Module):
         """Statistics since the last reset; synchronises with the device.
 
         Returns:
-            masked: share of sequences whose mask was below 0.9; smallest: the smallest mask;
-            params: mean of the parameters' mask. Masks are 1 / inv_mask and 1 / mean(inv_mask).
-            Without a backward pass: 0, 1 and 1.
+            singled_out: share of sequences whose mask was below nine tenths of the median
+            sequence's; scale: the median sequence's mask; smallest: the smallest mask; params:
+            mean of the parameters' mask. Masks are 1 / inv_mask and 1 / mean(inv_mask).
+            Without a backward pass nothing was singled out, and masks are 1.
         """
-        passes, sequences, masked, smallest, params = self.statistics.tolist()
+        passes, sequences, singled_out, smallest, params = self.statistics.tolist()
         if not passes:
-            return dict(masked=0.0, smallest=1.0, params=1.0)
-        return dict(masked=masked / sequences, smallest=smallest, params=params / passes)
+            return dict(singled_out=0.0, scale=self.scale, smallest=1.0, params=1.0)
+        return dict(
+            singled_out=singled_out / sequences,
+            scale=self.scale,
+            smallest=smallest,
+            params=params / passes,
+        )
 
 
 class _Filter(torch.autograd.Function):
@@ -106,8 +127,11 @@ class _Filter(torch.autograd.Function):
             common = everyone.amax()
             common = torch.where(common > 0, common, torch.ones_like(common))
             norm, everyone = norm * (unit / common), everyone / common
-        cutoff = owner.threshold * everyone.median()
-        inv_mask, all_masks = _inverse(norm, cutoff), _inverse(everyone, cutoff)
+        median = everyone.median()
+        cutoff = owner.threshold * median
+        unmasked = cutoff + median if owner.normalize else cutoff
+        inv_mask = _inverse(norm, cutoff, unmasked)
+        all_masks = _inverse(everyone, cutoff, unmasked)
         mean = all_masks.mean()
         owner.note(1 / all_masks, 1 / mean)
         filtered = (x_grad / inv_mask).to(x_grad.dtype)
@@ -127,7 +151,13 @@ def inverse_mask(x_grad: Tensor, batch_dim: int, threshold: float) -> Tensor:
         float32 (float64 for float64 gradients), size 1 in every dimension but batch_dim.
     """
     norm, _ = sequence_norms(x_grad, batch_dim)
-    return _inverse(norm, threshold * norm.median())
+    cutoff = threshold * norm.median()
+    return _inverse(norm, cutoff, cutoff)
+
+
+def median_mask(threshold: float) -> float:
+    """What the median sequence is multiplied by."""
+    return threshold / (threshold + 1)
 
 
 def sequence_norms(x_grad: Tensor, batch_dim: int) -> tuple[Tensor, Tensor]:
@@ -145,8 +175,8 @@ def sequence_norms(x_grad: Tensor, batch_dim: int) -> tuple[Tensor, Tensor]:
     return (g / scale).square().mean(dim=others, keepdim=True).sqrt(), scale
 
 
-def _inverse(norm: Tensor, cutoff: Tensor) -> Tensor:
-    """(cutoff + norm) / (cutoff + eps), 1 where both are zero."""
-    inv_mask = (cutoff + norm) / (cutoff + EPS)
+def _inverse(norm: Tensor, cutoff: Tensor, unmasked: Tensor) -> Tensor:
+    """(cutoff + norm) / (unmasked + eps), 1 where cutoff and norm are zero."""
+    inv_mask = (cutoff + norm) / (unmasked + EPS)
     # All-zero gradients would be divided by 0 / eps.
     return torch.where(cutoff + norm == 0, torch.ones_like(inv_mask), inv_mask)

@@ -41,6 +41,7 @@ class RNNModel(nn.Module):
         tie_weights: decode with the embedding matrix.
         grad_filter: threshold of the gradient filter on the input and masked weights of every
             layer; 0: no filter.
+        grad_filter_normalize: divide the filters' masks by that of the median sequence.
         decoder: kind of decoder, a name in decoders.DECODERS.
         layer_options: further keywords of the layers' constructor, plain values.
         decoder_options: further keywords of the decoder's constructor.
@@ -63,6 +64,7 @@ class RNNModel(nn.Module):
         wdrop: float = 0,
         tie_weights: bool = False,
         grad_filter: float = 0,
+        grad_filter_normalize: bool = False,
         decoder: str = "linear",
         layer_options: dict[str, Any] | None = None,
         decoder_options: dict[str, Any] | None = None,
@@ -94,7 +96,9 @@ class RNNModel(nn.Module):
             self.decoder.weight = self.encoder.weight
         if grad_filter:
             for layer in self.layers:
-                layer.gradient_filter = GradientFilter(threshold=grad_filter)
+                layer.gradient_filter = GradientFilter(
+                    threshold=grad_filter, normalize=grad_filter_normalize
+                )
 
     def init_hidden(self, bsz: int) -> Hidden:
         """Zero states for every layer, for an LSTM (h, c), each (1, bsz, units)."""

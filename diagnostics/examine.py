@@ -190,12 +190,14 @@ def _windows(
 
 
 def _filters(batch: gradients.WindowGradient, settings: Settings) -> dict[str, Any]:
-    masks = {f"{t:g}": filters.filter_masks(batch.inputs, t) for t in settings.thresholds}
+    masks = {t: filters.filter_masks(batch.inputs, t) for t in settings.thresholds}
     return dict(
         norms=filters.sequence_norms(batch.inputs),
-        masks=masks,
-        suppressed={t: [filters.suppressed(m) for m in layers] for t, layers in masks.items()},
-        singled_out={t: [filters.singled_out(m) for m in layers] for t, layers in masks.items()},
+        masks={f"{t:g}": layers for t, layers in masks.items()},
+        singled_out={
+            f"{t:g}": [filters.singled_out(mask, t) for mask in layers]
+            for t, layers in masks.items()
+        },
         clip_factor=gradients.clip_factor(batch.norm, settings.clip),
     )
 

@@ -1,10 +1,8 @@
-"""Which sequences a gradient filter would suppress, at several thresholds on the same batch."""
+"""Which sequences a gradient filter would single out, at several thresholds on the same batch."""
 
 from torch import Tensor
 
-from gradient_filter import inverse_mask
-
-SUPPRESSED = 0.9  # a mask below this suppresses; the statistics of training count the same way
+from gradient_filter import SINGLED_OUT, inverse_mask, median_mask
 
 
 def filter_masks(input_gradients: list[Tensor], threshold: float) -> list[Tensor]:
@@ -36,15 +34,9 @@ def sequence_norms(input_gradients: list[Tensor]) -> list[Tensor]:
     return [g.square().mean(dim=(0, 2)).sqrt() for g in input_gradients]
 
 
-def suppressed(mask: Tensor) -> Tensor:
-    """Indices of the sequences whose mask, (B,), is below SUPPRESSED."""
-    return (mask < SUPPRESSED).nonzero().flatten()
+def singled_out(mask: Tensor, threshold: float) -> Tensor:
+    """Indices of the sequences whose mask, (B,), is below SINGLED_OUT times the median sequence's.
 
-
-def singled_out(mask: Tensor) -> Tensor:
-    """Indices of the sequences that get less than SUPPRESSED of what the median sequence gets.
-
-    The median sequence itself is multiplied by threshold / (threshold + 1), so that below a
-    threshold of 9 whole batches count as suppressed; these are the ones that stand out.
+    The statistics of training count the same way.
     """
-    return (mask < SUPPRESSED * mask.median()).nonzero().flatten()
+    return (mask < SINGLED_OUT * median_mask(threshold)).nonzero().flatten()

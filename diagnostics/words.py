@@ -3,6 +3,7 @@
 from typing import Any
 
 from diagnostics.lag_norms import EXPLOSION, NEAR
+from gradient_filter import median_mask
 from layers.lstm import LSTM
 
 VANISHED_WITHIN = 10  # steps: a gradient that is down to a hundredth so soon vanishes
@@ -143,10 +144,9 @@ def _filter(figures: dict[str, Any]) -> list[str]:
             f"layer {n}: {', '.join(map(str, layer))}" for n, layer in enumerate(layers) if layer
         )
         who = f"{len(chosen)} of {len(figures['norms'][0])} sequences ({where})"
-        ordinary = float(threshold) / (float(threshold) + 1)
         found.append(
             f"A filter at {threshold} would single out {who if chosen else 'none'}; an ordinary "
-            f"sequence is multiplied by {ordinary:.2f} a layer."
+            f"sequence is multiplied by {median_mask(float(threshold)):.2f} a layer."
         )
     factor = figures["clip_factor"]
     return [*found, f"Clipping multiplies all sequences of that batch alike, by {factor:.2f}."]

@@ -19,7 +19,8 @@ class Flag:
     nargs, const, choices: as in argparse.
     may_change: a resumed run may be given another value.
     per_session: a resumed run does not inherit it.
-    belongs_to: (other, value): the flag may be given only if the other flag has this value.
+    belongs_to: (other, value): the flag may be given only if the other flag has this value; True:
+    any but 0.
     """
 
     name: str

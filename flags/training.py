@@ -70,11 +70,20 @@ TRAINING: Sections = {
         Flag(
             "--grad-filter",
             0.0,
-            "gradient filter in front of every layer; THRESHOLD 10, if not given; 0: off",
+            "gradient filter in front of every layer: in the backward pass a sequence whose "
+            "gradient's norm is r times the batch's median is multiplied by THRESHOLD / "
+            "(THRESHOLD + r); THRESHOLD 10, if not given; 0: off",
             non_negative,
             "THRESHOLD",
             nargs="?",
             const=10.0,
+        ),
+        Flag(
+            "--grad-filter-normalize",
+            False,
+            "divide these factors by the median sequence's, THRESHOLD / (THRESHOLD + 1), which "
+            "acts like a smaller learning rate",
+            belongs_to=("grad_filter", True),
         ),
         Flag("--batch_size", 80, "columns of text per update", positive_int),
         Flag(
@@ -199,7 +208,8 @@ def settle_scheme(args: argparse.Namespace) -> None:
         if flag.belongs_to is None or getattr(args, name) == flag.default:
             continue
         owner, value = flag.belongs_to
-        if getattr(args, owner) != value:
+        found = getattr(args, owner)
+        if (bool(found) if value is True else found) != value:
             needed = dashed(owner) if value is True else f"{dashed(owner)} {value}"
             raise UsageError(f"argument {dashed(name)}: goes with {needed} only")
     vars(args).update(fill_in(vars(args)))

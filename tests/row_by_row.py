@@ -92,7 +92,10 @@ class Reference:
         self.hidden = [tuple(part[0] for part in state) for state in trainer.hidden]
         self.bptt, self.clip, self.beta = trainer.updater.bptt, clip, beta
         self.cell: Cell = lstm_cell
-        self.filters = [GradientFilter(threshold=f.threshold) for f in filters_of(self.model)]
+        self.filters = [
+            GradientFilter(threshold=f.threshold, normalize=f.normalize)
+            for f in filters_of(self.model)
+        ]
 
     def objective(self, update: Update, noise: Noise) -> tuple[Tensor, Tensor, dict[str, Tensor]]:
         """Mean loss, what the gradient is taken of, and the weights in it."""
@@ -194,6 +197,7 @@ def build_trainer(
     kind: str = "LSTM",
     *,
     grad_filter: float = 0,
+    grad_filter_normalize: bool = False,
     beta: float = BETA,
     wdecay: float = WDECAY,
     clip: float = CLIP,
@@ -206,6 +210,7 @@ def build_trainer(
     torch.manual_seed(5)
     rates = dict(dropout=0.4, dropouth=0.25, dropouti=0.3, dropoute=0.1, wdrop=0.5)
     keywords: dict[str, Any] = dict(rates, tie_weights=True, grad_filter=grad_filter)
+    keywords["grad_filter_normalize"] = grad_filter_normalize
     model = RNNModel(kind, len(corpus.vocabulary), 4, 5, 2, **keywords).to(device, dtype)
     with torch.no_grad():  # larger weights, so that what crosses a boundary matters
         for p in model.parameters():

@@ -66,6 +66,11 @@ def test_randomized(make_trainer: MakeTrainer, kept: tuple[bool, ...], grad_filt
     assert_same_epoch(trainer, randomized_updates(3, 0.7, kept))
 
 
+def test_a_normalized_filter(make_trainer: MakeTrainer) -> None:
+    trainer = make_trainer(FixedWindows(5, 2), 5, grad_filter=1.5, grad_filter_normalize=True)
+    assert_same_epoch(trainer, truncated(2, 5))
+
+
 @pytest.mark.parametrize("grad_filter", [0, 1.5], ids=["", "filter"])
 @pytest.mark.parametrize("size", [1, 4, ROWS, 50])
 def test_full(make_trainer: MakeTrainer, size: int, grad_filter: float) -> None:

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from bptt import Window
 from diagnostics.examine import Settings, examine
-from diagnostics.filters import filter_masks, singled_out, suppressed
+from diagnostics.filters import filter_masks, singled_out
 from diagnostics.gates import gate_figures, state_figures
 from diagnostics.gradients import by_part, clip_factor, shares, window_gradient
 from diagnostics.lag_norms import describe, lag_norms
@@ -366,13 +366,12 @@ def test_filter_masks_are_those_of_filters(
         torch.testing.assert_close(mask, noted[filtered.gradient_filter], rtol=1e-9, atol=0)
 
 
-def test_who_is_suppressed() -> None:
+def test_who_is_singled_out() -> None:
     gradients = torch.ones(4, 5, 2, dtype=torch.float64)
     gradients[:, 3] *= 100
     (mask,) = filter_masks([gradients], 2.0)
     assert mask.tolist() == pytest.approx([2 / 3, 2 / 3, 2 / 3, 2 / 102, 2 / 3])
-    assert suppressed(mask).tolist() == [0, 1, 2, 3, 4]
-    assert singled_out(mask).tolist() == [3]
+    assert singled_out(mask, 2.0).tolist() == [3]
 
 
 def test_examining_leaves_no_trace_and_sees_no_filter() -> None:

@@ -140,6 +140,9 @@ FLAGS: dict[str, Line] = {
     "lr": Line(2.0, 3.0, f"rates, {STEPPED}", GIVEN),
     "clip": Line(0.25, 0.05, STEPPED, GIVEN),
     "grad-filter": Line(None, 0.5, "first norm, fields", "first loss"),
+    "grad-filter-normalize": Line(
+        None, True, "first norm, weights", "first loss, fields", {"grad-filter": 0.5}
+    ),
     "batch-size": Line(4, 5, "first loss, updates"),
     "bptt": Line(8, 20, "losses, updates"),
     "bptt-scheme": Line("variable", "full", "updates, losses", "parameters"),

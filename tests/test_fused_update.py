@@ -242,7 +242,7 @@ CHANGES: list[dict[str, Any]] = [
     *({name: 0} for name in (*RATES, "clip", "alpha", "beta", "wdecay")),
     dict(sizes=(5, 7, 1)), dict(tied=False, sizes=(5, 7, 2)), dict(grad_filter=2.0),
     dict(dict.fromkeys(RATES, 0.0), grad_filter=0.5, sizes=(5, 7, 1), tied=False),
-    dict(grad_filter=2.0, scheme="overlapping"), dict(rnn="GRU"),
+    dict(grad_filter=2.0, grad_filter_normalize=True, scheme="overlapping"), dict(rnn="GRU"),
     *(dict(rnn="OWN", scheme=name) for name in ("variable", "in pieces", "randomized")),
 ]  # fmt: skip
 

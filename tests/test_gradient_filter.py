@@ -20,25 +20,29 @@ Run = Callable[..., Result]
 
 
 def by_hand(
-    g: Tensor, param_grads: list[Tensor], threshold: float
+    g: Tensor, param_grads: list[Tensor], threshold: float, normalize: bool = False
 ) -> tuple[Tensor, list[Tensor], list[float]]:
     """Filtered gradients of x, (T, B, F), and of the parameters, and inv_mask."""
     norms = []
     for b in range(g.size(1)):
         values = [float(v) ** 2 for v in g[:, b].flatten()]
         norms.append(math.sqrt(sum(values) / len(values)))
-    cutoff = threshold * statistics.median_low(norms)
+    median = statistics.median_low(norms)
+    cutoff = threshold * median
     inverse = [(cutoff + n) / (cutoff + 1e-20) for n in norms]
+    if normalize:
+        ordinary = inverse[norms.index(median)]
+        inverse = [i / ordinary for i in inverse]
     x_grad = torch.stack([g[:, b] / inverse[b] for b in range(g.size(1))], dim=1)
     mean = sum(inverse) / len(inverse)
     return x_grad, [p / mean for p in param_grads], inverse
 
 
 def filtered(
-    g: Tensor, param_grads: list[Tensor], threshold: float = 10.0
+    g: Tensor, param_grads: list[Tensor], threshold: float = 10.0, normalize: bool = False
 ) -> tuple[list[Tensor], GradientFilter]:
     """What the filter makes of these gradients."""
-    gate = GradientFilter(batch_dim=1, threshold=threshold)
+    gate = GradientFilter(batch_dim=1, threshold=threshold, normalize=normalize)
     inputs = [torch.randn_like(t).requires_grad_() for t in (g, *param_grads)]
     outputs = gate(*inputs)
     for before, after in zip(inputs, outputs, strict=True):
@@ -49,16 +53,20 @@ def filtered(
 
 @pytest.mark.parametrize("batch", [1, 2, 5, 8])
 @pytest.mark.parametrize("threshold", [0.5, 2.0, 10.0])
-def test_equations(batch: int, threshold: float, device: torch.device) -> None:
+@pytest.mark.parametrize("normalize", [False, True])
+def test_equations(batch: int, threshold: float, normalize: bool, device: torch.device) -> None:
     g = torch.randn(6, batch, 3, dtype=torch.float64) * torch.logspace(-2, 2, batch)[:, None]
     params = [torch.randn(4, 3, dtype=torch.float64), torch.randn(4, dtype=torch.float64)]
-    x_grad, param_grads, inverse = by_hand(g, params, threshold)
-    found, gate = filtered(g.to(device), [p.to(device) for p in params], threshold)
+    x_grad, param_grads, inverse = by_hand(g, params, threshold, normalize)
+    found, gate = filtered(g.to(device), [p.to(device) for p in params], threshold, normalize)
     for one, other in zip(found, [x_grad, *param_grads], strict=True):
         torch.testing.assert_close(one.cpu(), other, rtol=1e-12, atol=1e-15)
     masks = [1 / v for v in inverse]
     summary = gate.summary()
-    assert summary["masked"] == sum(m < 0.9 for m in masks) / batch
+    ordinary = statistics.median_high(masks)  # of the sequence whose norm is the lower median
+    assert summary["scale"] == pytest.approx(ordinary)
+    assert summary["scale"] == pytest.approx(1 if normalize else threshold / (threshold + 1))
+    assert summary["singled_out"] == sum(m < 0.9 * ordinary for m in masks) / batch
     assert summary["smallest"] == pytest.approx(min(masks))
     assert summary["params"] == pytest.approx(batch / sum(inverse))
 
@@ -75,33 +83,38 @@ def test_other_batch_dimensions() -> None:
     torch.testing.assert_close(x.grad, expected.transpose(0, 1))
 
 
-def test_an_exploding_sequence_is_suppressed_and_the_others_are_not() -> None:
+@pytest.mark.parametrize("threshold", [1.0, 10.0])
+@pytest.mark.parametrize("normalize", [False, True])
+def test_an_exploding_sequence_is_suppressed_and_the_others_are_not(
+    threshold: float, normalize: bool
+) -> None:
     g = torch.randn(10, 8, 5)
     g /= g.square().mean((0, 2), keepdim=True).sqrt()
     g[:, 3] *= 1e6
-    (x_grad, weight_grad), gate = filtered(g, [torch.ones(3)])
+    (x_grad, weight_grad), gate = filtered(g, [torch.ones(3)], threshold, normalize)
     size = x_grad.square().mean((0, 2)).sqrt()
     others = [b for b in range(8) if b != 3]
     median = g.square().mean((0, 2)).sqrt().median()
-    assert size[3] == pytest.approx(float(10 * median), rel=1e-3)
-    for b in others:
-        ratio = x_grad[:, b] / g[:, b]
-        assert 0.85 < ratio.min() <= ratio.max() < 1
+    scale = 1.0 if normalize else threshold / (threshold + 1)
+    assert size[3] == pytest.approx(float(scale * (threshold + 1) * median), rel=1e-3)
+    for b in others:  # equal norms: all of them are the median
+        torch.testing.assert_close(x_grad[:, b], g[:, b] * scale, rtol=1e-5, atol=0)
     assert weight_grad[0] < 1e-3
-    assert gate.summary()["masked"] == 1 / 8
+    assert gate.summary()["singled_out"] == 1 / 8
 
 
 def test_gradients_of_zero_stay_zero_and_infinite_ones_stay_visible() -> None:
     (x_grad, weight_grad), gate = filtered(torch.zeros(3, 4, 2), [torch.zeros(2)])
     assert not x_grad.any()
     assert not weight_grad.any()
-    assert gate.summary() == dict(masked=0.0, smallest=1.0, params=1.0)
+    assert gate.summary() == dict(singled_out=0.0, scale=10 / 11, smallest=1.0, params=1.0)
 
     g = torch.randn(3, 4, 2)
     g[:, :3] = 0  # the median is 0: what is not 0 is suppressed
-    (x_grad, _), _ = filtered(g, [torch.ones(2)])
-    assert x_grad.isfinite().all()
-    assert x_grad.abs().max() < 1e-15
+    for normalize in (False, True):
+        (x_grad, _), _ = filtered(g, [torch.ones(2)], normalize=normalize)
+        assert x_grad.isfinite().all()
+        assert x_grad.abs().max() < 1e-15
 
     for value in (math.inf, math.nan):
         g = torch.randn(3, 4, 2)
@@ -191,7 +204,8 @@ def test_runs_log_it_and_resume_it(run: Run, corpus_folder: Path, tmp_path: Path
     train = [line for line in lines(whole) if line["event"] == "train"]
     for layer in (0, 1):
         for line in train:
-            assert 0 <= line[f"grad_filter_masked_l{layer}"] <= 1
+            assert 0 <= line[f"grad_filter_singled_out_l{layer}"] <= 1
+            assert line[f"grad_filter_scale_l{layer}"] == 10 / 11
             assert 0 < line[f"grad_filter_smallest_l{layer}"] < 1
             assert 0 < line[f"grad_filter_params_l{layer}"] < 1
 

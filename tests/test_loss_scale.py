@@ -301,7 +301,7 @@ def test_the_scale_changes_nothing_else(run: Run, tmp_path: Path, flags: list[st
             [{k: v for k, v in e.items() if k not in drop} for e in read_events(tmp_path / name)]
         )
     assert found[0] == found[1]
-    assert any("grad_filter_masked_l0" in event for event in found[0])
+    assert any("grad_filter_singled_out_l0" in event for event in found[0])
 
 
 @pytest.mark.parametrize(

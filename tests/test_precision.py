@@ -79,7 +79,12 @@ def fast_in_32_bits(model: RNNModel, dtype: torch.dtype | None) -> None:
 )
 @pytest.mark.parametrize(
     "changes",
-    [{}, dict(grad_filter=0.5), dict(tie_weights=False, wdrop=0, nlayers=1), dict(rnn="GRU")],
+    [
+        {},
+        dict(grad_filter=0.5, grad_filter_normalize=True),
+        dict(tie_weights=False, wdrop=0, nlayers=1),
+        dict(rnn="GRU"),
+    ],
     ids=str,
 )
 def test_loss_and_gradients_against_float64(

@@ -279,6 +279,7 @@ ALL = dict(dropout=0.4, dropouth=0.25, dropouti=0.3, dropoute=0.1, wdrop=0.5, ti
     [
         *((scheme, 2, dict(grad_filter=1.0)) for scheme in WINDOWS),
         ("variable", 4, dict(grad_filter=1.0)),
+        ("variable", 2, dict(grad_filter=1.0, grad_filter_normalize=True)),
         ("variable", 2, dict(tie_weights=False, wdrop=0)),
     ],
 )

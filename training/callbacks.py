@@ -52,7 +52,8 @@ class FilterFigures(Callback):
         self.filters = filters
 
     def figures(self) -> dict[str, float]:
-        """grad_filter_masked_lN, grad_filter_smallest_lN, grad_filter_params_lN."""
+        """grad_filter_singled_out_lN, grad_filter_scale_lN, grad_filter_smallest_lN and
+        grad_filter_params_lN; see GradientFilter.summary."""
         found = {}
         for layer, gradient_filter in enumerate(self.filters):
             for what, value in gradient_filter.summary().items():

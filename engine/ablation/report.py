@@ -110,10 +110,17 @@ COST: dict[str, Callable[[dict[str, Any]], str]] = {
 }
 FILTER: dict[str, Callable[[dict[str, Any]], str]] = {
     "": lambda row: row["name"],
-    "sequences masked below 0.9": lambda row: f"{100 * row['filter']['masked']:.2f}%",
-    "smallest mask": lambda row: f"{row['filter']['smallest']:.3g}",
-    "mean parameter mask": lambda row: f"{row['filter']['params']:.3f}",
+    "median's factor": lambda row: f"{row['filter']['scale']:.3f}",
+    "sequences below 0.9 of it": lambda row: f"{100 * row['filter']['singled_out']:.2f}%",
+    "smallest / median's": lambda row: f"{row['filter']['smallest']:.3g}",
+    "weights' / median's": lambda row: f"{row['filter']['params']:.3f}",
 }
+HOW_TO_READ_FILTER = (
+    "In the backward pass the filter multiplies each sequence's gradient by a factor, the weights' "
+    "by the inverse of the mean inverse factor. The median sequence's factor is a scale, as a "
+    "smaller learning rate would be; the other columns are relative to it. Means over updates and "
+    "layers."
+)
 
 
 # Markdown
@@ -131,7 +138,7 @@ def markdown(figures: dict[str, Any], curves: bool) -> str:
         parts += ["## Against the literature", _aligned(PUBLISHED, published)]
         parts.append(f"Published: {figures['source']}" if figures["source"] else "")
     if filtered := [row for row in rows if row["filter"]]:
-        parts += ["## What the gradient filter did", _aligned(FILTER, filtered)]
+        parts += ["## What the gradient filter did", _aligned(FILTER, filtered), HOW_TO_READ_FILTER]
     parts += ["## Runs", _aligned(COST, rows)]
     parts.append(f"Flags of every row: `{figures['flags']}`" if figures["flags"] else "")
     made = list(figures["made_with"])

@@ -87,8 +87,11 @@ def _made_with(config: dict[str, Any]) -> str:
 
 
 def _filter_figures(state: State) -> dict[str, float] | None:
-    """Means of the gradient filters' statistics over run and layers; None without filters."""
-    names = ("masked", "smallest", "params")
+    """Means of the gradient filters' statistics over run and layers; None without filters.
+
+    smallest and params are relative to the median sequence's mask, scale.
+    """
+    names = ("singled_out", "scale", "smallest", "params")
     found: dict[str, list[float]] = {name: [] for name in names}
     for line in state.of("train"):
         for name in names:
@@ -97,7 +100,12 @@ def _filter_figures(state: State) -> dict[str, float] | None:
     if not all(found.values()):
         return None
     mean = {name: sum(values) / len(values) for name, values in found.items()}
-    return dict(masked=mean["masked"], smallest=min(found["smallest"]), params=mean["params"])
+    return dict(
+        singled_out=mean["singled_out"],
+        scale=mean["scale"],
+        smallest=min(found["smallest"]) / mean["scale"],
+        params=mean["params"] / mean["scale"],
+    )
 
 
 def _row_figures(row: Row, runs: list[dict[str, Any]]) -> dict[str, Any]:
@@ -147,7 +155,8 @@ def _merged_filters(runs: list[dict[str, Any]]) -> dict[str, float] | None:
     found = [run["filter"] for run in runs if run["filter"]]
     if not found:
         return None
-    mean = {name: sum(f[name] for f in found) / len(found) for name in ("masked", "params")}
+    names = ("singled_out", "scale", "params")
+    mean = {name: sum(f[name] for f in found) / len(found) for name in names}
     return dict(mean, smallest=min(f["smallest"] for f in found))
 
 
