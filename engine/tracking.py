@@ -256,9 +256,12 @@ class Progress:
         total: the epoch's length in the units of `update`; None if unknown.
         initial: how much of it is done, when resuming inside the epoch.
         description: left of the bar, such as "epoch 3".
+        unit: what `update` counts; "B" for bytes, shown as kB, MB or GB.
     """
 
-    def __init__(self, total: int | None, initial: int = 0, description: str = "") -> None:
+    def __init__(
+        self, total: int | None, initial: int = 0, description: str = "", unit: str = "step"
+    ) -> None:
         self._bar: Any = None
         tqdm = _tqdm() if sys.stderr.isatty() else None
         if tqdm is not None:
@@ -266,8 +269,9 @@ class Progress:
             if os.get_terminal_size(sys.stderr.fileno()).columns == 0:
                 columns = {"ncols": 80}  # unknown width, for which tqdm shows nothing
             # leave=False: the results, on stdout, are what stays on the screen
+            columns["unit_scale"] = unit == "B"
             self._bar = tqdm(
-                desc=description, total=total, initial=initial, unit="step", leave=False, **columns
+                desc=description, total=total, initial=initial, unit=unit, leave=False, **columns
             )
 
     def update(self, n: int = 1) -> None:

@@ -2,6 +2,7 @@
 
 from flags.ablation import ablation_parser, parse_ablation
 from flags.diagnosis import diagnosis_parser, parse_diagnosis
+from flags.preparation import parse_preparation, preparation_parser
 from flags.resume import other_flags, resume_flags
 from flags.training import given_flags, parse_training, settle_scheme, training_parser
 
@@ -12,7 +13,9 @@ __all__ = [
     "other_flags",
     "parse_ablation",
     "parse_diagnosis",
+    "parse_preparation",
     "parse_training",
+    "preparation_parser",
     "resume_flags",
     "settle_scheme",
     "training_parser",

@@ -47,6 +47,7 @@ non_negative = _number(float, "a number of at least 0", lambda x: x >= 0)
 whole_numbers = _several(natural)
 decay = _number(float, "a number above 1, or 0", lambda x: x > 1 or x == 0)
 between_0_and_1 = _number(float, "a probability in (0, 1)", lambda x: 0 < x < 1)
+vocabulary_size = _number(int, "a whole number of at least 3", lambda n: 3 <= n <= LARGEST)
 probability = _number(float, "a probability in [0, 1)", lambda x: 0 <= x < 1)
 
 
@@ -66,6 +67,14 @@ def loss_scale(text: str) -> str | float:
     except ArgumentTypeError as error:
         raise ArgumentTypeError(f"{error}, nor dynamic or logmax") from None
     return value
+
+
+def shares(text: str) -> list[float]:
+    """--split: three shares that add up to 1."""
+    values = [positive(part.strip()) for part in text.split(",")]
+    if len(values) != 3 or abs(sum(values) - 1) > 1e-6:
+        raise ArgumentTypeError(f"{text!r} is not three shares that add up to 1")
+    return values
 
 
 def save_path(text: str) -> str:

@@ -143,5 +143,5 @@ def test_importing_everything_loads_nothing_optional_and_prints_nothing() -> Non
 def test_a_program_is_a_door() -> None:
     """torch is loaded once it is settled how its threads wait, and Ctrl-C ends in a line."""
     programs = OURS - ALLOWED.keys()
-    assert {"main", "ablate", "diagnose"} <= programs
+    assert {"main", "ablate", "diagnose", "prepare"} <= programs
     assert load(*programs, unwanted={"torch", "numpy"}) == "[]"

