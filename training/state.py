@@ -41,8 +41,8 @@ class Position:
 
     epoch counts from 1 (0: a validation before training); row, batch and epoch_seconds count
     within the epoch; update, tokens, training_seconds, seconds and overflows (updates skipped) are
-    totals over all sessions of a run; interval_* count within the current logging interval, and interval_loss is a sum in nats;
-    grad_norm is the last update's; best_loss is in nats per token.
+    totals over all sessions of a run; interval_* count within the current logging interval, and
+    interval_loss is a sum in nats; grad_norm is the last update's; best_loss is in nats per token.
     """
 
     epoch: int = 1
