@@ -39,6 +39,7 @@ from training.callbacks import (
     LearningRateDrops,
     LossScaling,
     NonMonotonicTrigger,
+    StopAtTrigger,
 )
 from training.estimate import training_memory
 from training.objective import Objective, Penalty, paper_penalties
@@ -98,15 +99,18 @@ def keywords_from(args: argparse.Namespace, constructor: Callable[..., Any]) -> 
     return {name: value for name, value in vars(args).items() if name in names}
 
 
-def build_optimizer(args: argparse.Namespace, model: RNNModel) -> torch.optim.Optimizer:
-    """Build the optimizer."""
+def build_optimizer(
+    args: argparse.Namespace, model: RNNModel, averaging: bool = False
+) -> torch.optim.Optimizer:
+    """Build the optimizer; averaging: NT-ASGD averages from its first step on."""
     if args.optimizer != "sgd" and args.lr >= 1:
         name, lr = args.optimizer, args.lr
         warn(f"--optimizer {name} with --lr {lr:g}, which is a learning rate for sgd")
     if args.optimizer == "adam":
         return torch.optim.Adam(model.parameters(), lr=args.lr, weight_decay=args.wdecay)
     nonmono = None if args.no_asgd and not args.nonmono_decay else args.nonmono
-    return NTASGD(model.parameters(), args.lr, args.wdecay, nonmono, args.nonmono_decay or None)
+    decay = args.nonmono_decay or None
+    return NTASGD(model.parameters(), args.lr, args.wdecay, nonmono, decay, averaging)
 
 
 def resolve_precision(args: argparse.Namespace, device: torch.device) -> str:
@@ -172,7 +176,8 @@ def build_callbacks(
     """Build the callbacks."""
     callbacks: list[Callback] = []
     if isinstance(optimizer, NTASGD):
-        callbacks.append(NonMonotonicTrigger())
+        averaging = optimizer.averaging  # from the first step on
+        callbacks.append(StopAtTrigger(optimizer) if averaging else NonMonotonicTrigger())
     callbacks.append(LearningRateDrops(tuple(args.when)))
     if loss_scale is not None:
         callbacks.append(LossScaling(loss_scale))

@@ -21,6 +21,9 @@ class NTASGD(torch.optim.Optimizer):
     "in the same non-monotonic fashion", to which the paper's ablation (section 6) compares NT-ASGD,
     dividing by 2. The paper does not say what happens to the history.
 
+    With averaging, iterates are averaged from the first step on (T = 0), the first one included:
+    fine-tuning, section 5. The trigger then has nothing to start; `triggered` tells that it fired.
+
     Unlike torch.optim.ASGD, which the paper's code used, a learning rate takes effect in the step
     it is set for, and the first iterate is part of the average.
 
@@ -31,6 +34,11 @@ class NTASGD(torch.optim.Optimizer):
         nonmono: epochs without improvement that are tolerated, >= 0; None: averaging never starts.
         decay: divisor of the learning rates at each trigger, > 1; None: the trigger starts
             averaging.
+        averaging: average from the first step on.
+
+    Attributes:
+        averaging: True if iterates are averaged.
+        triggered: True once the trigger has fired, unless it divides learning rates.
 
     Raises:
         ValueError: a value outside these ranges.
@@ -43,6 +51,7 @@ class NTASGD(torch.optim.Optimizer):
         weight_decay: float = 0.0,
         nonmono: int | None = 5,
         decay: float | None = None,
+        averaging: bool = False,
     ) -> None:
         if not lr > 0:
             raise ValueError(f"lr is {lr}; it must be above 0")
@@ -56,7 +65,8 @@ class NTASGD(torch.optim.Optimizer):
         self.nonmono = nonmono
         self.decay = decay
         self.history: list[float] = []
-        self.averaging = False
+        self.averaging = averaging
+        self.triggered = False
         self.num_averaged = 0
 
     @torch.no_grad()
@@ -89,20 +99,21 @@ class NTASGD(torch.optim.Optimizer):
         """Give the trigger an epoch's validation loss, nats per token.
 
         Returns:
-            True if this call started averaging.
+            True if this call fired the trigger; averaging runs from then on.
         """
         earlier = self.history[: max(0, len(self.history) - (self.nonmono or 0))]
         self.history.append(valid_loss)
-        if self.averaging or self.nonmono is None or not earlier:
+        if self.triggered or self.nonmono is None or not earlier:
             return False
-        triggered = valid_loss > min(earlier)
-        if triggered and self.decay is not None:
+        worse = valid_loss > min(earlier)
+        if worse and self.decay is not None:
             for group in self.param_groups:
                 group["lr"] /= self.decay
             self.history.clear()
             return False
-        self.averaging = triggered
-        return triggered
+        self.triggered = worse
+        self.averaging |= worse
+        return worse
 
     @contextmanager
     def averaged_weights(self) -> Iterator[None]:
@@ -128,6 +139,7 @@ class NTASGD(torch.optim.Optimizer):
             nonmono=self.nonmono,
             history=list(self.history),
             averaging=self.averaging,
+            triggered=self.triggered,
             num_averaged=self.num_averaged,
         )
         return state
@@ -140,4 +152,5 @@ class NTASGD(torch.optim.Optimizer):
         self.nonmono = trigger["nonmono"]
         self.history = list(trigger["history"])
         self.averaging = trigger["averaging"]
+        self.triggered = trigger.get("triggered", self.averaging)  # in older checkpoints the same
         self.num_averaged = trigger["num_averaged"]

@@ -15,9 +15,9 @@ from typing import IO, Any
 
 import torch
 
-from data.corpus import Vocabulary
+from data.corpus import Corpus, Vocabulary
 from data.files import atomic_write
-from engine.errors import CheckpointError
+from engine.errors import CheckpointError, RunError
 from engine.launch import is_follower
 from engine.tracking import warn
 from model import RNNModel
@@ -74,6 +74,22 @@ def load_model(path: str | Path, device: str | torch.device = "cpu") -> tuple[RN
         if len(vocabulary) != model.ntoken:
             raise ValueError(f"{len(vocabulary)} words for {model.ntoken} embeddings")
     return model.to(device).eval(), vocabulary
+
+
+def check_vocabulary(path: Path, vocabulary: Vocabulary, folder: str, corpus: Corpus) -> None:
+    """Check that a model's vocabulary is that of a corpus.
+
+    Args:
+        path, folder: of model and corpus, for the message.
+
+    Raises:
+        RunError: it is another one.
+    """
+    if vocabulary != corpus.vocabulary:
+        raise RunError(
+            f"{folder}: its words ({len(corpus.vocabulary):,}) are not those of {path} "
+            f"({len(vocabulary):,})"
+        )
 
 
 def model_details(path: Path) -> dict[str, Any]:

@@ -2,6 +2,7 @@
 
 from flags.ablation import ablation_parser, parse_ablation
 from flags.diagnosis import diagnosis_parser, parse_diagnosis
+from flags.finetuning import finetuning_parser, parse_finetuning, taken_over, unknown_flags
 from flags.preparation import parse_preparation, preparation_parser
 from flags.resume import other_flags, resume_flags
 from flags.training import given_flags, parse_training, settle_scheme, training_parser
@@ -9,14 +10,18 @@ from flags.training import given_flags, parse_training, settle_scheme, training_
 __all__ = [
     "ablation_parser",
     "diagnosis_parser",
+    "finetuning_parser",
     "given_flags",
     "other_flags",
     "parse_ablation",
     "parse_diagnosis",
     "parse_preparation",
+    "parse_finetuning",
     "parse_training",
     "preparation_parser",
     "resume_flags",
     "settle_scheme",
+    "taken_over",
     "training_parser",
+    "unknown_flags",
 ]

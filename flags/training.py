@@ -148,12 +148,16 @@ TRAINING: Sections = {
 }
 
 
-def training_parser() -> Parser:
-    """The parser of main.py."""
+def training_parser(
+    sections: Sections = TRAINING,
+    prog: str = "main.py",
+    description: str = "Train an AWD-LSTM language model, then test it.",
+) -> Parser:
+    """The parser of main.py, or of a program whose sections of flags are much the same."""
     parser = Parser(
-        TRAINING,
-        prog="main.py",
-        description="Train an AWD-LSTM language model, then test it.",
+        sections,
+        prog=prog,
+        description=description,
         epilog="@FILE reads flags from FILE (see recipes/); later flags win.",
     )
     parser.add_argument(
@@ -179,12 +183,21 @@ def parse_training(argv: Sequence[str]) -> tuple[argparse.Namespace, set[str]]:
     args, given = training_parser().parse(argv)
     if args.resume == "auto" and args.save is None:
         raise UsageError("argument --resume: auto needs --save, to know which run is meant")
-    low, high = args.loss_scale_bounds
-    if low > high:
-        raise UsageError(f"argument --loss-scale-bounds: {low:g} is above {high:g}")
+    check_bounds(args)
     if args.save is None and args.resume is None:
         args.save = f"{time.time_ns() // 1000}.pt"
     return args, given
+
+
+def check_bounds(args: argparse.Namespace) -> None:
+    """Check --loss-scale-bounds.
+
+    Raises:
+        UsageError: the least is above the greatest.
+    """
+    low, high = args.loss_scale_bounds
+    if low > high:
+        raise UsageError(f"argument --loss-scale-bounds: {low:g} is above {high:g}")
 
 
 def given_flags(argv: Sequence[str]) -> set[str]:

@@ -18,7 +18,7 @@ from data.download import ensure_corpus
 from data.files import atomic_write
 from diagnostics import plots, summary, words
 from diagnostics.examine import Settings, examine
-from engine.checkpoint import load_model
+from engine.checkpoint import check_vocabulary, load_model
 from engine.device import select_device
 from engine.errors import RunError
 from engine.launch import local_rank
@@ -72,11 +72,7 @@ def read_model(path: Path, corpus: Corpus, data: str) -> RNNModel:
         RunError: another vocabulary, layers other than LSTM, or weights that are not finite.
     """
     model, vocabulary = load_model(path)
-    if vocabulary != corpus.vocabulary:
-        raise RunError(
-            f"{data}: its words ({len(corpus.vocabulary):,}) are not those of {path} "
-            f"({len(vocabulary):,})"
-        )
+    check_vocabulary(path, vocabulary, data, corpus)
     if any(type(layer) is not LSTM for layer in model.layers):
         kind = type(model.layers[0]).__name__
         raise RunError(

@@ -25,12 +25,13 @@ from assembly import (
     resolve_precision,
     training_options,
 )
-from data.corpus import batchify
+from data.corpus import Corpus, batchify
 from engine.checkpoint import damage_reported, load_model, load_training_state
 from engine.device import keep_freed_memory, peak_memory, select_device
 from engine.errors import CheckpointError, DivergenceError, RunError, UsageError
 from engine.interrupt import Interrupt
 from engine.launch import local_rank
+from engine.origin import Origin
 from engine.provenance import git_commit, versions
 from engine.ranks import Ranks, launched_ranks
 from engine.report import DOUBLE_RULE, final_line
@@ -43,7 +44,7 @@ from evaluation.sampling import sample_sentences
 from flags import parse_training, resume_flags, settle_scheme
 from kernels.choose import Choice
 from kernels.precision import set_products
-from model import count_parameters
+from model import RNNModel, count_parameters
 from training.trainer import Trainer
 
 
@@ -55,6 +56,23 @@ def run(argv: Sequence[str]) -> None:
     """
     args, given = parse_training(argv)
     args, state = find_state(args, given)
+    if state is not None and "origin" in state:
+        raise RunError(f"{args.resume}: a run of finetune.py, whose --resume continues it")
+    launch(args, argv, state)
+
+
+def launch(
+    args: argparse.Namespace,
+    argv: Sequence[str],
+    state: dict[str, Any] | None,
+    origin: Origin | None = None,
+) -> None:
+    """Train and test, in this process or in each of those that torchrun started.
+
+    Args:
+        state: training state to resume from; None: a new run.
+        origin: trained model that a new run starts from; None: random weights.
+    """
     settle_scheme(args)
     device = select_device(args.device, local_rank())
     if device.type == "cpu":
@@ -70,13 +88,14 @@ def run(argv: Sequence[str]) -> None:
             nowhere = stack.enter_context(Path(os.devnull).open("w"))
             stack.enter_context(redirect_stdout(nowhere))
             stack.enter_context(redirect_stderr(nowhere))
-        start(args, argv, state, device, ranks)
+        start(args, argv, state, origin, device, ranks)
 
 
 def start(
     args: argparse.Namespace,
     argv: Sequence[str],
     state: dict[str, Any] | None,
+    origin: Origin | None,
     device: torch.device,
     ranks: Ranks,
 ) -> None:
@@ -84,17 +103,20 @@ def start(
     corpus = read_corpus(args, ranks)
     if state is not None and state["fingerprint"] != corpus.fingerprint:
         raise CheckpointError(f"{args.data}: its text is not that of the run to be resumed")
+    if origin is not None:
+        origin.check(args.data, corpus)
     with torch.device("meta"):  # shapes only, no memory
         plan = build_model(args, len(corpus.vocabulary))
     if args.dry_run:
         print_plan(args, plan, corpus)
         return
     check_memory(args, plan, corpus, device)
-    torch.manual_seed(args.seed)
-    model = build_model(args, len(corpus.vocabulary)).to(device)
+    model = first_model(args, corpus, origin).to(device)
+    identity = identify(args, corpus, state, origin)
     precision = resolve_precision(args, device)
     set_products(precision, device)
-    optimizer, loss_scale = build_optimizer(args, model), build_loss_scale(args, precision)
+    optimizer = build_optimizer(args, model, averaging="origin" in identity)
+    loss_scale = build_loss_scale(args, precision)
     rows = batchify(corpus.train, args.batch_size)[:, ranks.share(args.batch_size)].to(device)
     generator = torch.Generator(device).manual_seed(args.seed)
     updater, kernels = build_updater(
@@ -111,17 +133,43 @@ def start(
             training_options(args),
             folder,
             interrupt,
-            identity=dict(flags=dict(vars(args)), fingerprint=corpus.fingerprint),
+            identity=identity,
             callbacks=build_callbacks(args, model, optimizer, loss_scale, ranks),
             ranks=ranks,
         )
         if state is not None:  # before any file changes, since the state may be damaged
             with damage_reported(Path(args.resume)):
                 trainer.load_state_dict(state)
+        elif origin is not None:
+            trainer.at.begin_validated(trainer.num_steps)
         if not ranks.leader:
             train_and_test(args, trainer, Silence())
             return
         lead(args, argv, state, trainer, precision, kernels)
+
+
+def first_model(args: argparse.Namespace, corpus: Corpus, origin: Origin | None) -> RNNModel:
+    """Build the model, with the weights that a new run starts from."""
+    torch.manual_seed(args.seed)
+    model = build_model(args, len(corpus.vocabulary))
+    if origin is not None:
+        origin.give_weights(model)
+    return model
+
+
+def identify(
+    args: argparse.Namespace,
+    corpus: Corpus,
+    state: dict[str, Any] | None,
+    origin: Origin | None,
+) -> dict[str, Any]:
+    """What checkpoints say of a run: flags, fingerprint of the text and, if any, origin."""
+    identity: dict[str, Any] = dict(flags=dict(vars(args)), fingerprint=corpus.fingerprint)
+    if origin is not None:
+        identity["origin"] = origin.named()
+    elif state is not None and "origin" in state:
+        identity["origin"] = state["origin"]
+    return identity
 
 
 def lead(
@@ -140,6 +188,7 @@ def lead(
     commit = git_commit()
     session = dict(
         argv=list(argv),
+        origin=trainer.identity.get("origin"),
         from_update=trainer.at.update,
         precision=precision,
         kernel=kernels["layers"].kernel,
@@ -181,6 +230,7 @@ def train_and_test(args: argparse.Namespace, trainer: Trainer, tracker: Tracker)
         if trainer.ranks.leader:
             conclude(trainer, tracker, dict(summary, diverged=True, cause=str(error)))
         raise
+    summary["ended"] = ended
     trainer.interrupt.release()
     if trainer.interrupt.terminated:
         raise RunError(f"terminated; --resume {folder.last_path} goes on from here")
@@ -222,7 +272,7 @@ def conclude(trainer: Trainer, tracker: Tracker, summary: dict[str, Any]) -> Non
         best_valid_ppl=perplexity(at.best_loss),
         test_ppl=summary.pop("test_ppl", None),
         best_epoch=at.best_epoch,
-        epochs=at.epoch - 1,
+        epochs=max(0, at.epoch - 1),
         updates=at.update,
         seconds=at.seconds,
         tokens_per_second=at.tokens / max(at.training_seconds, 1e-9),

@@ -203,7 +203,11 @@ class Optimizer:
 
 
 def train(
-    folder: Path, initial: Weights, flags: dict[str, Any], skipped: Collection[int] = ()
+    folder: Path,
+    initial: Weights,
+    flags: dict[str, Any],
+    skipped: Collection[int] = (),
+    fine_tuning: bool = False,
 ) -> ByHand:
     """Train, validate, keep the best, test.
 
@@ -212,12 +216,19 @@ def train(
         initial: weights to start from, by the names of plain LSTMs.
         flags: main.py's, all that matter here.
         skipped: numbers of the updates whose gradients overflow.
+        fine_tuning: average all iterates, keep the initial weights unless an epoch is better, and
+            stop at the first epoch whose loss is above the best of more than nonmono epochs ago.
     """
     ids, result, optimizer = read_ids(folder), ByHand(), Optimizer(flags, initial)
     length = len(ids["train"]) // flags["batch_size"]
     rows = ids["train"][: length * flags["batch_size"]].view(-1, length).T  # (N // B, B)
     draw = np.random.Generator(np.random.PCG64(flags["seed"]))
     update, norm, best = 0, 0.0, math.inf
+    if fine_tuning:
+        optimizer.averaging = True
+        result.best = {name: value.double() for name, value in initial.items()}
+        best = evaluate(result.best, ids["valid"], flags["eval_batch_size"])
+        result.log("valid", step=0, epoch=0, loss=best, ppl=math.exp(best), averaged=False)
     for epoch in range(1, flags["epochs"] + 1):
         states = {0: zero_state(initial, flags["batch_size"])}
         interval: list[tuple[float, int]] = []
@@ -245,6 +256,10 @@ def train(
             best, result.best, result.best_epoch = valid, optimizer.evaluated(), epoch
         if optimizer.end_epoch(epoch, valid):
             result.log("averaging", **at)
+        losses_so_far = [line["loss"] for line in result.of("valid")[1:]]
+        if fine_tuning and valid > min(losses_so_far[: -1 - flags["nonmono"]], default=math.inf):
+            result.log("trigger", **at)
+            break
     test = evaluate(result.best, ids["test"], flags["test_batch_size"])
     result.log("test", step=update, loss=test, ppl=math.exp(test), bpc=test / math.log(2))
     return result

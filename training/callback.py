@@ -58,7 +58,7 @@ class StepEnd:
 class EpochEnd:
     """An epoch after its validation.
 
-    epoch: its number, from 1.
+    epoch: its number, from 1; 0: the validation before training, see Position.begin_validated.
     valid_loss: nats per token.
     optimizer: the optimizer; a callback may change its learning rates.
     save_copy: saves the validated weights to the best model's path plus a suffix.
@@ -104,6 +104,10 @@ class Callback:
 
     def epoch_ended(self, end: EpochEnd) -> None:
         """Called at an epoch's end, after validation and after the best model was saved."""
+
+    def stop_reason(self) -> str | None:
+        """Why training shall end, in a word; asked before each update; None: it continues."""
+        return None
 
     def state_dict(self) -> dict[str, Any]:
         """Tensors and plain values for load_state_dict."""

@@ -20,6 +20,27 @@ class NonMonotonicTrigger(Callback):
             end.log("averaging", epoch=end.epoch)
 
 
+class StopAtTrigger(Callback):
+    """Ends training when NT-ASGD's trigger fires: fine-tuning, Merity et al. 2017, section 5.
+
+    Args:
+        optimizer: averages from the first step on.
+    """
+
+    def __init__(self, optimizer: NTASGD) -> None:
+        self.optimizer = optimizer
+
+    def epoch_ended(self, end: EpochEnd) -> None:
+        """Pass the loss to the optimizer, except that of the weights before training."""
+        if end.epoch > 0 and self.optimizer.observe(end.valid_loss):
+            print("Done: validation has stopped improving", flush=True)
+            end.log("trigger", epoch=end.epoch)
+
+    def stop_reason(self) -> str | None:
+        """See Callback."""
+        return "trigger" if self.optimizer.triggered else None
+
+
 class LearningRateDrops(Callback):
     """Saves a copy of the model and divides the learning rates by 10 at the end of given epochs.
 

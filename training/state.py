@@ -39,10 +39,10 @@ class TrainingOptions:
 class Position:
     """A run's progress: the plain values that an exact resume needs.
 
-    epoch counts from 1; row, batch and epoch_seconds count within the epoch; update, tokens,
-    training_seconds, seconds and overflows (updates skipped) are totals over all sessions of a
-    run; interval_* count within the current logging interval, and interval_loss is a sum in nats;
-    grad_norm is the last update's; best_loss is in nats per token.
+    epoch counts from 1 (0: a validation before training); row, batch and epoch_seconds count
+    within the epoch; update, tokens, training_seconds, seconds and overflows (updates skipped) are
+    totals over all sessions of a run; interval_* count within the current logging interval, and
+    interval_loss is a sum in nats; grad_norm is the last update's; best_loss is in nats per token.
     """
 
     epoch: int = 1
@@ -72,6 +72,10 @@ class Position:
         self.tokens += tokens
         self.interval_tokens += tokens
         self.interval_updates += 1
+
+    def begin_validated(self, rows: int) -> None:
+        """Start with epoch 0, all of whose rows are done: only the validation is left of it."""
+        self.epoch, self.row = 0, rows
 
     def begin_epoch(self) -> None:
         """Start the next epoch."""

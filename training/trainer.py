@@ -99,7 +99,7 @@ class Trainer:
             tracker: logs the metrics.
 
         Returns:
-            Why training ended: "epochs", "updates" or "interrupted".
+            Why training ended: "epochs", "updates", "interrupted" or a callback's stop_reason.
 
         Raises:
             DivergenceError: a loss or norm is not finite; the files are unchanged.
@@ -302,7 +302,7 @@ class Trainer:
             return "interrupted"
         if self.options.max_updates is not None and self.at.update >= self.options.max_updates:
             return "updates"
-        return None
+        return next(filter(None, (callback.stop_reason() for callback in self.callbacks)), None)
 
     def stop_early(self, reason: str) -> None:
         """Write a checkpoint, then make sure that a best model exists.
