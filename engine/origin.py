@@ -16,12 +16,14 @@ class Origin:
 
     path: its file, which is only read.
     details: its epoch, update and valid_loss (nats per token), which tell it from other models.
+    note: what to say on stderr when a run starts from it.
     """
 
     path: Path
     model: RNNModel
     vocabulary: Vocabulary
     details: dict[str, Any]
+    note: str = ""
 
     def named(self) -> dict[str, Any]:
         """Plain values for checkpoints and config.json."""

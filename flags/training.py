@@ -149,13 +149,13 @@ TRAINING: Sections = {
 
 
 def training_parser(
-    sections: Sections = TRAINING,
+    sections: Sections | None = None,
     prog: str = "main.py",
     description: str = "Train an AWD-LSTM language model, then test it.",
 ) -> Parser:
-    """The parser of main.py, or of a program whose sections of flags are much the same."""
+    """The parser of main.py, or that of a program with nearly the same flags."""
     parser = Parser(
-        sections,
+        sections or TRAINING,
         prog=prog,
         description=description,
         epilog="@FILE reads flags from FILE (see recipes/); later flags win.",

@@ -6,8 +6,8 @@ NT-ASGD's trigger fires. All else is main.py's.
 
 import argparse
 import json
-import sys
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -42,15 +42,19 @@ def run(argv: Sequence[str]) -> None:
         launch(resumed, argv, state)
         return
     assert origin is not None
-    launch(settle(argv, args, given, origin), argv, None, origin)
+    args, note = settle(argv, args, given, origin)
+    launch(args, argv, None, replace(origin, note=note))
 
 
 def settle(
     argv: Sequence[str], args: argparse.Namespace, given: set[str], origin: Origin
-) -> argparse.Namespace:
+) -> tuple[argparse.Namespace, str]:
     """The flags of a new run: sizes from the model, what is given, the rest from the model's run.
 
     Without that run's config.json, dropouts are the model's, too, and the rest has its defaults.
+
+    Returns:
+        The flags, and where they are from, in words.
 
     Raises:
         UsageError: a size is given that is not the model's.
@@ -72,8 +76,9 @@ def settle(
     except UsageError as error:
         raise RunError(f"{config}: {error}") from None
     if not is_follower():
-        announce(origin, config, saved)
-    return parse_finetuning([*words, *argv])[0]
+        for name in unknown_flags(saved):
+            warn(f"{config}: {name}, which this version does not have, is left out")
+    return parse_finetuning([*words, *argv])[0], describe(origin, config, saved)
 
 
 def model_flags(model: RNNModel) -> dict[str, Any]:
@@ -108,8 +113,8 @@ def read_flags(config: Path) -> dict[str, Any]:
     return flags
 
 
-def announce(origin: Origin, config: Path, saved: dict[str, Any]) -> None:
-    """Say on stderr where training starts, and where flags that are not given are from."""
+def describe(origin: Origin, config: Path, saved: dict[str, Any]) -> str:
+    """Where training starts, and where the flags that are not given are from."""
     rest = f"those of its run ({config})"
     if not saved:
         rest = f"their defaults ({config} is not there), dropouts the model's"
@@ -119,6 +124,4 @@ def announce(origin: Origin, config: Path, saved: dict[str, Any]) -> None:
     where = f"epoch {details.get('epoch')}"
     if details.get("valid_loss") is not None:
         where += f", valid ppl {perplexity(details['valid_loss']):.2f}"
-    print(f"| from {origin.path}: {where} | flags that are not given: {rest}", file=sys.stderr)
-    for name in unknown_flags(saved):
-        warn(f"{config}: {name}, which this version does not have, is left out")
+    return f"| from {origin.path}: {where} | flags that are not given: {rest}"

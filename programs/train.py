@@ -154,6 +154,7 @@ def first_model(args: argparse.Namespace, corpus: Corpus, origin: Origin | None)
     model = build_model(args, len(corpus.vocabulary))
     if origin is not None:
         origin.give_weights(model)
+        print(origin.note, file=sys.stderr)
     return model
 
 

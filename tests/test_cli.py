@@ -1,5 +1,6 @@
 """main.py: what it prints and writes, its dry run, and the original's commands."""
 
+import importlib
 import json
 import os
 import re
@@ -12,8 +13,8 @@ from typing import Any
 
 import pytest
 import torch
-from conftest import REAL_DATA, ROOT, TINY, Result, read_summary
-from test_flags import WORD_LEVEL
+from conftest import REAL_DATA, ROOT, TINY, Result, read_summary, write_corpus
+from original import COMMANDS, CUT_SHORT, WORD_LEVEL
 
 import assembly
 import training.requests
@@ -255,6 +256,26 @@ def test_commands_of_the_original_run(command: str, size: list[str], tmp_path: P
     result = subprocess.run(argv, cwd=tmp_path, env=environment, capture_output=True, text=True)
     assert result.returncode == 0, result.stderr
     assert result.stdout.splitlines()[-1].startswith("| End of training | test loss")
+
+
+@pytest.mark.parametrize(
+    "size", [SMALL[:4], pytest.param([], marks=pytest.mark.slow)], ids=["small", "as it stands"]
+)
+@pytest.mark.parametrize("name", COMMANDS)
+def test_commands_of_the_original_follow_each_other(
+    name: str, size: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """On a stand-in for the corpus, where --data points; what they start from stays as it is."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.syspath_prepend(str(ROOT))
+    write_corpus(tmp_path / "data" / name, lines=250)
+    saved: dict[Path, bytes] = {}
+    for command in COMMANDS[name]:
+        program, *argv = command.split()
+        argv += [*(size if program == "main.py" else []), *CUT_SHORT.get(program, [])]
+        assert importlib.import_module(program.removesuffix(".py")).main(argv) == 0, command
+        assert {path: path.read_bytes() for path in saved} == saved
+        saved = {path: path.read_bytes() for path in tmp_path.glob("*.pt")}
 
 
 def test_parameters_of_the_papers_model() -> None:

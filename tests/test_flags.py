@@ -11,12 +11,14 @@ from typing import Any
 
 import pytest
 from conftest import ROOT
+from original import CHARACTER_LEVEL, WORD_LEVEL
 
 import flags.resume
 from engine.errors import UsageError
 from flags import (
     ablation_parser,
     diagnosis_parser,
+    finetuning_parser,
     other_flags,
     parse_training,
     preparation_parser,
@@ -50,6 +52,10 @@ CHARACTER_LEVEL = [
     "--batch_size 128 --optimizer adam --lr 2e-3 --data data/pennchar --save PTBC.pt "
     "--when 300 400",
 ]
+    "finetune": finetuning_parser,
+    "diagnose": diagnosis_parser,
+    "ablate": ablation_parser,
+}
 
 
 def parse(command: str) -> argparse.Namespace:
@@ -171,7 +177,7 @@ def test_recipes_that_cannot_be(tmp_path: Path, kind: str) -> None:
 
 @pytest.mark.parametrize("program", PARSERS)
 def test_whole_numbers_have_an_upper_bound(program: str) -> None:
-    found, positional = 0, [] if program == "main" else ["x"]
+    found, positional = 0, ["x"] if program in ("diagnose", "ablate") else []
     for flag in by_name(PARSERS[program]().sections).values():
         if flag.type in (positive_int, natural):
             found += 1

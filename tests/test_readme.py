@@ -16,6 +16,7 @@ from flags import evaluation
 
 PARSE: dict[str, Callable[[list[str]], object]] = {
     "main.py": flags.parse_training,
+    "finetune.py": flags.parse_finetuning,
     "ablate.py": flags.parse_ablation,
     "diagnose.py": flags.parse_diagnosis,
     "evaluate.py": evaluation.parse_evaluation,
@@ -24,6 +25,7 @@ PARSE: dict[str, Callable[[list[str]], object]] = {
 }
 PARSERS = [
     flags.training_parser(),
+    flags.finetuning_parser(),
     flags.ablation_parser(),
     flags.diagnosis_parser(),
     evaluation.evaluation_parser(),

@@ -358,10 +358,12 @@ def test_sixteen_bits_learn_the_same(runs: Runs, tmp_path: Path) -> None:
 # Two processes
 
 
-def train_in_two(runs: Runs, save: Path, flags: Flags, *more: object) -> None:
+def train_in_two(
+    runs: Runs, save: Path, flags: Flags, *more: object, program: str = "main.py"
+) -> None:
     launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
     argv = ["--device", "cpu", "--data", runs.corpus, "--save", save, *command_line(flags), *more]
-    command = [*launch, str(ROOT / "main.py"), *map(str, argv)]
+    command = [*launch, str(ROOT / program), *map(str, argv)]
     done = subprocess.run(command, capture_output=True, text=True, timeout=300, env=os.environ)
     assert done.returncode == 0, done.stderr
 
