@@ -5,7 +5,7 @@ import io
 import os
 import shlex
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -21,16 +21,27 @@ from engine.ablation.ray_pool import run_on_ray
 from engine.ablation.report import flat, write_report
 from engine.ablation.results import collect
 from engine.ablation.runs import FINISHED, Run, State, counted, read_state
+from engine.ablation.stages import Step, steps_after
 from engine.ablation.table import Row, Table, load_table
 from engine.errors import RunError, UsageError
 from engine.interrupt import Interrupt
 from engine.run_folder import lock_folder
 from engine.tracking import WandbOptions, log_table, warn
-from flags import given_flags, other_flags, parse_ablation, parse_training, settle_scheme
+from flags import (
+    finetuning_parser,
+    given_flags,
+    other_flags,
+    parse_ablation,
+    parse_training,
+    settle_scheme,
+)
+from flags.parser import Parser
 
 PROJECT = Path(__file__).resolve().parent.parent
 # Flags that ablate.py sets, and rows may not.
 OURS = {"seed", "save", "resume", "dry_run", "wandb_name", "wandb_group", "wandb_job_type"}
+# The parsers of the stages' programs.
+PARSERS: dict[str, Callable[[], Parser]] = {"finetune.py": finetuning_parser}
 
 
 def run(argv: Sequence[str]) -> None:
@@ -123,7 +134,29 @@ def make_run(table: Table, row: Row, seed: int, args: argparse.Namespace, output
         raise UsageError(f"{table.path}: row {row.name!r}: {error}") from None
     except SystemExit:  # from -h
         raise UsageError(f"{table.path}: row {row.name!r}: -h runs nothing") from None
-    return Run(row, seed, argv, resolved, save)
+    steps = steps_after(save, resolved["data"], table.after_of(row))
+    for step in steps:
+        check_step(step, f"{table.path}: row {row.name!r}: {step.after.name}")
+    return Run(row, seed, argv, resolved, save, steps)
+
+
+def check_step(step: Step, place: str) -> None:
+    """Check a stage's flags.
+
+    Raises:
+        UsageError: its program would refuse them, or the table sets one of them.
+    """
+    parser = PARSERS[step.program]()
+    ours = parser.given(step.own_argv)
+    try:
+        given = parser.given(step.argv)
+        for name, value in given.items():
+            if (name in OURS or name in ours) and (name not in ours or value != ours[name]):
+                raise UsageError(f"argument --{name.replace('_', '-')}: the table sets it")
+    except UsageError as error:
+        raise UsageError(f"{place}: {error}") from None
+    except SystemExit:  # from -h
+        raise UsageError(f"{place}: -h runs nothing") from None
 
 
 def check_folders(runs: list[Run], fingerprint: str | None = None) -> None:
@@ -146,6 +179,12 @@ def check_folders(runs: list[Run], fingerprint: str | None = None) -> None:
                 differences = differences or f"{reached} {done} are done, and {most} are asked for"
         if fingerprint not in (None, state.config.get("fingerprint", fingerprint)):
             differences = differences or f"another text was in {run.flags['data']}"
+        for step in run.steps:
+            before = state.steps[step.after.name].flags if state.trained else None
+            if before not in (None, step.after.flags):
+                ours = shlex.join(step.after.flags) or "none"
+                what = f"{step.after.name} {ours} (was {shlex.join(before or []) or 'none'})"
+                differences = differences or what
         if differences:
             raise UsageError(
                 f"{run.folder}: was run with other flags: {differences}; give another --output, "
@@ -181,6 +220,9 @@ def print_plan(table: Table, runs: list[Run], corpus: Corpus, args: argparse.Nam
     jobs = max(1, min(jobs, sum(n > 0 for n in epochs)))
     tokens = left * len(corpus.train)
     print(f"| flags of every row: {shlex.join(table.flags)}")
+    steps = [shlex.join([s.after.name, *s.after.flags]) for run in runs for s in run.steps]
+    for step in dict.fromkeys(steps):
+        print(f"| after {steps.count(step)} of {len(runs)} runs: {step}; its time is not counted")
     print(f"| {len(runs)} runs with seeds {', '.join(map(str, table.seeds))}: {left:,.4g} epochs")
     where = "as many at a time as the cluster holds"
     if args.ray is None:

@@ -11,9 +11,11 @@ from concurrent.futures import ThreadPoolExecutor, wait
 from contextlib import suppress
 from pathlib import Path
 from queue import SimpleQueue
+from typing import Any
 
 from data.files import atomic_write
-from engine.ablation.runs import FINISHED, Run, read_state
+from engine.ablation.runs import FINISHED, Run, read_state, source_of
+from engine.ablation.stages import Step
 from engine.interrupt import Interrupt
 from engine.launch import LAUNCH
 from engine.run_folder import is_in_use
@@ -82,25 +84,63 @@ def run_locally(
 
 
 def execute(run: Run, environment: Mapping[str, str], stop: threading.Event) -> None:
-    """Start main.py for a run, or let it resume, and wait for its end.
+    """Start main.py for a run, or let it resume, and wait for its end; then the same for its steps.
 
-    Waits first if another process still works on the run (of a table that was killed). A failure
-    is written to the run's failure_path.
+    A step starts only once all before it are done.
 
     Args:
         environment: variables besides this process's own.
-        stop: when set, the run is told to write a checkpoint and exit.
+        stop: when set, the program under way is told to write a checkpoint and exit.
     """
-    while is_in_use(run.save):
+    state = read_state(run)
+    if not state.trained:
+
+        def is_over(code: int | None) -> bool:
+            state = read_state(run)
+            return state.trained or state.kind == "diverged"
+
+        _work(run, environment, stop, is_over)
+    for step in run.steps:
+        state = read_state(run)
+        if state.kind in FINISHED or not state.trained or stop.is_set():
+            return
+        if state.steps[step.after.name].kind != "done":
+            source = source_of(state.summary)
+
+            def is_kept(code: int | None, step: Step = step, source: list[Any] = source) -> bool:
+                if code is None:
+                    step.summary_path.unlink(missing_ok=True)  # that of an earlier start
+                    return False
+                return step.keep(code, source)
+
+            _work(step, environment, stop, is_kept)
+            if read_state(run).steps[step.after.name].kind != "done":
+                return
+
+
+def _work(
+    job: Run | Step,
+    environment: Mapping[str, str],
+    stop: threading.Event,
+    is_over: Callable[[int | None], bool],
+) -> None:
+    """Start a program and wait for its end; write a failure to the job's failure_path.
+
+    Waits first if another process still works on the job (of a table that was killed).
+
+    Args:
+        is_over: whether it has a result; asked before the start, with None, and with the exit code.
+    """
+    while is_in_use(job.save):
         if stop.wait(POLL_SECONDS):
             return
-    if read_state(run).kind in FINISHED:
+    if is_over(None):
         return
-    run.save.parent.mkdir(parents=True, exist_ok=True)
-    run.failure_path.unlink(missing_ok=True)
-    command = [sys.executable, str(PROGRAM), *run.argv]
-    with run.log_path.open("ab") as log:
-        log.write(f"$ {shlex.join(['python', PROGRAM.name, *run.argv])}\n".encode())
+    job.save.parent.mkdir(parents=True, exist_ok=True)
+    job.failure_path.unlink(missing_ok=True)
+    command = [sys.executable, str(PROGRAM.with_name(job.program)), *job.argv]
+    with job.log_path.open("ab") as log:
+        log.write(f"$ {shlex.join(['python', job.program, *job.argv])}\n".encode())
         log.flush()
         begin = log.tell()
         process = subprocess.Popen(
@@ -112,9 +152,9 @@ def execute(run: Run, environment: Mapping[str, str], stop: threading.Event) -> 
         )
         code = _wait(process, stop)
     # Ctrl-C may reach the run before `stop` is set: that is no failure.
-    if read_state(run).kind not in FINISHED and not stop.wait(GRACE_SECONDS):
-        with atomic_write(run.failure_path, "w") as file:
-            file.write(_cause(code, run.log_path, begin) + "\n")
+    if not is_over(code) and not stop.wait(GRACE_SECONDS):
+        with atomic_write(job.failure_path, "w") as file:
+            file.write(_cause(code, job.log_path, begin) + "\n")
 
 
 def _wait(process: "subprocess.Popen[bytes]", stop: threading.Event) -> int:

@@ -95,6 +95,24 @@ MAIN: dict[str, Callable[[dict[str, Any]], str]] = {
     "test - base [95%]": lambda row: _difference(row["difference"] and row["difference"]["test"]),
     "p (test)": lambda row: _p(row["difference"] and row["difference"]["test"]),
 }
+
+
+def _main_columns(figures: dict[str, Any]) -> dict[str, Callable[[dict[str, Any]], str]]:
+    """MAIN, and a column for each stage and split that it measures."""
+
+    def cell(name: str, split: str) -> Callable[[dict[str, Any]], str]:
+        return lambda row: _mean_and_sd(row["after"][name][split])
+
+    stages = [(name, split) for name, splits in figures["after"].items() for split in splits]
+    return {**MAIN, **{f"{name}, {split} ppl": cell(name, split) for name, split in stages}}
+
+
+def _compared(row: dict[str, Any]) -> list[dict[str, Any]]:
+    """A row, and the row after each stage, where there are published figures."""
+    after = [dict(found, name=f"{row['name']}, {name}") for name, found in row["after"].items()]
+    return [one for one in (row, *after) if one["published"]]
+
+
 PUBLISHED: dict[str, Callable[[dict[str, Any]], str]] = {
     "valid / test ppl": lambda row: row["name"],
     "published": lambda row: _pair(row["published"]),
@@ -129,12 +147,12 @@ HOW_TO_READ_FILTER = (
 def markdown(figures: dict[str, Any], curves: bool) -> str:
     """The whole report as Markdown, columns aligned so that a terminal shows it well, too."""
     rows = figures["rows"]
-    parts = [f"# {figures['title']}", figures["note"], _aligned(MAIN, rows)]
+    parts = [f"# {figures['title']}", figures["note"], _aligned(_main_columns(figures), rows)]
     parts += [f"† {row['name']}: {'; '.join(row['left_out'])}" for row in rows if row["left_out"]]
     parts.append(_how_to_read(figures))
     if curves:
         parts.append("![Validation perplexity per epoch](curves.png)")
-    if published := [row for row in rows if row["published"]]:
+    if published := [one for row in rows for one in _compared(row)]:
         parts += ["## Against the literature", _aligned(PUBLISHED, published)]
         parts.append(f"Published: {figures['source']}" if figures["source"] else "")
     if filtered := [row for row in rows if row["filter"]]:
@@ -185,6 +203,9 @@ def flat(row: dict[str, Any]) -> dict[str, Any]:
             values[f"{split}_difference_{key}"] = difference.get(key)
         values[f"{split}_published"] = row["published"].get(split)
         values[f"{split}_beyond_published"] = row["beyond_published"].get(split)
+        for name, found in row["after"].items():
+            spread = found[split]
+            values.update({f"{name}_{split}_{key}": spread[key] for key in ("n", "mean", "sd")})
     values.update(parameters=row["parameters"], seconds_per_epoch=row["seconds_per_epoch"])
     return dict(values, left_out="; ".join(row["left_out"]))
 
@@ -201,7 +222,8 @@ def comma_separated(figures: dict[str, Any]) -> str:
 
 def latex(figures: dict[str, Any]) -> str:
     """A tabular for the booktabs package, with a caption; \\input it into a table."""
-    names = list(MAIN)[1:]
+    columns = _main_columns(figures)
+    names = list(columns)[1:]
     lines = [
         f"% {figures['title']}; needs \\usepackage{{booktabs}}",
         "\\begin{tabular}{l" + "r" * len(names) + "}",
@@ -210,7 +232,7 @@ def latex(figures: dict[str, Any]) -> str:
         "\\midrule",
     ]
     lines += [
-        " & ".join(_escaped(c(row)) for c in MAIN.values()) + " \\\\" for row in figures["rows"]
+        " & ".join(_escaped(c(row)) for c in columns.values()) + " \\\\" for row in figures["rows"]
     ]
     lines += ["\\bottomrule", "\\end{tabular}"]
     left_out = [

@@ -6,19 +6,19 @@ from pathlib import Path
 from typing import Any
 
 from engine.ablation.runs import Run, State, read_state
+from engine.ablation.stages import SPLITS, STAGES
 from engine.ablation.statistics import holm, paired, spread
 from engine.ablation.table import Row, Table
-
-SPLITS = ("valid", "test")
 
 
 def collect(table: Table, runs: list[Run], folder: Path) -> dict[str, Any]:
     """All of a table's figures, as table.json has them.
 
     Means of perplexities are over the seeds that are done; any other run is listed with its cause
-    in its row's "left_out". Differences to the first row, the base, are paired by seed (see
-    statistics.paired); p_holm is adjusted over the rows. Times are in seconds, without a run's
-    start.
+    in its row's "left_out". "after" has the stages of the table and the splits that each measures,
+    and in each row and run their figures. Differences to the first row, the base, are paired by
+    seed (see statistics.paired); p_holm is adjusted over the rows. Times are in seconds, without a
+    run's start.
 
     Args:
         runs: of each row and seed.
@@ -28,7 +28,7 @@ def collect(table: Table, runs: list[Run], folder: Path) -> dict[str, Any]:
     rows = []
     for row in table.rows:
         mine = [_run_figures(run, states[run.name], folder) for run in runs if run.row == row]
-        rows.append(_row_figures(row, mine))
+        rows.append(_row_figures(row, mine, table))
     base, *others = rows
     for other in others:
         other["difference"] = {split: _difference(other, base, split) for split in SPLITS}
@@ -45,6 +45,7 @@ def collect(table: Table, runs: list[Run], folder: Path) -> dict[str, Any]:
         flags=shlex.join(table.flags),
         base=base["name"],
         seeds=sorted({run.seed for run in runs}),
+        after={name: list(STAGES[name].keys) for name in table.stages},
         rows=rows,
         commits=sorted({run["commit"] for run in ran if run["commit"]}),
         made_with=sorted({run["made_with"] for run in ran if run["made_with"]}),
@@ -52,14 +53,15 @@ def collect(table: Table, runs: list[Run], folder: Path) -> dict[str, Any]:
 
 
 def _run_figures(run: Run, state: State, folder: Path) -> dict[str, Any]:
-    done, summary = state.kind == "done", state.summary
+    done, summary = state.trained, state.summary
     averaging = state.of("averaging")
     epochs = summary.get("epochs")
     whole = epochs and epochs == state.epochs  # none was cut short by --max-updates
     return dict(
         seed=run.seed,
-        state=state.kind,
-        cause=state.cause or None,
+        state="done" if done else state.kind,
+        cause=(state.cause or None) if not done else None,
+        after={name: vars(step) for name, step in state.steps.items()},
         valid_ppl=summary.get("best_valid_ppl") if done else None,
         test_ppl=summary.get("test_ppl") if done else None,
         best_epoch=summary.get("best_epoch"),
@@ -108,22 +110,26 @@ def _filter_figures(state: State) -> dict[str, float] | None:
     )
 
 
-def _row_figures(row: Row, runs: list[dict[str, Any]]) -> dict[str, Any]:
+def _row_figures(row: Row, runs: list[dict[str, Any]], table: Table) -> dict[str, Any]:
     done = [run for run in runs if run["state"] == "done"]
-    figures: dict[str, Any] = {s: spread([run[f"{s}_ppl"] for run in done]) for s in SPLITS}
-    beyond = {
-        split: figures[split]["mean"] - ppl
-        for split, ppl in row.published.items()
-        if figures[split]["mean"] is not None
-    }
+    left_out = _left_out([run for run in runs if run["state"] != "done"])
+    after = {}
+    for name in table.stages:
+        steps = [dict(run["after"][name], seed=run["seed"]) for run in done if name in run["after"]]
+        ppl = [step["ppl"] for step in steps if step["kind"] == "done"]
+        found = {s: [p[s] for p in ppl if s in p] for s in SPLITS}
+        after[name] = _against(found, row.published_after.get(name, {}))
+        waiting = [dict(step, state=step["kind"], epochs=None) for step in steps]
+        left_out += [
+            f"{what} ({name})" for what in _left_out([w for w in waiting if w["state"] != "done"])
+        ]
     return dict(
         name=row.name,
         flags=shlex.join(row.flags),
-        **figures,
+        **_against({s: [run[f"{s}_ppl"] for run in done] for s in SPLITS}, row.published),
+        after=after,
         difference=None,
-        published=row.published,
-        beyond_published=beyond,
-        left_out=_left_out([run for run in runs if run["state"] != "done"]),
+        left_out=left_out,
         parameters=_mean(runs, "parameters"),
         seconds_per_epoch=_mean(done, "seconds_per_epoch"),
         filter=_merged_filters(done),
@@ -131,11 +137,24 @@ def _row_figures(row: Row, runs: list[dict[str, Any]]) -> dict[str, Any]:
     )
 
 
+def _against(ppl: dict[str, list[float]], published: dict[str, float]) -> dict[str, Any]:
+    """Spreads of the perplexities by split, and what they are beyond the published ones."""
+    figures: dict[str, Any] = {split: spread(values) for split, values in ppl.items()}
+    beyond = {
+        split: figures[split]["mean"] - value
+        for split, value in published.items()
+        if figures[split]["mean"] is not None
+    }
+    return dict(figures, published=published, beyond_published=beyond)
+
+
 def _left_out(runs: list[dict[str, Any]]) -> list[str]:
     """Why runs are left out, for instance "seed 3 diverged: loss is nan at update 12"."""
     seeds: dict[str, list[int]] = {}
     for run in runs:
         waiting = f"not done yet, {run['epochs']} epochs so far"
+        if run["epochs"] is None:
+            waiting = "not done yet"
         what = {"new": "not started yet", "started": waiting}.get(run["state"], run["state"])
         if run["cause"]:
             what = f"{what}: {run['cause']}"

@@ -3,10 +3,11 @@
 import json
 from collections import Counter
 from contextlib import suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from engine.ablation.stages import Step, StepState, read_json
 from engine.ablation.table import Row
 
 FINISHED = ("done", "diverged")
@@ -19,6 +20,7 @@ class Run:
     argv: main.py's command line.
     flags: what that resolves to.
     save: path of the best model; the run's folder and its log stand beside it.
+    steps: what is run on its model once it is done, in this order.
     """
 
     row: Row
@@ -26,6 +28,12 @@ class Run:
     argv: list[str]
     flags: dict[str, Any]
     save: Path
+    steps: list[Step] = field(default_factory=list)
+
+    @property
+    def program(self) -> str:
+        """Its program's file."""
+        return "main.py"
 
     @property
     def name(self) -> str:
@@ -52,8 +60,11 @@ class Run:
 class State:
     """A run's progress.
 
-    kind: "new", "started", "done", "diverged" or "failed".
+    kind: "new", "started", "done", "diverged" or "failed": that of main.py or, once that is done,
+        of the first step that is not.
     cause: why it diverged or failed, one line.
+    trained: main.py's part is done.
+    steps: the states of the steps by name; empty unless trained.
     summary: its summary.json, or empty.
     config: its config.json, or empty.
     events: the lines of its metrics.jsonl.
@@ -61,6 +72,8 @@ class State:
 
     kind: str
     cause: str
+    trained: bool
+    steps: dict[str, StepState]
     summary: dict[str, Any]
     config: dict[str, Any]
     events: list[dict[str, Any]]
@@ -77,8 +90,8 @@ class State:
 
 def read_state(run: Run) -> State:
     """Read a run's files. A run whose --epochs were raised since is not done."""
-    summary = _read_json(run.folder / "summary.json")
-    config = _read_json(run.folder / "config.json")
+    summary = read_json(run.folder / "summary.json")
+    config = read_json(run.folder / "config.json")
     events = read_events(run.folder / "metrics.jsonl")
     cause = ""
     with suppress(OSError):
@@ -93,7 +106,21 @@ def read_state(run: Run) -> State:
         kind = "failed"
     else:
         kind = "started" if run.folder.is_dir() and (config or events) else "new"
-    return State(kind, cause, summary, config, events)
+    trained, steps = kind == "done", dict[str, StepState]()
+    if trained:
+        source = source_of(summary)
+        steps = {step.after.name: step.read(source) for step in run.steps}
+    for name, step in steps.items():
+        if step.kind != "done":
+            kind = "started" if step.kind == "new" else step.kind
+            cause = f"{name}: {step.cause}" if step.cause else name
+            break
+    return State(kind, cause, trained, steps, summary, config, events)
+
+
+def source_of(summary: dict[str, Any]) -> list[Any]:
+    """What tells a run's best model from that of the same run after more epochs."""
+    return [summary["best_epoch"], summary["best_valid_ppl"]]
 
 
 def _reached(summary: dict[str, Any], flags: dict[str, Any]) -> bool:
@@ -101,15 +128,6 @@ def _reached(summary: dict[str, Any], flags: dict[str, Any]) -> bool:
     updates = flags.get("max_updates")
     enough = updates is not None and summary.get("updates", 0) >= updates
     return bool(enough or summary.get("epochs", 0) >= flags["epochs"])
-
-
-def _read_json(path: Path) -> dict[str, Any]:
-    """A JSON object; empty if the file is missing or not one."""
-    try:
-        content = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError):
-        return {}
-    return content if isinstance(content, dict) else {}
 
 
 def read_events(path: Path) -> list[dict[str, Any]]:

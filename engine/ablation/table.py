@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from engine.ablation.stages import STAGES, After
 from engine.errors import RunError
 
 
@@ -17,11 +18,15 @@ class Row:
     name: what it is called there.
     flags: what it adds to the table's flags, as main.py takes them.
     published: the literature's perplexities, "valid" and "test", where there are any.
+    published_after: the same after a stage, by its name.
+    after: what is run on its models, instead of the table's; None: the table's.
     """
 
     name: str
     flags: list[str] = field(default_factory=list)
     published: dict[str, float] = field(default_factory=dict)
+    published_after: dict[str, dict[str, float]] = field(default_factory=dict)
+    after: list[After] | None = None
 
     @property
     def slug(self) -> str:
@@ -35,6 +40,7 @@ class Table:
 
     flags: of every row, before its own.
     source: where the published numbers are from.
+    after: what is run on each model, in this order.
     """
 
     path: Path
@@ -44,6 +50,16 @@ class Table:
     seeds: list[int]
     note: str = ""
     source: str = ""
+    after: list[After] = field(default_factory=list)
+
+    def after_of(self, row: Row) -> list[After]:
+        """What is run on a row's models."""
+        return self.after if row.after is None else row.after
+
+    @property
+    def stages(self) -> list[str]:
+        """Names of all stages, in the order of the columns."""
+        return list(dict.fromkeys(a.name for row in self.rows for a in self.after_of(row)))
 
     @property
     def name(self) -> str:
@@ -55,8 +71,10 @@ def load_table(path: str | Path, project: Path = Path()) -> Table:
     """Read a table.
 
     Keys: title, seeds, rows, and optionally recipe (a file of flags, as @FILE), flags, note,
-    source. A row has a name, and optionally flags (one string, split as a shell does, or a list)
-    and published = {valid = …, test = …}.
+    source, after. A row has a name, and optionally flags (one string, split as a shell does, or a
+    list), after (instead of the table's) and published = {valid = …, test = …}, where a stage's
+    name stands for such a pair, too. `after` is a list of stages, each with flags or without:
+    ["finetune --lr 5"].
 
     Args:
         project: folder in which a recipe is looked for that the working directory lacks.
@@ -78,7 +96,7 @@ def load_table(path: str | Path, project: Path = Path()) -> Table:
 
 
 def _table(path: Path, content: dict[str, Any], project: Path) -> Table:
-    _check_keys(content, dict(title=str, seeds=list, rows=list), "recipe flags note source")
+    _check_keys(content, dict(title=str, seeds=list, rows=list), "recipe flags note source after")
     rows = [_row(number, row) for number, row in enumerate(content["rows"], start=1)]
     seeds = content["seeds"]
     if not rows or not seeds:
@@ -98,7 +116,8 @@ def _table(path: Path, content: dict[str, Any], project: Path) -> Table:
         here = Path(recipe).exists() or not (project / recipe).exists()
         flags = [f"@{recipe if here else project / recipe}", *flags]
     notes = dict(note=_text(content, "note"), source=_text(content, "source"))
-    return Table(path, str(content["title"]), flags, rows, list(seeds), **notes)
+    after = _after(content.get("after", []))
+    return Table(path, str(content["title"]), flags, rows, list(seeds), **notes, after=after)
 
 
 def _row(number: int, content: Any) -> Row:
@@ -106,18 +125,37 @@ def _row(number: int, content: Any) -> Row:
     if not isinstance(content, dict):
         raise ValueError(f"{place} is not a table of its own ([[rows]])")
     try:
-        _check_keys(content, dict(name=str), "flags published")
+        _check_keys(content, dict(name=str), "flags published after")
         place = f"row {content['name']!r}"
         published = content.get("published", {})
-        known = isinstance(published, dict) and published.keys() <= {"valid", "test"}
-        if not known or not all(
-            type(x) in (int, float) and 0 < x < 1e9 for x in published.values()
-        ):
-            raise ValueError("published is {valid = PPL, test = PPL}")
+        after = dict[str, dict[str, float]]()
+        if isinstance(published, dict):
+            after = {k: _published(published[k]) for k in published if k in STAGES}
+            published = {k: v for k, v in published.items() if k not in STAGES}
         flags = _flags(content.get("flags", []))
-        return Row(content["name"], flags, {k: float(v) for k, v in published.items()})
+        own = _after(content["after"]) if "after" in content else None
+        return Row(content["name"], flags, _published(published), after, own)
     except ValueError as error:
         raise ValueError(f"{place}: {error}") from None
+
+
+def _published(value: Any) -> dict[str, float]:
+    known = isinstance(value, dict) and value.keys() <= {"valid", "test"}
+    if not known or not all(type(x) in (int, float) and 0 < x < 1e9 for x in value.values()):
+        raise ValueError("published is {valid = PPL, test = PPL}")
+    return {split: float(ppl) for split, ppl in value.items()}
+
+
+def _after(value: Any) -> list[After]:
+    if not isinstance(value, list) or not all(isinstance(v, str) and v.strip() for v in value):
+        raise ValueError(f"after is a list of strings, not {value!r}")
+    after = [After(words[0], words[1:]) for words in map(_flags, value)]
+    for one in after:
+        if one.name not in STAGES:
+            raise ValueError(f"after: no stage {one.name!r} (there are {', '.join(STAGES)})")
+    if len({one.name for one in after}) < len(after):
+        raise ValueError(f"after names a stage twice: {value}")
+    return after
 
 
 def _check_keys(content: dict[str, Any], required: dict[str, type], optional: str) -> None:

@@ -1,0 +1,171 @@
+"""What a table runs on the model of each run: programs, and how to read their results."""
+
+import json
+from collections.abc import Sequence
+from contextlib import suppress
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from data.files import atomic_write
+
+SPLITS = ("valid", "test")
+
+
+@dataclass(frozen=True)
+class Stage:
+    """A program that works on a trained model and writes a JSON file with perplexities.
+
+    In flags and summary, {model} stands for the model's file, {data} for the corpus, {output} for
+    a file to write, and {folder} for that without its suffix.
+
+    program: its file's name.
+    flags: its command line, before the table's flags.
+    summary: path of the JSON file; a result counts unless its "ended" is "interrupted".
+    keys: key of the perplexity of each split that it measures.
+    makes_model: {output} is a model, which the stages after this one work on.
+    """
+
+    program: str
+    flags: str
+    summary: str
+    keys: dict[str, str]
+    makes_model: bool = False
+
+
+# By the names that a table's `after` takes.
+STAGES: dict[str, Stage] = {
+    "finetune": Stage(
+        "finetune.py",
+        "--save {model} --output {output} --resume auto",
+        "{folder}/summary.json",
+        dict(valid="best_valid_ppl", test="test_ppl"),
+        makes_model=True,
+    ),
+}
+
+
+@dataclass(frozen=True)
+class After:
+    """A stage that a table asks for: its name in STAGES, and further flags."""
+
+    name: str
+    flags: list[str] = field(default_factory=list)
+
+    @property
+    def stage(self) -> Stage:
+        """The stage of that name."""
+        return STAGES[self.name]
+
+
+@dataclass(frozen=True)
+class StepState:
+    """A step's progress.
+
+    kind: "new", "started", "done", "diverged" or "failed".
+    cause: why it diverged or failed, one line.
+    ppl: the perplexities, if it is done, by split.
+    flags: the table's flags with which it was run; None: it has not ended yet.
+    """
+
+    kind: str
+    cause: str = ""
+    ppl: dict[str, float] = field(default_factory=dict)
+    flags: list[str] | None = None
+
+
+@dataclass(frozen=True)
+class Step:
+    """One stage on the model of one run.
+
+    model: the model it works on.
+    save: {output}; the log and the other files have its name with other suffixes.
+    """
+
+    after: After
+    model: Path
+    data: str
+    save: Path
+
+    @property
+    def program(self) -> str:
+        """Its program's file."""
+        return self.after.stage.program
+
+    @property
+    def own_argv(self) -> list[str]:
+        """The part of its command line that the table does not give."""
+        return [self._placed(word) for word in self.after.stage.flags.split()]
+
+    @property
+    def argv(self) -> list[str]:
+        """Its command line."""
+        return [*self.own_argv, *self.after.flags]
+
+    @property
+    def log_path(self) -> Path:
+        """All that it printed, over all its starts."""
+        return self.save.with_suffix(".log")
+
+    @property
+    def failure_path(self) -> Path:
+        """The cause, if its last start failed."""
+        return self.save.with_suffix(".failed")
+
+    @property
+    def record_path(self) -> Path:
+        """Its result; beside what the program itself writes, which another model may replace."""
+        return self.save.with_suffix(".json")
+
+    @property
+    def summary_path(self) -> Path:
+        """The JSON file that its program writes."""
+        return Path(self._placed(self.after.stage.summary))
+
+    def _placed(self, word: str) -> str:
+        folder = self.save.with_suffix("")
+        return word.format(model=self.model, data=self.data, output=self.save, folder=folder)
+
+    def read(self, source: list[Any]) -> StepState:
+        """Its state; source: what identifies the run's model. Another model's result is none."""
+        record = read_json(self.record_path)
+        if record.get("source") == source:
+            return StepState(record["kind"], record["cause"], record["ppl"], record["flags"])
+        with suppress(OSError):
+            return StepState("failed", self.failure_path.read_text(encoding="utf-8").strip())
+        return StepState("started" if self.log_path.exists() else "new")
+
+    def keep(self, code: int, source: list[Any]) -> bool:
+        """Record the result of a program that ended with this exit code; False: there is none."""
+        summary = read_json(self.summary_path)
+        ppl = {split: summary.get(key) for split, key in self.after.stage.keys.items()}
+        kind, cause = "done", ""
+        if summary.get("diverged"):
+            kind, cause, ppl = "diverged", str(summary.get("cause") or ""), {}
+        elif code or not summary or summary.get("ended") == "interrupted":
+            return False
+        elif None in ppl.values():
+            kind, cause, ppl = "diverged", "its perplexity is not finite", {}
+        record = dict(source=source, flags=self.after.flags, kind=kind, cause=cause, ppl=ppl)
+        with atomic_write(self.record_path, "w") as file:
+            file.write(json.dumps(record, indent=1, allow_nan=False) + "\n")
+        return True
+
+
+def steps_after(save: Path, data: str, after: Sequence[After]) -> list[Step]:
+    """The steps after the run whose best model is at save, each on what the ones before made."""
+    steps, model = list[Step](), save
+    for one in after:
+        steps.append(Step(one, model, data, save.with_suffix(f".{one.name}.pt")))
+        if one.stage.makes_model:
+            model = steps[-1].save
+    return steps
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """A JSON object; empty if the file is missing or not one."""
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return {}
+    return content if isinstance(content, dict) else {}
