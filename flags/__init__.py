@@ -5,10 +5,12 @@ from flags.diagnosis import diagnosis_parser, parse_diagnosis
 from flags.finetuning import finetuning_parser, parse_finetuning, taken_over, unknown_flags
 from flags.preparation import parse_preparation, preparation_parser
 from flags.resume import other_flags, resume_flags
+from flags.stages import check_stage
 from flags.training import given_flags, parse_training, settle_scheme, training_parser
 
 __all__ = [
     "ablation_parser",
+    "check_stage",
     "diagnosis_parser",
     "finetuning_parser",
     "given_flags",

@@ -5,7 +5,7 @@ import io
 import os
 import shlex
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -21,27 +21,24 @@ from engine.ablation.ray_pool import run_on_ray
 from engine.ablation.report import flat, write_report
 from engine.ablation.results import collect
 from engine.ablation.runs import FINISHED, Run, State, counted, read_state
-from engine.ablation.stages import Step, steps_after
+from engine.ablation.stages import steps_after
 from engine.ablation.table import Row, Table, load_table
 from engine.errors import RunError, UsageError
 from engine.interrupt import Interrupt
 from engine.run_folder import lock_folder
 from engine.tracking import WandbOptions, log_table, warn
 from flags import (
-    finetuning_parser,
+    check_stage,
     given_flags,
     other_flags,
     parse_ablation,
     parse_training,
     settle_scheme,
 )
-from flags.parser import Parser
 
 PROJECT = Path(__file__).resolve().parent.parent
 # Flags that ablate.py sets, and rows may not.
 OURS = {"seed", "save", "resume", "dry_run", "wandb_name", "wandb_group", "wandb_job_type"}
-# The parsers of the stages' programs.
-PARSERS: dict[str, Callable[[], Parser]] = {"finetune.py": finetuning_parser}
 
 
 def run(argv: Sequence[str]) -> None:
@@ -134,29 +131,14 @@ def make_run(table: Table, row: Row, seed: int, args: argparse.Namespace, output
         raise UsageError(f"{table.path}: row {row.name!r}: {error}") from None
     except SystemExit:  # from -h
         raise UsageError(f"{table.path}: row {row.name!r}: -h runs nothing") from None
-    steps = steps_after(save, resolved["data"], table.after_of(row))
+    steps = steps_after(save, resolved, table.after_of(row))
     for step in steps:
-        check_step(step, f"{table.path}: row {row.name!r}: {step.after.name}")
+        try:
+            check_stage(step.program, step.own_argv, step.argv)
+        except UsageError as error:
+            place = f"{table.path}: row {row.name!r}: {step.after.name}"
+            raise UsageError(f"{place}: {error}") from None
     return Run(row, seed, argv, resolved, save, steps)
-
-
-def check_step(step: Step, place: str) -> None:
-    """Check a stage's flags.
-
-    Raises:
-        UsageError: its program would refuse them, or the table sets one of them.
-    """
-    parser = PARSERS[step.program]()
-    ours = parser.given(step.own_argv)
-    try:
-        given = parser.given(step.argv)
-        for name, value in given.items():
-            if (name in OURS or name in ours) and (name not in ours or value != ours[name]):
-                raise UsageError(f"argument --{name.replace('_', '-')}: the table sets it")
-    except UsageError as error:
-        raise UsageError(f"{place}: {error}") from None
-    except SystemExit:  # from -h
-        raise UsageError(f"{place}: -h runs nothing") from None
 
 
 def check_folders(runs: list[Run], fingerprint: str | None = None) -> None:

@@ -9,10 +9,14 @@ COMMANDS: dict[str, list[str]] = {
         "--epoch 500 --save PTB.pt",
         "finetune.py --batch_size 20 --data data/penn --dropouti 0.4 --dropouth 0.25 --seed 141 "
         "--epoch 500 --save PTB.pt",
+        "pointer.py --data data/penn --save PTB.pt --lambdasm 0.1 --theta 1.0 --window 500 "
+        "--bptt 5000",
     ],
     "wikitext-2": [
         "main.py --epochs 750 --data data/wikitext-2 --save WT2.pt --dropouth 0.2 --seed 1882",
         "finetune.py --epochs 750 --data data/wikitext-2 --save WT2.pt --dropouth 0.2 --seed 1882",
+        "pointer.py --save WT2.pt --lambdasm 0.1279 --theta 0.662 --window 3785 --bptt 2000 "
+        "--data data/wikitext-2",
     ],
     "enwik8": [
         "main.py --epochs 50 --nlayers 3 --emsize 400 --nhid 1840 --alpha 0 --beta 0 --dropoute 0 "

@@ -16,8 +16,8 @@ SPLITS = ("valid", "test")
 class Stage:
     """A program that works on a trained model and writes a JSON file with perplexities.
 
-    In flags and summary, {model} stands for the model's file, {data} for the corpus, {output} for
-    a file to write, and {folder} for that without its suffix.
+    In flags and summary, {model} stands for the model's file, {data} and {device} for the run's
+    flags, {output} for a file to write, and {folder} for that without its suffix.
 
     program: its file's name.
     flags: its command line, before the table's flags.
@@ -33,6 +33,7 @@ class Stage:
     makes_model: bool = False
 
 
+EVALUATE = "{model} --data {data} --device {device} --split test --summary {folder}.summary.json"
 # By the names that a table's `after` takes.
 STAGES: dict[str, Stage] = {
     "finetune": Stage(
@@ -41,6 +42,10 @@ STAGES: dict[str, Stage] = {
         "{folder}/summary.json",
         dict(valid="best_valid_ppl", test="test_ppl"),
         makes_model=True,
+    ),
+    "cache": Stage("evaluate.py", f"{EVALUATE} --cache", "{folder}.summary.json", dict(test="ppl")),
+    "dynamic": Stage(
+        "evaluate.py", f"{EVALUATE} --dynamic rms", "{folder}.summary.json", dict(test="ppl")
     ),
 }
 
@@ -79,12 +84,14 @@ class Step:
     """One stage on the model of one run.
 
     model: the model it works on.
+    data, device: the run's flags.
     save: {output}; the log and the other files have its name with other suffixes.
     """
 
     after: After
     model: Path
     data: str
+    device: str
     save: Path
 
     @property
@@ -123,8 +130,8 @@ class Step:
         return Path(self._placed(self.after.stage.summary))
 
     def _placed(self, word: str) -> str:
-        folder = self.save.with_suffix("")
-        return word.format(model=self.model, data=self.data, output=self.save, folder=folder)
+        places = dict(model=self.model, data=self.data, device=self.device, output=self.save)
+        return word.format(folder=self.save.with_suffix(""), **places)
 
     def read(self, source: list[Any]) -> StepState:
         """Its state; source: what identifies the run's model. Another model's result is none."""
@@ -152,11 +159,15 @@ class Step:
         return True
 
 
-def steps_after(save: Path, data: str, after: Sequence[After]) -> list[Step]:
-    """The steps after the run whose best model is at save, each on what the ones before made."""
+def steps_after(save: Path, flags: dict[str, Any], after: Sequence[After]) -> list[Step]:
+    """The steps after the run with these flags whose best model is at save.
+
+    Each works on the run's model or, if a step before it made one, on that.
+    """
     steps, model = list[Step](), save
     for one in after:
-        steps.append(Step(one, model, data, save.with_suffix(f".{one.name}.pt")))
+        output = save.with_suffix(f".{one.name}.pt")
+        steps.append(Step(one, model, flags["data"], flags["device"], output))
         if one.stage.makes_model:
             model = steps[-1].save
     return steps
