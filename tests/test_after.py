@@ -49,7 +49,8 @@ def run_here(table: Path, out: Path) -> None:
     """What ablate.py does in processes, in this one."""
     [run] = programs.ablate.plan(load_table(table), parse_ablation([str(table)]), out)
     run.save.parent.mkdir(parents=True)
-    for job in (run, *run.steps):
+    jobs: list[Run | Step] = [run, *run.steps]
+    for job in jobs:
         assert importlib.import_module(job.program.removesuffix(".py")).main(job.argv) == 0
         if isinstance(job, Step):
             assert job.keep(0, source_of(read_state(run).summary))
