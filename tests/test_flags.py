@@ -32,29 +32,10 @@ from flags.values import natural, positive_int
 
 PARSERS = {
     "main": training_parser,
-    "diagnose": diagnosis_parser,
-    "ablate": ablation_parser,
-    "prepare": preparation_parser,
-}
-
-# The training commands of the original's README with the LSTM, at word and at character level.
-WORD_LEVEL = [
-    "--batch_size 20 --data data/penn --dropouti 0.4 --dropouth 0.25 --seed 141 --epoch 500 "
-    "--save PTB.pt",
-    "--epochs 750 --data data/wikitext-2 --save WT2.pt --dropouth 0.2 --seed 1882",
-]
-CHARACTER_LEVEL = [
-    "--epochs 50 --nlayers 3 --emsize 400 --nhid 1840 --alpha 0 --beta 0 --dropoute 0 "
-    "--dropouth 0.1 --dropouti 0.1 --dropout 0.4 --wdrop 0.2 --wdecay 1.2e-6 --bptt 200 "
-    "--batch_size 128 --optimizer adam --lr 1e-3 --data data/enwik8 --save ENWIK8.pt --when 25 35",
-    "--epochs 500 --nlayers 3 --emsize 200 --nhid 1000 --alpha 0 --beta 0 --dropoute 0 "
-    "--dropouth 0.25 --dropouti 0.1 --dropout 0.1 --wdrop 0.5 --wdecay 1.2e-6 --bptt 150 "
-    "--batch_size 128 --optimizer adam --lr 2e-3 --data data/pennchar --save PTBC.pt "
-    "--when 300 400",
-]
     "finetune": finetuning_parser,
     "diagnose": diagnosis_parser,
     "ablate": ablation_parser,
+    "prepare": preparation_parser,
 }
 
 
@@ -177,7 +158,7 @@ def test_recipes_that_cannot_be(tmp_path: Path, kind: str) -> None:
 
 @pytest.mark.parametrize("program", PARSERS)
 def test_whole_numbers_have_an_upper_bound(program: str) -> None:
-    found, positional = 0, ["x"] if program in ("diagnose", "ablate") else []
+    found, positional = 0, [] if program in ("main", "finetune") else ["x"]
     for flag in by_name(PARSERS[program]().sections).values():
         if flag.type in (positive_int, natural):
             found += 1
