@@ -120,6 +120,33 @@ def test_average_survives_a_resume_and_an_error() -> None:
         assert torch.equal(p, q)
 
 
+def test_averaging_from_the_first_step_on() -> None:
+    """Every iterate is averaged, not the first weights; the trigger fires once and is kept."""
+    p = nn.Parameter(torch.zeros(1).double())
+    optimizer = NTASGD([p], lr=1, nonmono=1, averaging=True)
+    p.grad = torch.full_like(p, -1)
+    for _ in range(3):  # 1, 2, 3
+        optimizer.step()
+    with optimizer.averaged_weights():
+        assert p.item() == 2
+    fired = [optimizer.observe(loss) for loss in (5, 4, 4.5, 4.2, 9)]
+    assert fired == [False, False, False, True, False]  # 4.2 > min(5, 4)
+    resumed = NTASGD([nn.Parameter(torch.zeros(1))], lr=1, averaging=True)
+    assert not resumed.triggered
+    resumed.load_state_dict(optimizer.state_dict())
+    assert resumed.triggered
+
+
+def test_a_state_without_triggered_is_one_of_the_switch() -> None:
+    optimizer = NTASGD([nn.Parameter(torch.zeros(1))], lr=1, nonmono=0)
+    for averaging in (False, True):
+        state = optimizer.state_dict()
+        state["nt_asgd"].update(averaging=averaging, history=[1.0])
+        del state["nt_asgd"]["triggered"]
+        optimizer.load_state_dict(state)
+        assert optimizer.observe(2.0) != averaging
+
+
 def test_parameters_without_gradient_are_averaged_too_and_not_moved() -> None:
     used, unused = nn.Parameter(torch.ones(2)), nn.Parameter(torch.full((2,), 3.0))
     optimizer = NTASGD([used, unused], lr=1, weight_decay=0.5, nonmono=0)

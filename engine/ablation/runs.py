@@ -120,7 +120,7 @@ def read_state(run: Run) -> State:
 
 def source_of(summary: dict[str, Any]) -> list[Any]:
     """What tells a run's best model from that of the same run after more epochs."""
-    return [summary["best_epoch"], summary["best_valid_ppl"]]
+    return [summary.get("best_epoch"), summary.get("best_valid_ppl")]
 
 
 def _reached(summary: dict[str, Any], flags: dict[str, Any]) -> bool:
