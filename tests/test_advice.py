@@ -61,7 +61,7 @@ def test_sizes() -> None:
     assert text.endswith("--emsize 50 --nhid 50 has about 25,000")
     (text,) = large_model(2_000_000, corpus, layers=30)
     assert text.endswith("more text or a smaller vocabulary is needed")
-    assert not few_updates(20, batch_size=80)
+    assert not few_updates(10, batch_size=80)
     assert few_updates(5, batch_size=80)[0].endswith("--batch-size 4 makes about 100")
     assert few_updates(5, batch_size=1)[0].endswith("more text or a smaller --bptt is needed")
     assert not beaten_by_bigrams(100.0, 100.0)

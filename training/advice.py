@@ -17,7 +17,7 @@ RARE, RARE_SHARE = 2, 0.01
 # Parameters per token of train; the paper's models have 26 (PTB) and 16 (WikiText-2), the demo's 7.
 PARAMETERS_PER_TOKEN = 100
 # Updates in an epoch, at the end of which NT-ASGD decides; the recipes have 300 to 700.
-UPDATES, ENOUGH_UPDATES = 20, 100
+UPDATES, ENOUGH_UPDATES = 10, 100
 SMALLER_MODELS = (400, 200, 100, 50)  # units, of the embedding and of each layer
 
 
