@@ -32,6 +32,7 @@ from loss_scale import AnyLossScale, LogMax, LossScale
 from model import RNNModel, count_parameters
 from noise import Noise
 from nt_asgd import NTASGD
+from training.advice import few_updates, large_model, raw_text
 from training.callback import Callback
 from training.callbacks import (
     FilterFigures,
@@ -280,6 +281,16 @@ def check_memory(
             f"{needed:,.0f} MiB of tensors, {there:,.0f} MiB are available",
             file=sys.stderr,
         )
+
+
+def give_advice(args: argparse.Namespace, model: RNNModel, corpus: Corpus) -> None:
+    """Warn of a text or of sizes that cannot work well; see training.advice."""
+    found = raw_text(corpus) + large_model(count_parameters(model), corpus, args.nlayers)
+    if args.bptt_scheme != "full":
+        updates = build_scheme(args).expected_windows(steps_per_epoch(args, corpus))
+        found += few_updates(updates, args.batch_size)
+    for text in found:
+        warn(text)
 
 
 def print_plan(args: argparse.Namespace, model: RNNModel, corpus: Corpus) -> None:

@@ -17,6 +17,7 @@ from torch import Tensor
 from data import cache as corpus_cache
 from data.errors import DataError
 from data.files import SPLITS
+from data.sources import KNOWN_CORPORA
 
 EOS = "<eos>"
 UNK = "<unk>"
@@ -250,6 +251,9 @@ def _check_present(folder: Path) -> None:
         try:
             size = path.stat().st_size
         except FileNotFoundError:
+            if path == folder:
+                known = ", ".join(f"data/{name}" for name in ("demo", *KNOWN_CORPORA))
+                expected += f"; made or downloaded where they are missing: {known}"
             kind = "folder" if path == folder else "file"
             raise DataError(f"{path}: no such {kind}; {expected}") from None
         except OSError as error:

@@ -24,7 +24,7 @@ def run(argv: Sequence[str]) -> None:
     output = Path(args.output)
     with Bars() as bars:
         record = prepare(args.texts, output, Preparation(**how), bars.update)
-    print(f"| {output} | {record['files']:,} texts, {record['bytes']:,} bytes")
+    print(f"| {output} | files: {record['files']:,} | bytes: {record['bytes']:,}")
     for split in SPLITS:
         part = record[split]
         print(

@@ -19,6 +19,7 @@ from assembly import (
     build_scheme,
     build_updater,
     check_memory,
+    give_advice,
     open_tracker,
     print_plan,
     read_corpus,
@@ -45,6 +46,7 @@ from flags import parse_training, resume_flags, settle_scheme
 from kernels.choose import Choice
 from kernels.precision import set_products
 from model import RNNModel, count_parameters
+from training.advice import beaten_by_bigrams
 from training.trainer import Trainer
 
 
@@ -109,6 +111,7 @@ def start(
         plan = build_model(args, len(corpus.vocabulary))
     if args.dry_run:
         print_plan(args, plan, corpus)
+        give_advice(args, plan, corpus)
         return
     check_memory(args, plan, corpus, device)
     model = first_model(args, corpus, origin).to(device)
@@ -186,6 +189,8 @@ def lead(
     source = None if state is None else Path(args.resume).parent
     if aside := folder.begin(source, trainer.at.best_epoch, trainer.at.best_loss):
         warn(f"the run that was in {folder.folder} is now in {aside}")
+    if state is None:
+        give_advice(args, trainer.model, trainer.corpus)
     commit = git_commit()
     session = dict(
         argv=list(argv),
@@ -260,6 +265,8 @@ def train_and_test(args: argparse.Namespace, trainer: Trainer, tracker: Tracker)
         bigram = perplexity(bigram_loss(*texts, len(vocabulary)))
         summary["bigram_ppl"] = bigram
         print(f"| Interpolated bigram model of the same text | test ppl {bigram:8.2f}")
+        for text in beaten_by_bigrams(results["ppl"], bigram):
+            warn(text)
     print(final_line(loss), flush=True)
     for sentence in sample_sentences(model, vocabulary, args.samples, args.seed):
         print(f"| It writes: {sentence}")

@@ -4,6 +4,7 @@ import importlib
 import json
 import os
 import re
+import shutil
 import subprocess
 import sys
 from collections.abc import Callable
@@ -281,3 +282,16 @@ def test_commands_of_the_original_follow_each_other(
 def test_parameters_of_the_papers_model() -> None:
     args, _ = parse_training(WORD_LEVEL[0].split())
     assert sum(p.numel() for p in assembly.build_model(args, 10_000).parameters()) == 24_221_600
+
+
+def test_git_ignores_what_runs_leave(run: Run, flags: list[str], tmp_path: Path) -> None:
+    shutil.copy(ROOT / ".gitignore", tmp_path)
+    for save in ("mine.pt", "mine.pt", "sub/other.pt"):
+        (tmp_path / save).parent.mkdir(exist_ok=True)
+        assert run(*flags, "--save", tmp_path / save, "--max-updates", 2, "--when", 1).code == 0
+    subprocess.run(["git", "init", "-q"], cwd=tmp_path, check=True)
+    command = ["git", "status", "--porcelain", "--untracked-files=all"]
+    found = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, check=True)
+    assert {line.split()[1].split("/")[0] for line in found.stdout.splitlines()} == {
+        ".gitignore", "corpus",
+    }  # fmt: skip
