@@ -210,7 +210,7 @@ def train_and_test(args: argparse.Namespace, trainer: Trainer, tracker: Tracker)
         summary["bigram_ppl"] = bigram
         print(f"| Interpolated bigram model of the same text | test ppl {bigram:8.2f}")
     print(final_line(loss), flush=True)
-    for sentence in sample_sentences(model, vocabulary, args.samples, args.seed):
+    for sentence in sample_sentences(Plain(model), vocabulary, args.samples, args.seed):
         print(f"| It writes: {sentence}")
     conclude(trainer, tracker, dict(summary, diverged=False))
 
