@@ -1,5 +1,6 @@
 """Files that are either complete or absent, whatever happens while they are written."""
 
+import errno
 import os
 import shutil
 from collections.abc import Iterator
@@ -50,6 +51,36 @@ def atomic_write(
     except BaseException:
         with suppress(OSError):
             temporary.unlink()
+        raise
+    sync_directory(path.parent)
+
+
+@contextmanager
+def atomic_folder(path: str | os.PathLike[str]) -> Iterator[Path]:
+    """Make a folder that appears under its name only once it is complete.
+
+    Write its files by atomic_write, which flushes them to the disk. If the block raises, the
+    folder and what it holds are removed.
+
+    Args:
+        path: the folder to make; it must not exist, and its parent must.
+
+    Yields:
+        The temporary folder beside it, which is renamed when the block ends.
+
+    Raises:
+        OSError: ``path`` exists, or the folder cannot be made.
+    """
+    path = Path(path)
+    if os.path.lexists(path):
+        raise FileExistsError(errno.EEXIST, "exists already", str(path))
+    temporary = _temporary(path)
+    temporary.mkdir()
+    try:
+        yield temporary
+        temporary.rename(path)
+    except BaseException:
+        shutil.rmtree(temporary, ignore_errors=True)
         raise
     sync_directory(path.parent)
 

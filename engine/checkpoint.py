@@ -8,7 +8,7 @@ import pickle
 import re
 import warnings
 import zipfile
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import IO, Any
@@ -19,6 +19,7 @@ from data.corpus import Corpus, Vocabulary
 from data.files import atomic_write
 from engine.errors import CheckpointError, RunError
 from engine.launch import is_follower
+from engine.model_folder import read_model_folder
 from engine.tracking import warn
 from model import RNNModel
 
@@ -55,7 +56,7 @@ def model_payload(model: RNNModel, vocabulary: Vocabulary, **details: Any) -> di
 
 
 def load_model(path: str | Path, device: str | torch.device = "cpu") -> tuple[RNNModel, Vocabulary]:
-    """Read a model that main.py saved.
+    """Read a model that main.py saved, or a folder that export.py wrote.
 
     Returns:
         The model, in evaluation mode and on device, and its vocabulary.
@@ -63,7 +64,7 @@ def load_model(path: str | Path, device: str | torch.device = "cpu") -> tuple[RN
     Raises:
         CheckpointError: the file is missing, damaged, or not a model of this project.
     """
-    payload = _read(Path(path), MODEL_FORMAT)
+    payload = _read_model(Path(path))
     with damage_reported(Path(path)):
         try:
             model = RNNModel(**payload["config"])
@@ -93,14 +94,22 @@ def check_vocabulary(path: Path, vocabulary: Vocabulary, folder: str, corpus: Co
 
 
 def model_details(path: Path) -> dict[str, Any]:
-    """The `details` of a model file: epoch, update, valid_loss.
+    """The `details` of a model file or exported folder: epoch, update, valid_loss.
 
     Raises:
         CheckpointError: the file is missing, damaged, or not a model of this project.
     """
-    payload = _read(path, MODEL_FORMAT)
+    payload = _read_model(path)
     with damage_reported(path):
         return dict(payload["details"])
+
+
+def _read_model(path: Path) -> dict[str, Any]:
+    """The payload of a model file or of an exported folder."""
+    if not path.is_dir():
+        return _read(path, MODEL_FORMAT)
+    with damage_reported(path):
+        return read_model_folder(path)
 
 
 def training_payload(state: dict[str, Any]) -> dict[str, Any]:
@@ -173,14 +182,22 @@ def write_checkpoint(path: Path, payload: dict[str, Any], keep: Path | None = No
         raise CheckpointError(f"{path}: cannot write: {reason}") from error
 
 
-def _read(path: Path, expected: str) -> dict[str, Any]:
+def read_pickle(path: Path, load: Callable[[IO[bytes]], Any]) -> Any:
+    """Read a file of torch.save, after its checksums.
+
+    Args:
+        load: reads the open file; its errors become CheckpointErrors.
+
+    Raises:
+        CheckpointError: the file is missing, damaged or refused.
+    """
     try:
         with path.open("rb") as file, warnings.catch_warnings():
             # The error below replaces torch's warning about a foreign pickle.
             warnings.simplefilter("ignore")
             if (part := _damaged_part(file)) is not None:
                 raise CheckpointError(f"{path}: damaged: {part} does not match its checksum")
-            payload: Any = torch.load(file, map_location="cpu", weights_only=True)
+            return load(file)
     except CheckpointError:
         raise
     except FileNotFoundError as error:
@@ -195,6 +212,15 @@ def _read(path: Path, expected: str) -> dict[str, Any]:
         # torch raises almost anything for a truncated or foreign file.
         reason = " ".join(str(error).split())[:200]
         raise CheckpointError(f"{path}: truncated or not a checkpoint ({reason})") from error
+
+
+def load_plain(file: IO[bytes]) -> Any:
+    """torch.load of tensors and plain values; anything else is a pickle.UnpicklingError."""
+    return torch.load(file, map_location="cpu", weights_only=True)
+
+
+def _read(path: Path, expected: str) -> dict[str, Any]:
+    payload = read_pickle(path, load_plain)
     found = payload.get("format") if isinstance(payload, dict) else None
     if found == OLD_TRAINING_FORMAT:
         raise CheckpointError(
@@ -239,8 +265,8 @@ def _refusal(message: str) -> str:
     name = re.search(r"GLOBAL (\S+)", message)
     if name is not None:
         return (
-            f"refused, because loading it would run code ({name[1]}); a whole pickled model, as "
-            "the original saves, has to be exported as a state dict first"
+            f"refused, because loading it would run code ({name[1]}); export.py --from-original "
+            "--trust-pickle reads a whole pickled model of the original"
         )
     if "Unsupported" in message:
         return "not a checkpoint, or a pickle that may hold more than plain values: refused"

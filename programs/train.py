@@ -268,7 +268,7 @@ def train_and_test(args: argparse.Namespace, trainer: Trainer, tracker: Tracker)
         for text in beaten_by_bigrams(results["ppl"], bigram):
             warn(text)
     print(final_line(loss), flush=True)
-    for sentence in sample_sentences(model, vocabulary, args.samples, args.seed):
+    for sentence in sample_sentences(Plain(model), vocabulary, args.samples, args.seed):
         print(f"| It writes: {sentence}")
     conclude(trainer, tracker, dict(summary, diverged=False))
 

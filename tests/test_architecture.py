@@ -29,6 +29,7 @@ ALLOWED: dict[str, set[str]] = {
     "diagnostics": {*GROUND, *NETWORK, "data", "training.objective"},
     "flags": {"engine.errors"},
     "assembly": {*GROUND, *NETWORK, *ROOMS},
+    "awd_lstm": {"data", "model", "evaluation", "engine"},
     "programs": {*GROUND, *NETWORK, *ROOMS, "flags", "assembly"},
 }
 PROGRAM = {"engine.launch", "engine.program"}

@@ -72,7 +72,7 @@ def test_evaluation_leaves_mode_and_random_state_alone() -> None:
     model = small_model().train()
     before = torch.get_rng_state()
     evaluate(Plain(model), torch.randint(0, 11, (20,)), 2)
-    sample_sentences(model, Vocabulary([*"abcdefghij", "<eos>"]), 1, seed=1)
+    sample_sentences(Plain(model), Vocabulary([*"abcdefghij", "<eos>"]), 1, seed=1)
     assert model.training
     torch.randint(0, 11, (20,))
     after = torch.get_rng_state()
@@ -124,13 +124,15 @@ def test_samples_are_reproducible_and_follow_the_model() -> None:
     model = RNNModel("LSTM", 4, 3, 3, 1, 0, 0, 0, 0, 0, tie_weights=True)
     torch.nn.init.zeros_(model.encoder.weight)
     model.decoder.bias.data = torch.tensor([0.0, math.log(3.0), 5.0, math.log(1.0)])
-    sentences = sample_sentences(model, vocabulary, 400, seed=3)
-    assert sentences == sample_sentences(model, vocabulary, 400, seed=3)
-    assert sentences != sample_sentences(model, vocabulary, 400, seed=4)
+    sentences = sample_sentences(Plain(model), vocabulary, 400, seed=3)
+    assert sentences == sample_sentences(Plain(model), vocabulary, 400, seed=3)
+    assert sentences != sample_sentences(Plain(model), vocabulary, 400, seed=4)
     words = [word for sentence in sentences for word in sentence.split()]
     assert set(words) == {"a", "b"}
     assert all(sentences)
     assert words.count("b") / len(words) == pytest.approx(0.75, abs=0.05)
     # after its first word a sentence goes on with probability 4/5: 1 + 4 words on average
     assert len(words) / 400 == pytest.approx(5, abs=0.8)
-    assert all(len(s.split()) <= 7 for s in sample_sentences(model, vocabulary, 50, 1, max_words=7))
+    assert all(
+        len(s.split()) <= 7 for s in sample_sentences(Plain(model), vocabulary, 50, 1, max_words=7)
+    )

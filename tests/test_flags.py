@@ -27,6 +27,7 @@ from flags import (
     training_parser,
 )
 from flags.flag import Flag, by_name
+from flags.generation import generation_parser
 from flags.training import TRAINING
 from flags.values import natural, positive_int
 
@@ -36,6 +37,7 @@ PARSERS = {
     "diagnose": diagnosis_parser,
     "ablate": ablation_parser,
     "prepare": preparation_parser,
+    "generate": generation_parser,
 }
 
 

@@ -1,0 +1,1 @@
+"""Fast paths: layers, decoder, step and CUDA graphs, each with the numbers of plain torch."""

@@ -1,0 +1,363 @@
+"""export.py: folders that other programs can read, and models of the original."""
+
+import json
+import os
+import pickle
+import re
+import resource
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import pytest
+import torch
+from conftest import TINY, Result, write_corpus
+from test_bad_input import only_line
+from test_checkpoint import WORDS, small_model
+from torch import Tensor, nn
+
+import export
+from data.corpus import load_corpus
+from data.text import read_text
+from engine.checkpoint import load_model, model_details, model_payload, write_checkpoint
+from engine.safetensors import read_safetensors, write_safetensors
+from evaluation.evaluate import evaluate, perplexity
+from evaluation.plain import Plain
+
+Run = Callable[..., Result]
+
+
+@pytest.fixture
+def export_(capsys: pytest.CaptureFixture[str]) -> Run:
+    """Run export.py in this process."""
+
+    def call(*argv: object) -> Result:
+        capsys.readouterr()
+        code = export.main([str(arg) for arg in argv])
+        captured = capsys.readouterr()
+        return Result(code, captured.out, captured.err)
+
+    return call
+
+
+def test_an_exported_model_has_the_same_perplexity_to_the_last_bit(
+    run: Run, export_: Run, tmp_path: Path
+) -> None:
+    """Loaded by this code, and by the lines of the folder's README.md far from this code."""
+    corpus, elsewhere = write_corpus(tmp_path / "corpus", lines=600), tmp_path / "elsewhere"
+    expected = []
+    for name, changes in {"a": [], "b": ["--model", "GRU", "--untied", "--wdrop", 0]}.items():
+        path = tmp_path / f"run-{name}.pt"
+        flags = [*TINY, "--data", corpus, "--max-updates", 3, *changes, "--save", path]
+        assert run(*flags).code == 0
+        result = export_(path, "--output", tmp_path / name)
+        assert (result.code, result.err) == (0, "")
+        model, vocabulary = load_model(path)
+        again, words = load_model(tmp_path / name)
+        assert (words, again.config()) == (vocabulary, model.config())
+        assert model_details(tmp_path / name) == model_details(path)
+        ids = read_text(corpus / "train.txt", vocabulary).ids
+        assert len(ids) > 2 * 2048  # three windows of the README's program
+        expected.append(perplexity(evaluate(Plain(model), ids, 1)))
+        assert perplexity(evaluate(Plain(again), ids, 1)) == expected[-1]
+        stored = read_safetensors(tmp_path / name / "model.safetensors")
+        tied = json.loads((tmp_path / name / "config.json").read_text())["tie_weights"]
+        assert tied == ("decoder.weight" not in stored) == (name == "a")
+    elsewhere.mkdir()
+    (program,) = re.findall(
+        r"```python\n(.*?)```", (tmp_path / "a" / "README.md").read_text(), re.S
+    )
+    (elsewhere / "perplexity.py").write_text(program)
+    both = "import runpy, sys\nfor sys.argv in {}: runpy.run_path(sys.argv[0])".format(
+        [["perplexity.py", f"../{name}", "../corpus/train.txt"] for name in "ab"]
+    )
+    command = [sys.executable, "-I", "-c", both]
+    printed = subprocess.run(command, cwd=elsewhere, capture_output=True, text=True, check=True)
+    assert [float(line) for line in printed.stdout.split()] == expected
+
+
+def test_a_folder_is_complete_or_absent(export_: Run, tmp_path: Path) -> None:
+    path, folder = tmp_path / "m.pt", tmp_path / "out"
+    write_checkpoint(path, model_payload(small_model(), WORDS))
+    folder.mkdir()
+    before = sorted(tmp_path.rglob("*"))
+    assert (
+        only_line(export_(path, "--output", folder), 1) == f"{folder}: cannot write: exists already"
+    )
+    assert "nowhere/out: cannot write" in only_line(
+        export_(path, "--output", tmp_path / "nowhere" / "out"), 1
+    )
+    unlimited = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (1024, unlimited[1]))  # bytes; as on a full disk
+    try:
+        full = export_(path, "--output", tmp_path / "full")
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, unlimited)
+    assert only_line(full, 1) == f"{tmp_path / 'full'}: cannot write: File too large"
+    assert sorted(tmp_path.rglob("*")) == before
+
+
+def damage(folder: Path, kind: str) -> None:
+    """Damage one file of an exported folder."""
+    weights, config = folder / "model.safetensors", folder / "config.json"
+    content = weights.read_bytes()
+    size = 8 + int.from_bytes(content[:8], "little")
+    header = json.loads(content[8:size])
+    entry = header["encoder.weight"]
+    if kind == "overlap":
+        header["decoder.bias"]["data_offsets"] = [0, 16]
+    elif kind == "out of range":
+        entry["data_offsets"] = [10**6, 10**6 + 48]
+    elif kind == "negative":
+        entry["shape"] = [-4, -3]
+    elif kind == "dtype":
+        entry["dtype"] = "F128"
+    elif kind == "shape":
+        entry["shape"] = [4, 4]
+    elif kind == "huge":
+        entry.update(shape=[0, 2**80], data_offsets=[0, 0])
+    elif kind == "entry":
+        header["encoder.weight"] = [1]
+    text = json.dumps(header).encode()
+    if kind == "twice":
+        text = text.replace(b"decoder.bias", b"encoder.weight")
+    content = len(text).to_bytes(8, "little") + text + content[size:]
+    if kind == "huge header":
+        content = (10**8 + 1).to_bytes(8, "little") + content[8:]
+    elif kind == "truncated":
+        content = content[:-1]
+    elif kind == "trailing":
+        content += b"\0"
+    weights.write_bytes(content)
+    if kind == "a run's folder":
+        config.write_text("{}")
+    elif kind == "no config":
+        config.write_text("[")
+    elif kind == "sizes":
+        config.write_text(config.read_text().replace('"nhid": 5', '"nhid": 6'))
+    elif kind == "missing":
+        weights.unlink()
+    elif kind == "vocabulary":
+        (folder / "vocab.txt").write_bytes(b"\xff\n")
+
+
+REFUSED = {
+    "overlap": "encoder.weight has shape", "out of range": "has shape",
+    "negative": "encoder.weight has shape", "dtype": "F128", "shape": "encoder.weight has shape",
+    "huge": "invalid header",
+    "entry": "invalid header", "twice": "a name occurs twice",
+    "huge header": "not a safetensors file", "truncated": "ends at byte", "trailing": "1 bytes",
+    "a run's folder": "not a folder that export.py wrote", "no config": "damaged",
+    "sizes": "size mismatch", "missing": "model.safetensors: cannot read", "vocabulary": "decode",
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("kind", REFUSED)
+def test_damaged_folders_are_refused(export_: Run, tmp_path: Path, kind: str) -> None:
+    write_checkpoint(tmp_path / "m.pt", model_payload(small_model(), WORDS))
+    assert export_(tmp_path / "m.pt", "--output", tmp_path / "out").code == 0
+    damage(tmp_path / "out", kind)
+    line = only_line(export_(tmp_path / "out", "--output", tmp_path / "again"), 1)
+    assert str(tmp_path / "out") in line
+    assert REFUSED[kind] in line
+    assert not (tmp_path / "again").exists()
+
+
+def test_safetensors_of_any_dtype_and_shape(tmp_path: Path) -> None:
+    tensors = {
+        "scalar": torch.tensor(1.5, dtype=torch.float64),
+        "none": torch.empty(0, 3),
+        "transposed": torch.arange(6).view(2, 3).t(),
+        "half": torch.randn(5).bfloat16(),
+        "ü": torch.tensor([True, False, True]),
+    }
+    with (tmp_path / "t").open("wb") as file:
+        write_safetensors(file, tensors)
+    again = read_safetensors(tmp_path / "t")
+    assert again.keys() == tensors.keys()
+    for name, tensor in tensors.items():
+        assert again[name].dtype == tensor.dtype
+        assert torch.equal(again[name], tensor)
+
+
+class RNNModel(nn.Module):
+    """The attributes that pickles of the original have."""
+
+    __module__ = "model"
+
+    def __init__(self, rnn_type: str, ntoken: int, ninp: int, nhid: int, nlayers: int) -> None:
+        super().__init__()
+        self.lockdrop, self.hdrop = nn.Module(), nn.Dropout(0.3)
+        self.encoder = nn.Embedding(ntoken, ninp)
+        sizes = [ninp, *[nhid] * (nlayers - 1), ninp]
+        layers = [
+            getattr(nn, rnn_type)(sizes[n], sizes[n + 1], 1, dropout=0) for n in range(nlayers)
+        ]
+        self.rnns = nn.ModuleList(WeightDrop(layer) for layer in layers)
+        self.decoder = nn.Linear(ninp, ntoken)
+        self.decoder.weight = self.encoder.weight
+        self.rnn_type, self.dropout, self.wdrop = rnn_type, 0.4, 0.5
+
+
+class WeightDrop(nn.Module):
+    __module__ = "weight_drop"
+    module: Any
+
+    def __init__(self, module: nn.Module) -> None:
+        super().__init__()
+        self.module = module
+        self.weights, self.dropout = ["weight_hh_l0"], 0.5
+        raw: Any = module._parameters.pop("weight_hh_l0")
+        self.module.register_parameter("weight_hh_l0_raw", raw)
+        # a masked copy, as its evaluation leaves one
+        self.module.register_parameter("weight_hh_l0", nn.Parameter(torch.zeros_like(raw)))
+        self.module.flatten_parameters = self.widget_demagnetizer_y2k_edition
+
+    def widget_demagnetizer_y2k_edition(self, *args: object) -> None:
+        pass
+
+
+class SplitCrossEntropyLoss(nn.Module):
+    __module__ = "splitcross"
+
+    def __init__(self, splits: int = 0) -> None:
+        super().__init__()
+        if splits:
+            self.tail_vectors = nn.Parameter(torch.zeros(splits, 3))
+
+
+@pytest.fixture
+def originals(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Pickles name the original's modules, some of which this project has, too."""
+    for cls in (RNNModel, WeightDrop, SplitCrossEntropyLoss):
+        module = ModuleType(cls.__module__)
+        module.__file__ = __file__  # old pickles hold the source
+        setattr(module, cls.__qualname__, cls)
+        monkeypatch.setitem(sys.modules, cls.__module__, module)
+
+
+@torch.no_grad()
+def loss_of(original: RNNModel, ids: Tensor) -> float:
+    """Nats per token, by nn.LSTM or nn.GRU."""
+    x = original.encoder(ids[:-1, None].long())
+    for wrapped in original.rnns:
+        theirs: Any = wrapped.module
+        layer: Any = type(theirs)(theirs.input_size, theirs.hidden_size)
+        weights = {name.removesuffix("_raw"): p for name, p in theirs.named_parameters()}
+        layer.load_state_dict({**weights, "weight_hh_l0": theirs.weight_hh_l0_raw})
+        x, _ = layer(x)
+    return float(nn.functional.cross_entropy(original.decoder(x[:, 0]), ids[1:].long()))
+
+
+@pytest.mark.parametrize(
+    ("saved", "rnn_type", "nlayers"),
+    [("state dict", "LSTM", 3), ("state dict", "GRU", 1), ("checkpoint", "LSTM", 2),
+     ("old checkpoint", "LSTM", 2), ("old checkpoint", "GRU", 2), ("model", "LSTM", 1)],
+)  # fmt: skip
+def test_models_of_the_original(
+    saved: str, rnn_type: str, nlayers: int, export_: Run, originals: None, corpus_folder: Path,
+    tmp_path: Path,
+) -> None:  # fmt: skip
+    corpus, path = load_corpus(corpus_folder), tmp_path / "theirs.pt"
+    theirs = RNNModel(rnn_type, len(corpus.vocabulary), 3, 5, nlayers)
+    optimizer = torch.optim.SGD(theirs.parameters(), lr=1)
+    payload: Any = [theirs, SplitCrossEntropyLoss(), optimizer]
+    payload = {"state dict": theirs.state_dict(), "model": theirs}.get(saved, payload)
+    torch.save(payload, path, _use_new_zipfile_serialization="old" not in saved)
+    flags = [path, "--from-original", "--data", corpus_folder, "--output", tmp_path / "ours"]
+    if saved != "state dict":
+        line = only_line(export_(*flags), 1)
+        assert "would run code" in line
+        assert "--trust-pickle" in line
+        flags.append("--trust-pickle")
+    result = export_(*flags)
+    assert result.code == 0, result.err
+    assert ("has to be trusted" in result.err) == (saved != "state dict")
+    ours, vocabulary = load_model(tmp_path / "ours")
+    assert vocabulary == corpus.vocabulary
+    assert (ours.config()["tie_weights"], ours.wdrop) == (True, 0.5)
+    loss = evaluate(Plain(ours), corpus.test, 1)
+    assert loss == pytest.approx(loss_of(theirs, corpus.test), rel=1e-6)
+    # and once more, from the folder's vocabulary, trained without weight drop
+    words = ["--vocab", tmp_path / "ours" / "vocab.txt", "--wdrop", 0]
+    flags = [*flags[:2], *flags[6:], *words, "--output", tmp_path / "more"]
+    assert export_(*flags).code == 0
+    more, again = load_model(tmp_path / "more")
+    assert (again, more.wdrop) == (vocabulary, 0)
+    assert evaluate(Plain(more), corpus.test, 1) == loss
+
+
+class Harm:
+    def __init__(self, marker: Path) -> None:
+        self.marker = marker
+
+    def __reduce__(self) -> Any:
+        return os.system, (f"touch {self.marker}",)
+
+
+def test_what_is_not_a_model_of_the_original(
+    export_: Run, originals: None, corpus_folder: Path, tmp_path: Path
+) -> None:
+    V = len(load_corpus(corpus_folder).vocabulary)  # noqa: N806
+    theirs = RNNModel("LSTM", V, 3, 5, 2)
+    state = theirs.state_dict()
+    untied = {**state, "decoder.weight": state["decoder.weight"] + 1}
+    qrnn = {"encoder.weight": torch.ones(4, 3), "rnns.0.linear.module.weight_raw": torch.ones(3, 3)}
+    cases: list[tuple[Any, list[object], str]] = [
+        (torch.ones(3), [], "not an LSTM or GRU of the original"),
+        (qrnn, [], "not an LSTM or GRU of the original"),
+        ({**state, "rnns.0.module.weight_hh_l0_raw": torch.ones(5, 5)}, [], "not an LSTM or GRU"),
+        ({**state, "extra": torch.ones(1)}, [], "unknown weights: extra"),
+        (untied, [], "size mismatch"),  # without tying its last layer would have 5 units
+        (dict(list(state.items())[1:]), [], "not an LSTM or GRU"),
+        (
+            RNNModel("LSTM", V + 1, 3, 5, 1).state_dict(),
+            [],
+            f"{V + 1} embeddings, but",
+        ),
+        ([theirs, SplitCrossEntropyLoss(2), None], ["--trust-pickle"], "adaptive softmax"),
+        ([nn.LSTM(2, 2)], ["--trust-pickle"], "holds no RNNModel"),
+        (Harm(tmp_path / "ran"), ["--trust-pickle"], "holds no RNNModel"),
+        ([theirs, Harm(tmp_path / "ran")], [], "would run code"),
+    ]
+    path, folder = tmp_path / "theirs.pt", tmp_path / "out"
+    for payload, flags, expected in cases:
+        torch.save(payload, path)
+        told = export_(path, "--from-original", "--data", corpus_folder, "--output", folder, *flags)
+        assert told.code == 1, expected
+        assert f"error: {path}" in told.err
+        assert expected in told.err.splitlines()[-1]
+        assert not folder.exists()
+    for words, expected in {
+        b"a\nb\n": "has no <eos>",
+        b"a\na\n": "twice",
+        b"\xff": "not a",
+    }.items():
+        (tmp_path / "words").write_bytes(words)
+        torch.save(RNNModel("LSTM", 2, 3, 5, 2).state_dict(), path)
+        flags = ["--vocab", tmp_path / "words", "--output", folder]
+        line = only_line(export_(path, "--from-original", *flags), 1)
+        assert line.startswith(f"{tmp_path / 'words'}: ")
+        assert expected in line
+    path.write_bytes(pickle.dumps(Harm(tmp_path / "ran")))
+    harm = export_(path, "--from-original", "--trust-pickle", *flags)
+    assert harm.code == 1
+    assert not (tmp_path / "ran").exists()
+
+
+@pytest.mark.parametrize(
+    ("flags", "expected"),
+    [
+        ("m.pt", "--output"),
+        ("m.pt --output o --vocab v", "--vocab: goes with --from-original only"),
+        ("m.pt --output o --wdrop 0.1", "--wdrop: goes with --from-original only"),
+        ("m.pt --output o --from-original", "--data or --vocab"),
+        ("m.pt --output o --from-original --data d --vocab v", "--data or --vocab"),
+        ("--output o", "MODEL"),
+    ],
+)
+def test_invalid_flags(export_: Run, flags: str, expected: str) -> None:
+    assert expected in only_line(export_(*flags.split()), 2)

@@ -1,0 +1,1 @@
+"""Training: the loop, the gradient, the objective, what happens around an update."""
