@@ -16,7 +16,7 @@ from data.corpus import Corpus, load_corpus
 from data.download import ensure_corpus
 from engine.ablation.curves import draw_curves
 from engine.ablation.pool import run_locally, slots
-from engine.ablation.progress import Board, duration
+from engine.ablation.progress import Board
 from engine.ablation.ray_pool import run_on_ray
 from engine.ablation.report import flat, write_report
 from engine.ablation.results import collect
@@ -24,6 +24,7 @@ from engine.ablation.runs import FINISHED, Run, State, counted, read_state
 from engine.ablation.table import Row, Table, load_table
 from engine.errors import RunError, UsageError
 from engine.interrupt import Interrupt
+from engine.report import duration
 from engine.run_folder import lock_folder
 from engine.tracking import WandbOptions, log_table, warn
 from flags import given_flags, other_flags, parse_ablation, parse_training, settle_scheme

@@ -33,7 +33,7 @@ from engine.interrupt import Interrupt
 from engine.launch import local_rank
 from engine.provenance import git_commit, versions
 from engine.ranks import Ranks, launched_ranks
-from engine.report import DOUBLE_RULE, final_line
+from engine.report import DOUBLE_RULE, final_line, short_number
 from engine.run_folder import RunFolder, find_run
 from engine.tracking import Silence, Tracker, warn
 from evaluation.bigram import bigram_loss
@@ -44,6 +44,7 @@ from flags import parse_training, resume_flags, settle_scheme
 from kernels.choose import Choice
 from kernels.precision import set_products
 from model import count_parameters
+from training.divergence import divergence
 from training.trainer import Trainer
 
 
@@ -212,7 +213,20 @@ def train_and_test(args: argparse.Namespace, trainer: Trainer, tracker: Tracker)
     print(final_line(loss), flush=True)
     for sentence in sample_sentences(model, vocabulary, args.samples, args.seed):
         print(f"| It writes: {sentence}")
-    conclude(trainer, tracker, dict(summary, diverged=False))
+    if sys.stdout.isatty():
+        print(f"| the best model is {best_model(trainer)}: python diagnose.py {folder.model_path}")
+    if cause := trainer.at.diverged or divergence("test", loss, words):
+        warn(f"diverged: {cause}")
+        summary["cause"] = cause
+    conclude(trainer, tracker, dict(summary, diverged=bool(cause)))
+
+
+def best_model(trainer: Trainer) -> str:
+    """The best model's file and epoch, for the end of a run."""
+    at, path = trainer.at, trainer.folder.model_path
+    if at.best_epoch is None:
+        return f"{path}, of update {at.update}"
+    return f"{path}, of epoch {at.best_epoch}, valid ppl {short_number(perplexity(at.best_loss))}"
 
 
 def conclude(trainer: Trainer, tracker: Tracker, summary: dict[str, Any]) -> None:
