@@ -2,7 +2,6 @@
 
 import argparse
 import inspect
-import sys
 from collections.abc import Callable
 from dataclasses import fields
 from functools import partial
@@ -13,23 +12,23 @@ import torch
 from torch import Tensor
 
 from bptt import FixedWindows, FullWindows, RandomizedWindows, Scheme, VariableWindows
-from data.corpus import Corpus, load_corpus
+from data.corpus import Corpus, batchify, load_corpus
 from data.download import ensure_corpus
 from decoders import DECODERS
 from diagnostics.probe import probe
 from engine.checkpoint import damage_reported
-from engine.device import available_memory
 from engine.errors import RunError, UsageError
+from engine.interrupt import Interrupt
 from engine.ranks import Ranks
 from engine.run_folder import RunFolder
 from engine.tracking import Tracker, WandbOptions, warn
 from kernels.choose import Choice, choose_step, install
 from kernels.fused_step import FusedStep
 from kernels.graphs import CudaRecorder, Graphs
-from kernels.precision import DTYPES, choose_precision
+from kernels.precision import DTYPES, choose_precision, set_products
 from layers import LAYERS
 from loss_scale import AnyLossScale, LogMax, LossScale
-from model import RNNModel, count_parameters
+from model import RNNModel
 from noise import Noise
 from nt_asgd import NTASGD
 from training.callback import Callback
@@ -40,11 +39,11 @@ from training.callbacks import (
     LossScaling,
     NonMonotonicTrigger,
 )
-from training.estimate import training_memory
 from training.objective import Objective, Penalty, paper_penalties
 from training.recorded import RecordedUpdater
 from training.state import TrainingOptions
 from training.step import PlainStep, Step
+from training.trainer import Trainer
 from training.update import Updater
 
 
@@ -60,6 +59,16 @@ def read_corpus(args: argparse.Namespace, ranks: Ranks) -> Corpus:
     corpus = load_corpus(args.data)
     if ranks.leader:
         ranks.wait()
+    check_lengths(args, corpus)
+    return first_windows(args, corpus) if args.quick else corpus
+
+
+def check_lengths(args: argparse.Namespace, corpus: Corpus) -> None:
+    """Check that each text has enough tokens for its batch size.
+
+    Raises:
+        RunError: a text is too short.
+    """
     needs = [
         ("train", len(corpus.train) // 2, "--batch-size", args.batch_size),
         ("valid", len(corpus.valid) - 1, "--eval-batch-size", args.eval_batch_size),
@@ -72,7 +81,53 @@ def read_corpus(args: argparse.Namespace, ranks: Ranks) -> Corpus:
             raise RunError(
                 f"{path}: {tokens} tokens are too few for {flag} {size} (at most {most})"
             )
-    return corpus
+
+
+def first_windows(args: argparse.Namespace, corpus: Corpus) -> Corpus:
+    """The beginnings of the texts, as long as --quick needs: a window per update that it makes."""
+    longest = build_scheme(args).footprint(len(corpus.train) // args.batch_size - 1).rows
+    number = args.max_updates
+    train = number * max(longest, args.k1 or 0) * args.batch_size + args.batch_size
+    valid, test = (
+        number * args.bptt * columns + 1 for columns in (args.eval_batch_size, args.test_batch_size)
+    )
+    parts = corpus.train[:train], corpus.valid[:valid], corpus.test[:test]
+    return Corpus(corpus.vocabulary, *parts, corpus.fingerprint)
+
+
+def build_trainer(
+    args: argparse.Namespace, corpus: Corpus, device: torch.device, ranks: Ranks
+) -> tuple[Trainer, str, dict[str, Choice]]:
+    """Build the trainer of a run, with all its parts; nothing is written or locked.
+
+    Returns:
+        The trainer, the precision, and the kernel of each part.
+    """
+    torch.manual_seed(args.seed)
+    model = build_model(args, len(corpus.vocabulary)).to(device)
+    precision = resolve_precision(args, device)
+    set_products(precision, device)
+    optimizer, loss_scale = build_optimizer(args, model), build_loss_scale(args, precision)
+    rows = batchify(corpus.train, args.batch_size)[:, ranks.share(args.batch_size)].to(device)
+    generator = torch.Generator(device).manual_seed(args.seed)
+    updater, kernels = build_updater(
+        args, model, optimizer, rows, generator, precision, loss_scale, ranks
+    )
+    trainer = Trainer(
+        model,
+        optimizer,
+        build_scheme(args),
+        corpus,
+        updater,
+        generator,
+        training_options(args),
+        RunFolder(args.save, writes=ranks.leader),
+        Interrupt(),
+        identity=dict(flags=dict(vars(args)), fingerprint=corpus.fingerprint),
+        callbacks=build_callbacks(args, model, optimizer, loss_scale, ranks),
+        ranks=ranks,
+    )
+    return trainer, precision, kernels
 
 
 def build_model(args: argparse.Namespace, ntoken: int) -> RNNModel:
@@ -236,55 +291,3 @@ def open_tracker(
         return Tracker(folder.folder, config, wandb)
     with damage_reported(Path(args.resume)):
         return Tracker(folder.folder, config, wandb, state["tracking"])
-
-
-def memory_needed(args: argparse.Namespace, model: RNNModel, corpus: Corpus) -> int:
-    """Estimated bytes of an update's tensors; see training_memory."""
-    averages = args.optimizer != "sgd" or not args.no_asgd
-    steps = steps_per_epoch(args, corpus)
-    return training_memory(model, args.batch_size, build_scheme(args), steps, averages)
-
-
-def steps_per_epoch(args: argparse.Namespace, corpus: Corpus) -> int:
-    """Rows that an epoch trains on."""
-    columns: int = args.batch_size
-    return len(corpus.train) // columns - 1
-
-
-def check_memory(
-    args: argparse.Namespace, model: RNNModel, corpus: Corpus, device: torch.device
-) -> None:
-    """Check that an update fits into the device's memory; print the plan of full BPTT.
-
-    Raises:
-        UsageError: an update needs more memory than is available.
-    """
-    needed = memory_needed(args, model, corpus) / 2**20
-    there = available_memory(device) / 2**20
-    if needed > there:
-        flag = "--bptt-scheme" if args.bptt_scheme == "full" else "--bptt"
-        raise UsageError(
-            f"argument {flag}: an update would need about {needed:,.0f} MiB and {there:,.0f} MiB "
-            "are available; a smaller model, --batch-size or --bptt needs less"
-        )
-    if args.bptt_scheme == "full":
-        steps = steps_per_epoch(args, corpus)
-        print(
-            f"| full BPTT | one update an epoch, over {steps:,} time steps, {args.bptt:,} at a "
-            f"time | lr {args.lr * steps / args.bptt:g} (--lr x {steps} / {args.bptt}) | about "
-            f"{needed:,.0f} MiB of tensors, {there:,.0f} MiB are available",
-            file=sys.stderr,
-        )
-
-
-def print_plan(args: argparse.Namespace, model: RNNModel, corpus: Corpus) -> None:
-    """Print the plan of --dry-run."""
-    updates = build_scheme(args).expected_windows(steps_per_epoch(args, corpus))
-    memory = memory_needed(args, model, corpus)
-    tokens = [len(text) for text in (corpus.train, corpus.valid, corpus.test)]
-    print(f"| tokens            | {tokens[0]:,} train, {tokens[1]:,} valid, {tokens[2]:,} test")
-    print(f"| vocabulary        | {len(corpus.vocabulary):,} words")
-    print(f"| parameters        | {count_parameters(model):,}")
-    print(f"| updates per epoch | about {updates:,.0f}")
-    print(f"| memory            | about {memory / 2**20:,.0f} MiB of tensors in an update, besides")
-    print("|                   | the process itself (some 300 MiB on a CPU)")

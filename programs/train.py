@@ -11,30 +11,15 @@ from typing import Any
 
 import torch
 
-from assembly import (
-    build_callbacks,
-    build_loss_scale,
-    build_model,
-    build_optimizer,
-    build_scheme,
-    build_updater,
-    check_memory,
-    open_tracker,
-    print_plan,
-    read_corpus,
-    resolve_precision,
-    training_options,
-)
-from data.corpus import batchify
+from assembly import build_model, build_trainer, open_tracker, read_corpus
 from engine.checkpoint import damage_reported, load_model, load_training_state
-from engine.device import keep_freed_memory, peak_memory, select_device
+from engine.device import keep_freed_memory, peak_memory, select_device, use_threads
 from engine.errors import CheckpointError, DivergenceError, RunError, UsageError
-from engine.interrupt import Interrupt
 from engine.launch import local_rank
-from engine.provenance import git_commit, versions
+from engine.provenance import cpu_name, git_commit, versions
 from engine.ranks import Ranks, launched_ranks
 from engine.report import DOUBLE_RULE, final_line, short_number
-from engine.run_folder import RunFolder, find_run
+from engine.run_folder import find_run
 from engine.tracking import Silence, Tracker, warn
 from evaluation.bigram import bigram_loss
 from evaluation.evaluate import evaluate, perplexity
@@ -42,8 +27,8 @@ from evaluation.plain import Plain
 from evaluation.sampling import sample_sentences
 from flags import parse_training, resume_flags, settle_scheme
 from kernels.choose import Choice
-from kernels.precision import set_products
 from model import count_parameters
+from programs.plan import check_memory, print_plan
 from training.divergence import divergence
 from training.trainer import Trainer
 
@@ -82,40 +67,19 @@ def start(
     ranks: Ranks,
 ) -> None:
     """Build the objects of a run, and run it."""
+    use_threads(args.threads)
     corpus = read_corpus(args, ranks)
     if state is not None and state["fingerprint"] != corpus.fingerprint:
         raise CheckpointError(f"{args.data}: its text is not that of the run to be resumed")
     with torch.device("meta"):  # shapes only, no memory
         plan = build_model(args, len(corpus.vocabulary))
     if args.dry_run:
-        print_plan(args, plan, corpus)
+        if ranks.leader:
+            print_plan(args, plan, corpus, device)
         return
     check_memory(args, plan, corpus, device)
-    torch.manual_seed(args.seed)
-    model = build_model(args, len(corpus.vocabulary)).to(device)
-    precision = resolve_precision(args, device)
-    set_products(precision, device)
-    optimizer, loss_scale = build_optimizer(args, model), build_loss_scale(args, precision)
-    rows = batchify(corpus.train, args.batch_size)[:, ranks.share(args.batch_size)].to(device)
-    generator = torch.Generator(device).manual_seed(args.seed)
-    updater, kernels = build_updater(
-        args, model, optimizer, rows, generator, precision, loss_scale, ranks
-    )
-    with RunFolder(args.save, writes=ranks.leader) as folder, Interrupt() as interrupt:
-        trainer = Trainer(
-            model,
-            optimizer,
-            build_scheme(args),
-            corpus,
-            updater,
-            generator,
-            training_options(args),
-            folder,
-            interrupt,
-            identity=dict(flags=dict(vars(args)), fingerprint=corpus.fingerprint),
-            callbacks=build_callbacks(args, model, optimizer, loss_scale, ranks),
-            ranks=ranks,
-        )
+    trainer, precision, kernels = build_trainer(args, corpus, device, ranks)
+    with trainer.folder, trainer.interrupt:
         if state is not None:  # before any file changes, since the state may be damaged
             with damage_reported(Path(args.resume)):
                 trainer.load_state_dict(state)
@@ -146,6 +110,8 @@ def lead(
         kernel=kernels["layers"].kernel,
         kernels={part: str(choice) for part, choice in kernels.items()},
         processes=trainer.ranks.size,
+        threads=torch.get_num_threads(),
+        cpu=cpu_name(),
         fingerprint=trainer.corpus.fingerprint,
         versions=versions(),
         git_commit=commit,
@@ -167,6 +133,8 @@ def train_and_test(args: argparse.Namespace, trainer: Trainer, tracker: Tracker)
     device, folder = trainer.device, trainer.folder
     parameters = count_parameters(trainer.model)
     summary: dict[str, Any] = dict(parameters=parameters)
+    if args.quick:
+        summary["quick"] = "three updates; perplexities of the first words of each text"
     words = len(trainer.corpus.vocabulary)
     if tracker.wandb_url is not None:
         print(f"W&B: {tracker.wandb_url}", file=sys.stderr)
@@ -210,13 +178,15 @@ def train_and_test(args: argparse.Namespace, trainer: Trainer, tracker: Tracker)
         bigram = perplexity(bigram_loss(*texts, len(vocabulary)))
         summary["bigram_ppl"] = bigram
         print(f"| Interpolated bigram model of the same text | test ppl {bigram:8.2f}")
-    print(final_line(loss), flush=True)
+    part = " | --quick: of a part of the text" * args.quick
+    print(f"{final_line(loss)}{part}", flush=True)
     for sentence in sample_sentences(model, vocabulary, args.samples, args.seed):
         print(f"| It writes: {sentence}")
     if sys.stdout.isatty():
         print(f"| the best model is {best_model(trainer)}: python diagnose.py {folder.model_path}")
-    if cause := trainer.at.diverged or divergence("test", loss, words):
-        warn(f"diverged: {cause}")
+    early = trainer.at.epoch == 1
+    if cause := trainer.at.diverged or divergence("test", loss, words, early):
+        warn(f"this run has diverged: {cause}")
         summary["cause"] = cause
     conclude(trainer, tracker, dict(summary, diverged=bool(cause)))
 

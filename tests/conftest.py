@@ -87,12 +87,20 @@ def with_cudnn() -> Iterator[None]:
 
 
 @pytest.fixture
-def run(capsys: pytest.CaptureFixture[str]) -> Callable[..., Result]:
+def run(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> Callable[..., Result]:
     """Run main.py in this process: run("--data", …) -> (exit code, stdout, stderr)."""
+
+    threads = torch.get_num_threads()
+    monkeypatch.setattr("training.rehearsal.LEAST_SECONDS", 0.0)
+    # A busy machine would be warned of.
+    monkeypatch.setattr("os.getloadavg", lambda: (0.0, 0.0, 0.0))
 
     def call(*argv: object) -> Result:
         capsys.readouterr()
         code = main.main([str(arg) for arg in argv])
+        torch.set_num_threads(threads)  # --threads is the process's
         captured = capsys.readouterr()
         return Result(code, captured.out, captured.err)
 

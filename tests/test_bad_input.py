@@ -127,7 +127,7 @@ def test_a_window_that_cannot_fit(
 ) -> None:
     corpus = write_corpus(tmp_path / "corpus", lines=800)
     flags = [*TINY, "--data", corpus, "--save", tmp_path / "run.pt", "--bptt-scheme", scheme]
-    monkeypatch.setattr("assembly.available_memory", lambda _: 3 * 2**20)
+    monkeypatch.setattr("programs.plan.available_memory", lambda _: 3 * 2**20)
     flags += ["--max-updates", 1]
     line = only_line(run(*flags, "--bptt", 2000), 2)
     flag = "--bptt-scheme" if scheme == "full" else "--bptt"

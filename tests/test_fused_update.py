@@ -465,7 +465,7 @@ def as_on_a_gpu(monkeypatch: pytest.MonkeyPatch) -> list[CpuRecorder]:
 
     monkeypatch.setattr(assembly, "install", install_fast)
     monkeypatch.setattr(assembly, "choose_step", lambda *_: Choice("fused"))
-    monkeypatch.setattr(programs.train, "build_updater", build_captured)
+    monkeypatch.setattr("assembly.build_updater", build_captured)
     monkeypatch.setattr(
         training.trainer, "CheckpointWriter", lambda background: CheckpointWriter(True)
     )

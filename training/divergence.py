@@ -4,27 +4,27 @@ import math
 
 from evaluation.evaluate import perplexity
 
-# A model that has hardly trained is a little worse than uniform, by its random weights.
-MARGIN = 1.1
 
-
-def divergence(what: str, loss: float, num_words: int) -> str:
+def divergence(what: str, loss: float, num_words: int, early: bool) -> str:
     """Why a mean loss says that training has diverged; empty if it does not.
 
-    It says so if it is infinite, or its perplexity is more than MARGIN times the vocabulary's size,
-    which is the perplexity of the uniform distribution. An epoch has diverged if its validation
-    loss or, from the second epoch on, its mean training loss says so. Training then continues, and
-    the last epoch decides about the run. A loss or gradient that is not finite ends training with
-    a DivergenceError, see training.tally.
+    It says so if it is above log V for a vocabulary of V words, so that the perplexity is worse
+    than V, that of guessing. Before the end of the first epoch the limit is 2 log V: the first
+    updates at a large learning rate may be worse than guessing for a while, and recover.
+
+    A run has diverged if its last validation or the training of its last epoch says so, or the
+    test. It goes on nevertheless. A loss or gradient that is not finite ends training, with a
+    DivergenceError (training.tally).
 
     Args:
-        what: what the loss is of: "training", "validation", "test".
+        what: the text that the loss is of: "training", "validation", "test".
         loss: nats per token; nan: there is none.
-        num_words: words in the vocabulary.
+        num_words: words in the vocabulary, V.
+        early: the loss is from the time before the end of the first epoch.
     """
-    if math.isnan(loss) or loss <= math.log(MARGIN * num_words):
+    if math.isnan(loss) or loss <= math.log(num_words) * (2 if early else 1):
         return ""
     return (
-        f"{what} perplexity {perplexity(loss):.3g} is worse than that of guessing among the "
-        f"{num_words:,} words of the vocabulary"
+        f"{what} perplexity {perplexity(loss):.3g} is worse than guessing among the vocabulary's "
+        f"{num_words:,} words"
     )

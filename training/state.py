@@ -44,7 +44,7 @@ class Position:
     run; interval_* count within the current logging interval, and interval_loss is a sum in nats;
     grad_norm is the last update's; epoch_loss is the summed loss, in nats, of the epoch_tokens
     tokens in the epoch's finished intervals; best_loss is in nats per token; diverged says why the
-    last validated epoch counts as diverged, see training.divergence.
+    last validation or its epoch counts as diverged, see training.divergence.
     """
 
     epoch: int = 1

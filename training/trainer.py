@@ -234,11 +234,12 @@ class Trainer:
         at, num_words = self.at, len(self.corpus.vocabulary)
         best, lr = loss < at.best_loss, self.optimizer.param_groups[0]["lr"]
         self.display.validated(at.epoch_mean, loss, lr, best)
-        before, trained = at.diverged, at.epoch_mean if at.epoch > 1 else math.nan
-        at.diverged = divergence("validation", loss, num_words)
-        at.diverged = at.diverged or divergence("training", trained, num_words)
+        before, begun = at.diverged, at.epoch == 1
+        at.diverged = divergence(
+            "validation", loss, num_words, early=begun and at.row < self.num_steps
+        ) or divergence("training", at.epoch_mean, num_words, early=begun)
         if at.diverged and not before:
-            warn(f"diverged in epoch {at.epoch}: {at.diverged}")
+            warn(f"epoch {at.epoch} has diverged: {at.diverged}")
         averaged = getattr(self.optimizer, "num_averaged", 0) > 0
         self._log("valid", epoch=at.epoch, loss=loss, ppl=perplexity(loss), averaged=averaged)
         if best:
