@@ -235,15 +235,6 @@ def find_run(path: str | Path) -> Path:
     raise RunError(f"{given}: no such run (give its last.pt, its folder or its best model)")
 
 
-def flags_of_model(path: Path) -> dict[str, Any]:
-    """The flags of the run that saved a model, from config.json; empty if it is not there."""
-    try:
-        config = json.loads((path.with_suffix("") / "config.json").read_text(encoding="utf-8"))
-        return dict(config["flags"])
-    except (OSError, ValueError, KeyError, TypeError):
-        return {}
-
-
 def corpus_of_run(model: str | Path) -> str | None:
     """The --data of the run that wrote a model; None if its config.json cannot be read."""
     path = Path(model).with_suffix("") / "config.json"

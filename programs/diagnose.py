@@ -22,7 +22,7 @@ from engine.checkpoint import load_model
 from engine.device import select_device, use_threads
 from engine.errors import RunError, UsageError
 from engine.launch import local_rank
-from engine.run_folder import flags_of_model
+from engine.run_folder import corpus_of_run
 from engine.tracking import warn
 from flags import parse_diagnosis
 from layers.lstm import LSTM
@@ -72,13 +72,12 @@ def own_corpus(path: Path) -> str:
     """The corpus of the run that saved a model; prints it.
 
     Raises:
-        UsageError: the run's config.json is not there, so --data is needed.
+        UsageError: the run is not there, so --data is needed.
     """
-    data = flags_of_model(path).get("data")
-    if not isinstance(data, str):
+    data = corpus_of_run(path)
+    if data is None:
         load_model(path)  # a file that is no model is told so
-        config = path.with_suffix("") / "config.json"
-        raise UsageError(f"argument --data: needed, since {config} does not say what {path} read")
+        raise UsageError(f"argument --data: which corpus? {path} names none")
     print(f"| {path} was trained on {data}", file=sys.stderr)
     return data
 

@@ -13,7 +13,6 @@ from record_on_cpu import CpuRecorder
 from torch import Tensor, nn
 
 import assembly
-import programs.train
 import training.trainer
 from bptt import FixedWindows, FullWindows, RandomizedWindows, Scheme, VariableWindows, Window
 from engine.checkpoint_writer import CheckpointWriter

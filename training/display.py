@@ -5,8 +5,8 @@ import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 
+from engine.progress import Progress
 from engine.report import RULE, duration, epoch_line, interval_line, short_epoch_line, short_number
-from engine.tracking import Progress
 from evaluation.evaluate import perplexity
 from training.state import Position, TrainingOptions
 

@@ -8,7 +8,8 @@ import torch
 from torch import Tensor
 
 from bptt import Window
-from evaluation.plain import WINDOW_TOKENS, evaluate
+from evaluation.evaluate import WINDOW_TOKENS, WINDOW_TOKENS_GPU, evaluate
+from evaluation.plain import Plain
 from training.recorded import RecordedUpdater
 from training.trainer import Trainer
 
@@ -54,11 +55,12 @@ def rehearse(trainer: Trainer, bptt: int, test_batch_size: int) -> Pace:
         if number >= 1 + LEAST_UPDATES and seconds >= LEAST_SECONDS:
             break
     corpus, columns = trainer.corpus, trainer.options.eval_batch_size
-    per_row = max(1, WINDOW_TOKENS // columns)
-    _evaluation_seconds(trainer, corpus.valid, columns, per_row)
+    tokens = WINDOW_TOKENS_GPU if trainer.device.type == "cuda" else WINDOW_TOKENS
+    per_read = max(1, tokens // columns)
+    _evaluation_seconds(trainer, corpus.valid, columns, per_read)
     return Pace(
         training=trainer.num_steps * seconds / rows,
-        validation=_evaluation_seconds(trainer, corpus.valid, columns, 2 * per_row),
+        validation=_evaluation_seconds(trainer, corpus.valid, columns, 2 * per_read),
         test=_evaluation_seconds(trainer, corpus.test, test_batch_size, TEST_ROWS),
     )
 
@@ -81,7 +83,7 @@ def _evaluation_seconds(trainer: Trainer, ids: Tensor, columns: int, rows: int) 
     """Seconds of an evaluation of a text, from its first rows."""
     piece = ids[: min(len(ids), rows * columns + 1)]
     start = time.perf_counter()
-    evaluate(trainer.model, piece, columns)
+    evaluate(Plain(trainer.model), piece, columns)
     if trainer.device.type == "cuda":
         torch.cuda.synchronize(trainer.device)
     return (time.perf_counter() - start) * (len(ids) - 1) / (len(piece) - 1)
