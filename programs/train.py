@@ -182,21 +182,24 @@ def train_and_test(args: argparse.Namespace, trainer: Trainer, tracker: Tracker)
     print(f"{final_line(loss)}{part}", flush=True)
     for sentence in sample_sentences(model, vocabulary, args.samples, args.seed):
         print(f"| It writes: {sentence}")
+    print_end(trainer, loss, summary)
+    conclude(trainer, tracker, summary)
+
+
+def print_end(trainer: Trainer, test_loss: float, summary: dict[str, Any]) -> None:
+    """Print the best model on a terminal; note in the summary whether the run has diverged."""
+    at, path = trainer.at, trainer.folder.model_path
     if sys.stdout.isatty():
-        print(f"| the best model is {best_model(trainer)}: python diagnose.py {folder.model_path}")
-    early = trainer.at.epoch == 1
-    if cause := trainer.at.diverged or divergence("test", loss, words, early):
+        of = f"of update {at.update}"
+        if at.best_epoch is not None:
+            of = f"of epoch {at.best_epoch}, valid ppl {short_number(perplexity(at.best_loss))}"
+        print(f"| the best model is {path}, {of}: python diagnose.py {path}")
+    words, early = len(trainer.corpus.vocabulary), at.epoch == 1
+    cause = at.diverged or divergence("test", test_loss, words, early)
+    summary["diverged"] = bool(cause)
+    if cause:
         warn(f"this run has diverged: {cause}")
         summary["cause"] = cause
-    conclude(trainer, tracker, dict(summary, diverged=bool(cause)))
-
-
-def best_model(trainer: Trainer) -> str:
-    """The best model's file and epoch, for the end of a run."""
-    at, path = trainer.at, trainer.folder.model_path
-    if at.best_epoch is None:
-        return f"{path}, of update {at.update}"
-    return f"{path}, of epoch {at.best_epoch}, valid ppl {short_number(perplexity(at.best_loss))}"
 
 
 def conclude(trainer: Trainer, tracker: Tracker, summary: dict[str, Any]) -> None:
