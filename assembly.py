@@ -2,7 +2,6 @@
 
 import argparse
 import inspect
-import sys
 from collections.abc import Callable
 from dataclasses import fields
 from functools import partial
@@ -13,26 +12,25 @@ import torch
 from torch import Tensor
 
 from bptt import FixedWindows, FullWindows, RandomizedWindows, Scheme, VariableWindows
-from data.corpus import Corpus, load_corpus
+from data.corpus import Corpus, batchify, load_corpus
 from data.download import ensure_corpus
 from decoders import DECODERS
 from diagnostics.probe import probe
-from engine.checkpoint import damage_reported
-from engine.device import available_memory
 from engine.errors import RunError, UsageError
+from engine.interrupt import Interrupt
+from engine.origin import Origin
 from engine.ranks import Ranks
 from engine.run_folder import RunFolder
-from engine.tracking import Tracker, WandbOptions, warn
+from engine.tracking import warn
 from kernels.choose import Choice, choose_step, install
 from kernels.fused_step import FusedStep
 from kernels.graphs import CudaRecorder, Graphs
-from kernels.precision import DTYPES, choose_precision
+from kernels.precision import DTYPES, choose_precision, set_products
 from layers import LAYERS
 from loss_scale import AnyLossScale, LogMax, LossScale
-from model import RNNModel, count_parameters
+from model import RNNModel
 from noise import Noise
 from nt_asgd import NTASGD
-from training.advice import few_updates, large_model, raw_text
 from training.callback import Callback
 from training.callbacks import (
     FilterFigures,
@@ -42,11 +40,11 @@ from training.callbacks import (
     NonMonotonicTrigger,
     StopAtTrigger,
 )
-from training.estimate import training_memory
 from training.objective import Objective, Penalty, paper_penalties
 from training.recorded import RecordedUpdater
 from training.state import TrainingOptions
 from training.step import PlainStep, Step
+from training.trainer import Trainer
 from training.update import Updater
 
 
@@ -62,6 +60,16 @@ def read_corpus(args: argparse.Namespace, ranks: Ranks) -> Corpus:
     corpus = load_corpus(args.data)
     if ranks.leader:
         ranks.wait()
+    check_lengths(args, corpus)
+    return first_windows(args, corpus) if args.quick else corpus
+
+
+def check_lengths(args: argparse.Namespace, corpus: Corpus) -> None:
+    """Check that each text has enough tokens for its batch size.
+
+    Raises:
+        RunError: a text is too short.
+    """
     needs = [
         ("train", len(corpus.train) // 2, "--batch-size", args.batch_size),
         ("valid", len(corpus.valid) - 1, "--eval-batch-size", args.eval_batch_size),
@@ -74,7 +82,70 @@ def read_corpus(args: argparse.Namespace, ranks: Ranks) -> Corpus:
             raise RunError(
                 f"{path}: {tokens} tokens are too few for {flag} {size} (at most {most})"
             )
-    return corpus
+
+
+def first_windows(args: argparse.Namespace, corpus: Corpus) -> Corpus:
+    """The beginnings of the texts, as long as --quick needs: a window per update that it makes."""
+    longest = build_scheme(args).footprint(len(corpus.train) // args.batch_size - 1).rows
+    number = args.max_updates
+    train = number * max(longest, args.k1 or 0) * args.batch_size + args.batch_size
+    valid, test = (
+        number * args.bptt * columns + 1 for columns in (args.eval_batch_size, args.test_batch_size)
+    )
+    parts = corpus.train[:train], corpus.valid[:valid], corpus.test[:test]
+    return Corpus(corpus.vocabulary, *parts, corpus.fingerprint)
+
+
+def build_trainer(
+    args: argparse.Namespace,
+    corpus: Corpus,
+    device: torch.device,
+    ranks: Ranks,
+    start: Origin | None = None,
+    origin: dict[str, Any] | None = None,
+) -> tuple[Trainer, str, dict[str, Choice]]:
+    """Build the trainer of a run, with all its parts; nothing is written or locked.
+
+    Args:
+        start: the trained model whose weights it starts from; None: random weights.
+        origin: what checkpoints say of the model that the run has started from; None: it has
+            started from random weights. Else NT-ASGD averages from the first step on.
+
+    Returns:
+        The trainer, the precision, and the kernel of each part.
+    """
+    torch.manual_seed(args.seed)
+    model = build_model(args, len(corpus.vocabulary))
+    identity: dict[str, Any] = dict(flags=dict(vars(args)), fingerprint=corpus.fingerprint)
+    if start is not None:
+        start.give_weights(model)
+    if origin is not None:
+        identity["origin"] = origin
+    model = model.to(device)
+    precision = resolve_precision(args, device)
+    set_products(precision, device)
+    optimizer = build_optimizer(args, model, averaging=origin is not None)
+    loss_scale = build_loss_scale(args, precision)
+    rows = batchify(corpus.train, args.batch_size)[:, ranks.share(args.batch_size)].to(device)
+    generator = torch.Generator(device).manual_seed(args.seed)
+    updater, kernels = build_updater(
+        args, model, optimizer, rows, generator, precision, loss_scale, ranks
+    )
+    trainer = Trainer(
+        model,
+        optimizer,
+        build_scheme(args),
+        corpus,
+        updater,
+        generator,
+        training_options(args),
+        RunFolder(args.save, writes=ranks.leader),
+        Interrupt(),
+        identity=identity,
+        callbacks=build_callbacks(args, model, optimizer, loss_scale, ranks),
+        ranks=ranks,
+    )
+    return trainer, precision, kernels
 
 
 def build_model(args: argparse.Namespace, ntoken: int) -> RNNModel:
@@ -221,86 +292,3 @@ def training_options(args: argparse.Namespace) -> TrainingOptions:
     """The training loop's options."""
     names = [field.name for field in fields(TrainingOptions)]
     return TrainingOptions(**{name: getattr(args, name) for name in names})
-
-
-def open_tracker(
-    args: argparse.Namespace,
-    folder: RunFolder,
-    config: dict[str, Any],
-    state: dict[str, Any] | None,
-) -> Tracker:
-    """Open the tracker of a new run or, given its state, of a resumed one."""
-    wandb = WandbOptions(
-        mode=args.wandb,
-        project=args.wandb_project,
-        name=args.wandb_name,
-        group=args.wandb_group,
-        job_type=args.wandb_job_type,
-        tags=None if args.wandb_tags is None else tuple(args.wandb_tags),
-    )
-    if state is None:
-        return Tracker(folder.folder, config, wandb)
-    with damage_reported(Path(args.resume)):
-        return Tracker(folder.folder, config, wandb, state["tracking"])
-
-
-def memory_needed(args: argparse.Namespace, model: RNNModel, corpus: Corpus) -> int:
-    """Estimated bytes of an update's tensors; see training_memory."""
-    averages = args.optimizer != "sgd" or not args.no_asgd
-    steps = steps_per_epoch(args, corpus)
-    return training_memory(model, args.batch_size, build_scheme(args), steps, averages)
-
-
-def steps_per_epoch(args: argparse.Namespace, corpus: Corpus) -> int:
-    """Rows that an epoch trains on."""
-    columns: int = args.batch_size
-    return len(corpus.train) // columns - 1
-
-
-def check_memory(
-    args: argparse.Namespace, model: RNNModel, corpus: Corpus, device: torch.device
-) -> None:
-    """Check that an update fits into the device's memory; print the plan of full BPTT.
-
-    Raises:
-        UsageError: an update needs more memory than is available.
-    """
-    needed = memory_needed(args, model, corpus) / 2**20
-    there = available_memory(device) / 2**20
-    if needed > there:
-        flag = "--bptt-scheme" if args.bptt_scheme == "full" else "--bptt"
-        raise UsageError(
-            f"argument {flag}: an update would need about {needed:,.0f} MiB and {there:,.0f} MiB "
-            "are available; a smaller model, --batch-size or --bptt needs less"
-        )
-    if args.bptt_scheme == "full":
-        steps = steps_per_epoch(args, corpus)
-        print(
-            f"| full BPTT | one update an epoch, over {steps:,} time steps, {args.bptt:,} at a "
-            f"time | lr {args.lr * steps / args.bptt:g} (--lr x {steps} / {args.bptt}) | about "
-            f"{needed:,.0f} MiB of tensors, {there:,.0f} MiB are available",
-            file=sys.stderr,
-        )
-
-
-def give_advice(args: argparse.Namespace, model: RNNModel, corpus: Corpus) -> None:
-    """Warn of a text or of sizes that cannot work well; see training.advice."""
-    found = raw_text(corpus) + large_model(count_parameters(model), corpus, args.nlayers)
-    if args.bptt_scheme != "full":
-        updates = build_scheme(args).expected_windows(steps_per_epoch(args, corpus))
-        found += few_updates(updates, args.batch_size)
-    for text in found:
-        warn(text)
-
-
-def print_plan(args: argparse.Namespace, model: RNNModel, corpus: Corpus) -> None:
-    """Print the plan of --dry-run."""
-    updates = build_scheme(args).expected_windows(steps_per_epoch(args, corpus))
-    memory = memory_needed(args, model, corpus)
-    tokens = [len(text) for text in (corpus.train, corpus.valid, corpus.test)]
-    print(f"| tokens            | {tokens[0]:,} train, {tokens[1]:,} valid, {tokens[2]:,} test")
-    print(f"| vocabulary        | {len(corpus.vocabulary):,} words")
-    print(f"| parameters        | {count_parameters(model):,}")
-    print(f"| updates per epoch | about {updates:,.0f}")
-    print(f"| memory            | about {memory / 2**20:,.0f} MiB of tensors in an update, besides")
-    print("|                   | the process itself (some 300 MiB on a CPU)")

@@ -5,7 +5,6 @@ python -m benchmarks.training --recipe penn --updates 20 --output FILE.md
 
 import argparse
 import json
-import platform
 import shlex
 import statistics
 import subprocess
@@ -25,6 +24,7 @@ from bptt import VariableWindows, Window
 from data.corpus import batchify
 from data.files import atomic_write
 from engine.device import keep_freed_memory, peak_memory, select_device
+from engine.provenance import cpu_name
 from engine.ranks import Ranks
 from flags import parse_training
 from kernels.precision import choose_precision, set_products
@@ -233,10 +233,7 @@ def hardware_of(device: torch.device) -> str:
     """Name of the GPU or CPU."""
     if device.type == "cuda":
         return torch.cuda.get_device_name(device)
-    information = Path("/proc/cpuinfo")
-    lines = information.read_text().splitlines() if information.exists() else []
-    names = [line.split(":")[1].strip() for line in lines if line.startswith("model name")]
-    return names[0] if names else platform.machine()
+    return cpu_name()
 
 
 def table(args: argparse.Namespace, results: dict[str, Any], device: torch.device) -> str:

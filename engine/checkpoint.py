@@ -228,6 +228,9 @@ def _read(path: Path, expected: str) -> dict[str, Any]:
             "resume it with the commit that its config.json names (its best model still loads)"
         )
     if found != expected:
+        if found == TRAINING_FORMAT and isinstance(flags := payload.get("flags"), dict):
+            model = f"{path.parent}{Path(str(flags.get('save'))).suffix}"
+            raise CheckpointError(f"{path}: a training state; the model of this run is {model}")
         kind = f"a {found!r} file" if isinstance(found, str) else "not a checkpoint of this project"
         raise CheckpointError(f"{path}: {kind}, where {expected!r} is needed")
     assert isinstance(payload, dict)

@@ -9,6 +9,7 @@ from pathlib import Path
 import torch
 
 from engine.errors import UsageError
+from engine.tracking import warn
 
 
 def select_device(name: str, local_rank: int | None = None) -> torch.device:
@@ -40,6 +41,26 @@ def select_device(name: str, local_rank: int | None = None) -> torch.device:
     return device
 
 
+def use_threads(number: int | None) -> None:
+    """Compute with this many CPU threads (None: as many as torch chose); see warn_if_busy."""
+    warn_if_busy()
+    if number is not None:
+        torch.set_num_threads(number)
+
+
+def warn_if_busy() -> None:
+    """Warn if more processes want to run on this machine than it has cores."""
+    cores = os.cpu_count() or 1
+    try:
+        load = os.getloadavg()[0]
+    except OSError:
+        return
+    if load > cores:
+        warn(
+            f"the machine is busy (load average {load:.1f} on {cores} cores): times will be longer"
+        )
+
+
 def keep_freed_memory() -> bool:
     """Make glibc's malloc keep the memory of freed tensors.
 
@@ -55,6 +76,24 @@ def keep_freed_memory() -> bool:
     except (OSError, AttributeError):
         return False
     return bool(mallopt(mmap_max, 0) and mallopt(trim_threshold, 2**31 - 1))
+
+
+def reset_peak_memory(device: torch.device) -> bool:
+    """Return free memory to the system, so that peak_memory counts from here on.
+
+    Returns:
+        False if the system cannot do that: the peak remains that of the whole process.
+    """
+    if device.type == "cuda":
+        torch.cuda.empty_cache()
+        torch.cuda.reset_peak_memory_stats(device)
+        return True
+    try:
+        ctypes.CDLL(None).malloc_trim(0)
+        Path("/proc/self/clear_refs").write_text("5")  # Linux: VmHWM becomes VmRSS
+    except (OSError, AttributeError):
+        return False
+    return True
 
 
 def peak_memory(device: torch.device) -> int:

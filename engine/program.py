@@ -17,12 +17,14 @@ from engine.output import lasting_output
 SPIN_COUNT = "500"
 
 
-def run_program(name: str, argv: Sequence[str] | None) -> int:
+def run_program(name: str, argv: Sequence[str] | None, parse: str | None = None) -> int:
     """Import a program and run it; print an error that a user can cause as one line on stderr.
 
     Args:
         name: module with a function `run` that takes the command line.
         argv: the command line; None: this process's.
+        parse: MODULE.FUNCTION that parses the command line without torch: it is called before the
+            program is imported, so that --help and a mistyped flag need neither torch nor time.
 
     Returns:
         The exit code: 0 for success, 2 for an invalid flag or value, 1 for any other error.
@@ -31,7 +33,7 @@ def run_program(name: str, argv: Sequence[str] | None) -> int:
     # A masked weight is never part of cuDNN's flat buffer: torch copies it, as intended.
     warnings.filterwarnings("ignore", message="RNN module weights are not part of single")
     with lasting_output():
-        return _run(name, sys.argv[1:] if argv is None else argv)
+        return _run(name, sys.argv[1:] if argv is None else argv, parse)
 
 
 def share_cores(environment: MutableMapping[str, str]) -> None:
@@ -40,8 +42,11 @@ def share_cores(environment: MutableMapping[str, str]) -> None:
         environment["GOMP_SPINCOUNT"] = SPIN_COUNT
 
 
-def _run(name: str, argv: Sequence[str]) -> int:
+def _run(name: str, argv: Sequence[str], parse: str | None) -> int:
     try:
+        if parse is not None:
+            module, _, function = parse.rpartition(".")
+            getattr(importlib.import_module(module), function)(argv)
         importlib.import_module(name).run(argv)
     except UsageError as error:
         return _fail(str(error), 2)

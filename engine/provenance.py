@@ -17,6 +17,14 @@ def versions() -> dict[str, str]:
     return found
 
 
+def cpu_name() -> str:
+    """The CPU's model, as the system names it; its architecture if it does not."""
+    information = Path("/proc/cpuinfo")
+    lines = information.read_text().splitlines() if information.exists() else []
+    names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
+    return names[0] if names else platform.processor() or platform.machine()
+
+
 def git_commit() -> str | None:
     """The code's commit, with "-dirty" if tracked files differ from it; None outside git."""
     folder = Path(__file__).resolve().parent

@@ -1,4 +1,4 @@
-"""A run's log lines, in the original's format."""
+"""A run's log lines: in the original's format, and a shorter one for a terminal."""
 
 import math
 
@@ -24,9 +24,38 @@ def epoch_line(*, epoch: int, seconds: float, loss: float, whole: bool = True) -
     return f"| {place} epoch {epoch:3d} | time: {seconds:5.2f}s | {loss_figures('valid ', loss)}"
 
 
+def short_epoch_line(
+    *, place: str, train_loss: float, loss: float, best: bool, seconds: float, lr: float, left: str
+) -> str:
+    """An epoch's line on a terminal: perplexities, * if it is the best epoch, time, rate, rest.
+
+    Args:
+        place: for instance "epoch  3/10".
+        train_loss: mean training loss of the epoch, nats per token; nan: unknown.
+        loss: validation loss, nats per token.
+        left: what is left of the run, for instance "2 min left"; may be empty.
+    """
+    train, valid = (short_number(perplexity(x)) for x in (train_loss, loss))
+    figures = f"ppl train {train:>7} valid {valid:>7} {'*' if best else ' '}"
+    line = f"| {place} | {figures} | {duration(seconds)} | lr {lr:g}"
+    return f"{line} | {left}" if left else line
+
+
 def final_line(loss: float) -> str:
     """The line of the final test; loss in nats per token."""
     return f"| End of training | {loss_figures('test ', loss)}"
+
+
+def short_number(value: float) -> str:
+    """A perplexity in at most seven characters."""
+    return f"{value:.2f}" if value < 1e4 else f"{value:.1e}"
+
+
+def duration(seconds: float) -> str:
+    """For instance "0.4 s", "40 s", "12 min", "3.5 h"."""
+    if seconds < 90:
+        return f"{seconds:.1f} s" if seconds < 10 else f"{seconds:.0f} s"
+    return f"{seconds / 60:.0f} min" if seconds < 5400 else f"{seconds / 3600:.1f} h"
 
 
 def loss_figures(kind: str, loss: float) -> str:

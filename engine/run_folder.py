@@ -18,7 +18,7 @@ PREVIOUS_BEST = "best.previous.pt"
 
 
 class RunFolder:
-    """The files of one run, locked against other processes.
+    """The files of one run; a context in which they are locked against other processes.
 
     --save PTB.pt stands for PTB.pt, the best model, and in PTB/: last.pt, metrics.jsonl,
     config.json, summary.json, and last.previous.pt and best.previous.pt, the previous versions of
@@ -35,9 +35,17 @@ class RunFolder:
     def __init__(self, save: str | Path, writes: bool = True) -> None:
         self.model_path = Path(save)
         self.folder = self.model_path.with_suffix("")
+        self._writes = writes
         self._lock: Any = None
-        if not writes:
-            return
+
+    def __enter__(self) -> "RunFolder":
+        if self._writes:
+            self._take()
+        return self
+
+    def _take(self) -> None:
+        """Check, create and lock the folder; remove what a killed process left there."""
+        save = self.model_path
         if self.folder == self.model_path:
             raise RunError(f"{save}: the name of a model needs a suffix such as .pt")
         if not self.model_path.parent.is_dir():
@@ -73,9 +81,6 @@ class RunFolder:
         if path == self.model_path:
             return self.folder / PREVIOUS_BEST
         return previous_path(path) if path == self.last_path else None
-
-    def __enter__(self) -> "RunFolder":
-        return self
 
     def __exit__(
         self,
@@ -220,14 +225,14 @@ def find_run(path: str | Path) -> Path:
     Raises:
         RunError: no such file.
     """
-    path = Path(path).absolute()  # so that "." has a name
+    given, path = path, Path(path).absolute()  # so that "." has a name
     candidates = [path / "last.pt", path, path.with_suffix("") / "last.pt"]
     if path.suffix == ".pt" and path.name != "last.pt":
         candidates = [path.with_suffix("") / "last.pt", path]
     for candidate in candidates:
         if candidate.is_file():
             return candidate
-    raise RunError(f"{path}: no such run (looked for {candidates[0]})")
+    raise RunError(f"{given}: no such run (give its last.pt, its folder or its best model)")
 
 
 def corpus_of_run(model: str | Path) -> str | None:

@@ -1,18 +1,17 @@
-"""Logs a run's events to metrics.jsonl, the terminal and Weights & Biases.
+"""Logs a run's events to metrics.jsonl and Weights & Biases.
 
-The only module that imports tqdm and wandb, both optional, on first use.
+The only module that imports wandb, which is optional, on first use.
 """
 
 import importlib
 import json
-import os
 import sys
 import threading
 from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal, Self
+from typing import Any, Literal
 
 from engine.metrics_file import MetricsFile
 
@@ -247,60 +246,3 @@ def log_table(
 
     tracked.attempt(send)
     tracked.close(0)
-
-
-class Progress:
-    """An epoch's progress on stderr: a tqdm bar on a terminal, elsewhere a line per interval.
-
-    Args:
-        total: the epoch's length in the units of `update`; None if unknown.
-        initial: how much of it is done, when resuming inside the epoch.
-        description: left of the bar, such as "epoch 3".
-        unit: what `update` counts; "B" for bytes, shown as kB, MB or GB.
-    """
-
-    def __init__(
-        self, total: int | None, initial: int = 0, description: str = "", unit: str = "step"
-    ) -> None:
-        self._bar: Any = None
-        tqdm = _tqdm() if sys.stderr.isatty() else None
-        if tqdm is not None:
-            columns: dict[str, Any] = {"dynamic_ncols": True}
-            if os.get_terminal_size(sys.stderr.fileno()).columns == 0:
-                columns = {"ncols": 80}  # unknown width, for which tqdm shows nothing
-            # leave=False: the results, on stdout, are what stays on the screen
-            columns["unit_scale"] = unit == "B"
-            self._bar = tqdm(
-                desc=description, total=total, initial=initial, unit=unit, leave=False, **columns
-            )
-
-    def update(self, n: int = 1) -> None:
-        """Count `n` more as done."""
-        if self._bar is not None:
-            self._bar.update(n)
-
-    def report(self, line: str, **postfix: object) -> None:
-        """Once per logging interval: show `postfix` beside the bar, or print `line` without one."""
-        if self._bar is not None:
-            self._bar.set_postfix(postfix)
-        else:
-            print(line, file=sys.stderr, flush=True)
-
-    def close(self) -> None:
-        """Take the bar off the screen."""
-        if self._bar is not None:
-            self._bar.close()
-
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(self, *exception: object) -> None:
-        self.close()
-
-
-def _tqdm() -> Any:
-    """The class tqdm; None if it is not installed."""
-    try:
-        return importlib.import_module("tqdm").tqdm
-    except ImportError:
-        return None

@@ -28,9 +28,16 @@ DIAGNOSIS: Sections = {
             metavar="FOLDER",
         ),
         _SHARED["device"],
+        _SHARED["threads"],
         Flag("--split", "train", "text to read", choices=("train", "valid", "test")),
     ),
-    "corpus": (_SHARED["data"],),
+    "corpus": (
+        replace(
+            _SHARED["data"],
+            default=None,
+            help="folder with the texts (that of the model's own run, if not given)",
+        ),
+    ),
     "what to look at": (
         Flag("--lags", 100, "time steps to follow a gradient back", positive_int),
         Flag(

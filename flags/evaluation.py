@@ -122,6 +122,7 @@ EVALUATION: Sections = {
         ),
         Flag("--summary", None, "write the results as JSON", metavar="FILE"),
         replace(_SHARED["device"], may_change=False),
+        replace(_SHARED["threads"], may_change=False),
     ),
 }
 
@@ -134,6 +135,7 @@ POINTER: Sections = {
         replace(THETA, default=1.0, nargs=None),
         replace(LAMBDA, default=0.1, nargs=None),
         _SHARED["device"],
+        _SHARED["threads"],
     ),
 }
 
@@ -209,5 +211,6 @@ def parse_pointer(argv: Sequence[str]) -> argparse.Namespace:
     if args.save is None:
         raise UsageError("argument --save: which model?")
     same = ["--data", args.data, "--device", args.device, "--window", str(args.window)]
+    same += ["--threads", str(args.threads)] if args.threads else []
     same += ["--theta", str(args.theta), "--lambdasm", str(args.lambdasm)]
     return parse_evaluation([args.save, "--cache", *same])

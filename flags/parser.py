@@ -1,6 +1,7 @@
 """The parser of command lines and recipes."""
 
 import argparse
+import difflib
 import os
 import shlex
 import stat
@@ -52,7 +53,15 @@ class Parser(argparse.ArgumentParser):
         """Raise argparse's error as a UsageError, without the usage before it."""
         if message.startswith("unrecognized arguments") and ".txt" in message:
             message += " (a recipe is given as @FILE)"
+        elif message.startswith("unrecognized arguments"):
+            words = [word.partition("=")[0] for word in message.split() if word.startswith("--")]
+            known = [close for word in words for close in self._close_to(word)]
+            message += f" (did you mean {', '.join(known)}?)" if known else ""
         raise UsageError(" ".join(message.split()))
+
+    def _close_to(self, word: str) -> list[str]:
+        """The flag whose name is most like a word; empty if none is."""
+        return difflib.get_close_matches(word, self._option_string_actions, n=1)
 
 
 def expand_recipes(argv: Iterable[str], within: tuple[str, ...] = ()) -> list[str]:

@@ -53,6 +53,13 @@ RUNNING: Sections = {
             may_change=True,
         ),
         Flag(
+            "--threads",
+            None,
+            "CPU threads (OMP_NUM_THREADS or the number of cores, if not given)",
+            positive_int,
+            may_change=True,
+        ),
+        Flag(
             "--save",
             None,
             "the best model; the rest of the run goes into a folder of this name without its "
@@ -89,8 +96,15 @@ RUNNING: Sections = {
         Flag(
             "--dry-run",
             False,
-            "print parameters, updates per epoch and an estimate of the memory, then exit",
+            "make a few updates in memory, print sizes, time and memory by precision, then exit; "
+            "writes nothing",
             per_session=True,
+        ),
+        Flag(
+            "--quick",
+            False,
+            "does it work? three updates, and three windows each of validation and test, with all "
+            "files; the figures are of a part of the text",
         ),
     ),
     "evaluation": (

@@ -25,6 +25,8 @@ from flags.values import (
     seed_value,
 )
 
+QUICK = 3  # updates, and windows of each evaluation, of --quick
+
 TRAINING: Sections = {
     "corpus": (
         Flag(
@@ -210,7 +212,8 @@ def given_flags(argv: Sequence[str]) -> set[str]:
 
 
 def settle_scheme(args: argparse.Namespace) -> None:
-    """Check flags that need a value of another flag (`belongs_to`); fill in k1 and keep_prob.
+    """Check flags that need a value of another flag (`belongs_to`); fill in k1 and keep_prob, and
+    max_updates for --quick.
 
     Call it once the flags are final: a resumed run may have the other flag.
 
@@ -226,6 +229,8 @@ def settle_scheme(args: argparse.Namespace) -> None:
             needed = dashed(owner) if value is True else f"{dashed(owner)} {value}"
             raise UsageError(f"argument {dashed(name)}: goes with {needed} only")
     vars(args).update(fill_in(vars(args)))
+    if args.quick:
+        args.max_updates = min(args.max_updates or QUICK, QUICK)
 
 
 def fill_in(flags: dict[str, Any]) -> dict[str, Any]:

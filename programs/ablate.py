@@ -2,7 +2,6 @@
 
 import argparse
 import io
-import os
 import shlex
 import sys
 from collections.abc import Sequence
@@ -11,18 +10,18 @@ from typing import Any
 
 import torch
 
-from assembly import build_scheme
-from data.corpus import Corpus, load_corpus
+from data.corpus import load_corpus
 from data.download import ensure_corpus
 from engine.ablation.curves import draw_curves
 from engine.ablation.pool import run_locally, slots
-from engine.ablation.progress import Board, duration
+from engine.ablation.progress import Board
 from engine.ablation.ray_pool import run_on_ray
 from engine.ablation.report import flat, write_report
 from engine.ablation.results import collect
-from engine.ablation.runs import FINISHED, Run, State, counted, read_state
+from engine.ablation.runs import FINISHED, Run, counted, read_state
 from engine.ablation.stages import steps_after
 from engine.ablation.table import Row, Table, load_table
+from engine.device import warn_if_busy
 from engine.errors import RunError, UsageError
 from engine.interrupt import Interrupt
 from engine.run_folder import lock_folder
@@ -35,10 +34,15 @@ from flags import (
     parse_training,
     settle_scheme,
 )
+from programs.table_plan import print_plan, sharing, time_needed, where
 
 PROJECT = Path(__file__).resolve().parent.parent
 # Flags that ablate.py sets, and rows may not.
-OURS = {"seed", "save", "resume", "dry_run", "wandb_name", "wandb_group", "wandb_job_type"}
+OURS = {"seed", "save", "resume", "dry_run", "threads"} | {
+    "wandb_name",
+    "wandb_group",
+    "wandb_job_type",
+}
 
 
 def run(argv: Sequence[str]) -> None:
@@ -48,6 +52,7 @@ def run(argv: Sequence[str]) -> None:
         UsageError, RunError, DataError: errors that a user can cause; see engine.program.
     """
     args = parse_ablation(argv)
+    warn_if_busy()
     table = select(load_table(args.table, PROJECT), args)
     output = Path(args.output or Path("results") / table.name)
     runs = plan(table, args, output)
@@ -68,6 +73,10 @@ def run(argv: Sequence[str]) -> None:
         raise RunError(f"{output}: cannot write: {error.strerror or error}") from None
     lock = lock_folder(output)
     try:
+        if any(read_state(run).kind not in FINISHED for run in runs):
+            print(
+                f"| {where(args)}: {time_needed(runs, corpus, args)}", file=sys.stderr, flush=True
+            )
         run_all(runs, args)
         report(table, runs, output, args)
     finally:
@@ -181,53 +190,6 @@ def check_places(args: argparse.Namespace) -> None:
             raise UsageError(
                 f"argument --gpus: there is no GPU {gpu} ({torch.cuda.device_count()} in all)"
             )
-
-
-def sharing(args: argparse.Namespace) -> tuple[int, int]:
-    """Number of parallel jobs, and CPU threads of each."""
-    jobs = args.jobs or len(args.gpus or [0])
-    return jobs, args.threads or max(1, (os.cpu_count() or 1) // jobs)
-
-
-def print_plan(table: Table, runs: list[Run], corpus: Corpus, args: argparse.Namespace) -> None:
-    """Print the plan of --dry-run: runs, progress, and the cost of the rest."""
-    states = {run.name: read_state(run) for run in runs}
-    width = max(len(row.name) for row in table.rows)
-    for row in table.rows:
-        mine = [states[run.name] for run in runs if run.row == row]
-        print(f"| {row.name:{width}} | {counted(mine):20} | {shlex.join(row.flags)}")
-    epochs = [epochs_left(run, states[run.name], corpus) for run in runs]
-    left = sum(epochs)
-    jobs, threads = sharing(args)
-    jobs = max(1, min(jobs, sum(n > 0 for n in epochs)))
-    tokens = left * len(corpus.train)
-    print(f"| flags of every row: {shlex.join(table.flags)}")
-    steps = [shlex.join([s.after.name, *s.after.flags]) for run in runs for s in run.steps]
-    for step in dict.fromkeys(steps):
-        print(f"| after {steps.count(step)} of {len(runs)} runs: {step}; its time is not counted")
-    print(f"| {len(runs)} runs with seeds {', '.join(map(str, table.seeds))}: {left:,.4g} epochs")
-    where = "as many at a time as the cluster holds"
-    if args.ray is None:
-        where = f"{jobs} at a time, {threads} CPU threads each"
-    print(f"| to train, {tokens:,.0f} tokens; {where}")
-    known = [s.summary for s in states.values() if s.summary.get("epochs")]
-    if known:
-        seconds = sum(s["seconds"] for s in known) / sum(s["epochs"] for s in known)
-        print(f"| about {duration(left * seconds / jobs)}, at {seconds:.1f} s an epoch so far")
-    else:
-        print("| how long that takes is known once a first run is done")
-
-
-def epochs_left(run: Run, state: State, corpus: Corpus) -> float:
-    """Epochs that a run has left, by its flags; fractional with --max-updates."""
-    if state.kind in FINISHED:
-        return 0
-    args = argparse.Namespace(**run.flags)
-    steps = len(corpus.train) // args.batch_size - 1
-    planned = float(args.epochs)
-    if args.max_updates is not None and steps > 0:
-        planned = min(planned, args.max_updates / build_scheme(args).expected_windows(steps))
-    return max(0.0, planned - state.epochs)
 
 
 # Running and reporting

@@ -1,4 +1,4 @@
-"""Measure how gradients flow back through time: python diagnose.py PTB.pt --data data/penn"""
+"""Measure how gradients flow back through time: python diagnose.py PTB.pt"""
 
 import argparse
 import json
@@ -19,9 +19,10 @@ from data.files import atomic_write
 from diagnostics import plots, summary, words
 from diagnostics.examine import Settings, examine
 from engine.checkpoint import check_vocabulary, load_model
-from engine.device import select_device
-from engine.errors import RunError
+from engine.device import select_device, use_threads
+from engine.errors import RunError, UsageError
 from engine.launch import local_rank
+from engine.run_folder import corpus_of_run
 from engine.tracking import warn
 from flags import parse_diagnosis
 from layers.lstm import LSTM
@@ -36,7 +37,9 @@ def run(argv: Sequence[str]) -> None:
     """
     args = parse_diagnosis(argv)
     device = select_device(args.device, local_rank())
+    use_threads(args.threads)
     paths = [Path(path) for path in args.compare or [args.model]]
+    args.data = args.data or own_corpus(paths[0])
     ensure_corpus(args.data)
     corpus = load_corpus(args.data)
     models = [read_model(path, corpus, args.data) for path in paths]
@@ -63,6 +66,20 @@ def run(argv: Sequence[str]) -> None:
         both = [model["figures"] for model in diagnosis["models"]]
         diagnosis["comparison"] = words.comparison(names, both, told)
     write(folder, diagnosis)
+
+
+def own_corpus(path: Path) -> str:
+    """The corpus of the run that saved a model; prints it.
+
+    Raises:
+        UsageError: the run is not there, so --data is needed.
+    """
+    data = corpus_of_run(path)
+    if data is None:
+        load_model(path)  # a file that is no model is told so
+        raise UsageError(f"argument --data: which corpus? {path} names none")
+    print(f"| {path} was trained on {data}", file=sys.stderr)
+    return data
 
 
 def read_model(path: Path, corpus: Corpus, data: str) -> RNNModel:

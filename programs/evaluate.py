@@ -17,12 +17,13 @@ from data.download import ensure_corpus
 from data.files import atomic_write
 from data.text import Text, read_text
 from engine.checkpoint import load_model
-from engine.device import keep_freed_memory, select_device
+from engine.device import keep_freed_memory, select_device, use_threads
 from engine.errors import RunError, UsageError
 from engine.launch import local_rank
+from engine.progress import Progress
 from engine.report import DOUBLE_RULE, loss_figures
 from engine.run_folder import corpus_of_run
-from engine.tracking import Progress, warn
+from engine.tracking import warn
 from evaluation.cache import Cache
 from evaluation.dynamic import Dynamic, root_mean_squares
 from evaluation.evaluate import evaluate, in_text_order, perplexity, read, stretches
@@ -48,6 +49,7 @@ def measure(args: argparse.Namespace, title: str = "") -> None:
     """Evaluate; print the loss after the title, and write the files that flags ask for."""
     started = time.monotonic()
     device = select_device(args.device, local_rank())
+    use_threads(args.threads)
     if device.type == "cpu":
         keep_freed_memory()
     model, vocabulary = load_model(args.model, device)

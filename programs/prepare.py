@@ -6,7 +6,8 @@ from pathlib import Path
 
 from data.files import SPLITS
 from data.prepare import Preparation, examples, prepare
-from engine.tracking import Progress, warn
+from engine.progress import Progress
+from engine.tracking import warn
 from flags import parse_preparation
 
 EXAMPLES, WIDTH = 10, 100  # lines shown, and characters of each

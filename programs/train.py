@@ -11,42 +11,27 @@ from typing import Any
 
 import torch
 
-from assembly import (
-    build_callbacks,
-    build_loss_scale,
-    build_model,
-    build_optimizer,
-    build_scheme,
-    build_updater,
-    check_memory,
-    give_advice,
-    open_tracker,
-    print_plan,
-    read_corpus,
-    resolve_precision,
-    training_options,
-)
-from data.corpus import Corpus, batchify
+from assembly import build_model, build_trainer, read_corpus
 from engine.checkpoint import damage_reported, load_model, load_training_state
-from engine.device import keep_freed_memory, peak_memory, select_device
+from engine.device import keep_freed_memory, peak_memory, select_device, use_threads
 from engine.errors import CheckpointError, DivergenceError, RunError, UsageError
-from engine.interrupt import Interrupt
 from engine.launch import local_rank
 from engine.origin import Origin
-from engine.provenance import git_commit, versions
+from engine.provenance import cpu_name, git_commit, versions
 from engine.ranks import Ranks, launched_ranks
-from engine.report import DOUBLE_RULE, final_line
+from engine.report import DOUBLE_RULE, final_line, short_number
 from engine.run_folder import RunFolder, find_run
-from engine.tracking import Silence, Tracker, warn
+from engine.tracking import Silence, Tracker, WandbOptions, warn
 from evaluation.bigram import bigram_loss
 from evaluation.evaluate import evaluate, perplexity
 from evaluation.plain import Plain
 from evaluation.sampling import sample_sentences
 from flags import parse_training, resume_flags, settle_scheme
 from kernels.choose import Choice
-from kernels.precision import set_products
-from model import RNNModel, count_parameters
+from model import count_parameters
+from programs.plan import check_memory, give_advice, print_plan
 from training.advice import beaten_by_bigrams
+from training.divergence import divergence
 from training.trainer import Trainer
 
 
@@ -102,6 +87,7 @@ def start(
     ranks: Ranks,
 ) -> None:
     """Build the objects of a run, and run it."""
+    use_threads(args.threads)
     corpus = read_corpus(args, ranks)
     if state is not None and state["fingerprint"] != corpus.fingerprint:
         raise CheckpointError(f"{args.data}: its text is not that of the run to be resumed")
@@ -110,36 +96,16 @@ def start(
     with torch.device("meta"):  # shapes only, no memory
         plan = build_model(args, len(corpus.vocabulary))
     if args.dry_run:
-        print_plan(args, plan, corpus)
-        give_advice(args, plan, corpus)
+        if ranks.leader:
+            print_plan(args, plan, corpus, device)
+            give_advice(args, plan, corpus)
         return
     check_memory(args, plan, corpus, device)
-    model = first_model(args, corpus, origin).to(device)
-    identity = identify(args, corpus, state, origin)
-    precision = resolve_precision(args, device)
-    set_products(precision, device)
-    optimizer = build_optimizer(args, model, averaging="origin" in identity)
-    loss_scale = build_loss_scale(args, precision)
-    rows = batchify(corpus.train, args.batch_size)[:, ranks.share(args.batch_size)].to(device)
-    generator = torch.Generator(device).manual_seed(args.seed)
-    updater, kernels = build_updater(
-        args, model, optimizer, rows, generator, precision, loss_scale, ranks
-    )
-    with RunFolder(args.save, writes=ranks.leader) as folder, Interrupt() as interrupt:
-        trainer = Trainer(
-            model,
-            optimizer,
-            build_scheme(args),
-            corpus,
-            updater,
-            generator,
-            training_options(args),
-            folder,
-            interrupt,
-            identity=identity,
-            callbacks=build_callbacks(args, model, optimizer, loss_scale, ranks),
-            ranks=ranks,
-        )
+    if origin is not None:
+        print(origin.note, file=sys.stderr)
+    named = (state or {}).get("origin") if origin is None else origin.named()
+    trainer, precision, kernels = build_trainer(args, corpus, device, ranks, origin, named)
+    with trainer.folder, trainer.interrupt:
         if state is not None:  # before any file changes, since the state may be damaged
             with damage_reported(Path(args.resume)):
                 trainer.load_state_dict(state)
@@ -149,31 +115,6 @@ def start(
             train_and_test(args, trainer, Silence())
             return
         lead(args, argv, state, trainer, precision, kernels)
-
-
-def first_model(args: argparse.Namespace, corpus: Corpus, origin: Origin | None) -> RNNModel:
-    """Build the model, with the weights that a new run starts from."""
-    torch.manual_seed(args.seed)
-    model = build_model(args, len(corpus.vocabulary))
-    if origin is not None:
-        origin.give_weights(model)
-        print(origin.note, file=sys.stderr)
-    return model
-
-
-def identify(
-    args: argparse.Namespace,
-    corpus: Corpus,
-    state: dict[str, Any] | None,
-    origin: Origin | None,
-) -> dict[str, Any]:
-    """What checkpoints say of a run: flags, fingerprint of the text and, if any, origin."""
-    identity: dict[str, Any] = dict(flags=dict(vars(args)), fingerprint=corpus.fingerprint)
-    if origin is not None:
-        identity["origin"] = origin.named()
-    elif state is not None and "origin" in state:
-        identity["origin"] = state["origin"]
-    return identity
 
 
 def lead(
@@ -200,6 +141,8 @@ def lead(
         kernel=kernels["layers"].kernel,
         kernels={part: str(choice) for part, choice in kernels.items()},
         processes=trainer.ranks.size,
+        threads=torch.get_num_threads(),
+        cpu=cpu_name(),
         fingerprint=trainer.corpus.fingerprint,
         versions=versions(),
         git_commit=commit,
@@ -216,11 +159,34 @@ def lead(
         tracker.close(exit_code)
 
 
+def open_tracker(
+    args: argparse.Namespace,
+    folder: RunFolder,
+    config: dict[str, Any],
+    state: dict[str, Any] | None,
+) -> Tracker:
+    """Open the tracker of a new run or, given its state, of a resumed one."""
+    wandb = WandbOptions(
+        mode=args.wandb,
+        project=args.wandb_project,
+        name=args.wandb_name,
+        group=args.wandb_group,
+        job_type=args.wandb_job_type,
+        tags=None if args.wandb_tags is None else tuple(args.wandb_tags),
+    )
+    if state is None:
+        return Tracker(folder.folder, config, wandb)
+    with damage_reported(Path(args.resume)):
+        return Tracker(folder.folder, config, wandb, state["tracking"])
+
+
 def train_and_test(args: argparse.Namespace, trainer: Trainer, tracker: Tracker) -> None:
     """Train, test the best model, write the summary."""
     device, folder = trainer.device, trainer.folder
     parameters = count_parameters(trainer.model)
     summary: dict[str, Any] = dict(parameters=parameters)
+    if args.quick:
+        summary["quick"] = "three updates; perplexities of the first words of each text"
     words = len(trainer.corpus.vocabulary)
     if tracker.wandb_url is not None:
         print(f"W&B: {tracker.wandb_url}", file=sys.stderr)
@@ -267,10 +233,28 @@ def train_and_test(args: argparse.Namespace, trainer: Trainer, tracker: Tracker)
         print(f"| Interpolated bigram model of the same text | test ppl {bigram:8.2f}")
         for text in beaten_by_bigrams(results["ppl"], bigram):
             warn(text)
-    print(final_line(loss), flush=True)
+    part = " | --quick: of a part of the text" * args.quick
+    print(f"{final_line(loss)}{part}", flush=True)
     for sentence in sample_sentences(Plain(model), vocabulary, args.samples, args.seed):
         print(f"| It writes: {sentence}")
-    conclude(trainer, tracker, dict(summary, diverged=False))
+    print_end(trainer, loss, summary)
+    conclude(trainer, tracker, summary)
+
+
+def print_end(trainer: Trainer, test_loss: float, summary: dict[str, Any]) -> None:
+    """Print the best model on a terminal; note in the summary whether the run has diverged."""
+    at, path = trainer.at, trainer.folder.model_path
+    if sys.stdout.isatty():
+        of = f"of update {at.update}"
+        if at.best_epoch is not None:
+            of = f"of epoch {at.best_epoch}, valid ppl {short_number(perplexity(at.best_loss))}"
+        print(f"| the best model is {path}, {of}: python diagnose.py {path}")
+    words, early = len(trainer.corpus.vocabulary), at.epoch == 1
+    cause = at.diverged or divergence("test", test_loss, words, early)
+    summary["diverged"] = bool(cause)
+    if cause:
+        warn(f"this run has diverged: {cause}")
+        summary["cause"] = cause
 
 
 def conclude(trainer: Trainer, tracker: Tracker, summary: dict[str, Any]) -> None:

@@ -64,6 +64,13 @@ def _no_ignored_hangup() -> Iterator[None]:
 
 
 @pytest.fixture(autouse=True)
+def _idle_machine(monkeypatch: pytest.MonkeyPatch) -> None:
+    """No program warns that the machine is busy; updates are not timed for long."""
+    monkeypatch.setattr("os.getloadavg", lambda: (0.0, 0.0, 0.0))
+    monkeypatch.setattr("training.rehearsal.LEAST_SECONDS", 0.0)
+
+
+@pytest.fixture(autouse=True)
 def _exact_float32() -> Iterator[None]:
     """A GPU's products of float32 are IEEE's, unless a test or a program says otherwise."""
     before = torch.get_float32_matmul_precision(), torch.backends.cudnn.allow_tf32
@@ -90,9 +97,12 @@ def with_cudnn() -> Iterator[None]:
 def run(capsys: pytest.CaptureFixture[str]) -> Callable[..., Result]:
     """Run main.py in this process: run("--data", …) -> (exit code, stdout, stderr)."""
 
+    threads = torch.get_num_threads()
+
     def call(*argv: object) -> Result:
         capsys.readouterr()
         code = main.main([str(arg) for arg in argv])
+        torch.set_num_threads(threads)  # --threads is the process's
         captured = capsys.readouterr()
         return Result(code, captured.out, captured.err)
 

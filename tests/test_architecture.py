@@ -42,7 +42,7 @@ MODULES = sorted(
 # Third-party packages that only these modules may import.
 OWNERS = {
     "wandb": {"engine/tracking.py"},
-    "tqdm": {"engine/tracking.py"},
+    "tqdm": {"engine/progress.py"},
     "matplotlib": {"diagnostics/plots.py", "engine/ablation/curves.py"},
     "ray": {"engine/ablation/ray_pool.py"},
     "scipy": {"engine/ablation/statistics.py"},

@@ -1,6 +1,7 @@
 """Whatever a user can get wrong: one line, the right exit code, and nothing harmed."""
 
 import json
+import math
 import re
 import shlex
 import subprocess
@@ -10,8 +11,12 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import ROOT, TINY, Result, write_corpus
+from conftest import ROOT, TINY, Result, read_summary, write_corpus
 from test_checkpoint import bad_file
+
+from engine.ablation import runs as ablation_runs
+from engine.ablation.table import Row
+from training.divergence import divergence
 
 Run = Callable[..., Result]
 
@@ -54,6 +59,11 @@ def test_flags_out_of_range(run: Run, tmp_path: Path, flags: str) -> None:
     line = only_line(result, 2)
     assert argv[0].lstrip("-@").replace("_", "-")[:8] in line.replace("_", "-")
     assert list(tmp_path.iterdir()) == []
+
+
+def test_a_run_that_is_not_there_is_named_as_given(run: Run) -> None:
+    line = only_line(run("--resume", "nothere/last.pt"), 1)
+    assert line.startswith("nothere/last.pt: no such run")
 
 
 def test_recipe_that_is_missing_or_not_text(run: Run, tmp_path: Path) -> None:
@@ -127,7 +137,7 @@ def test_a_window_that_cannot_fit(
 ) -> None:
     corpus = write_corpus(tmp_path / "corpus", lines=800)
     flags = [*TINY, "--data", corpus, "--save", tmp_path / "run.pt", "--bptt-scheme", scheme]
-    monkeypatch.setattr("assembly.available_memory", lambda _: 3 * 2**20)
+    monkeypatch.setattr("programs.plan.available_memory", lambda _: 3 * 2**20)
     flags += ["--max-updates", 1]
     line = only_line(run(*flags, "--bptt", 2000), 2)
     flag = "--bptt-scheme" if scheme == "full" else "--bptt"
@@ -248,6 +258,38 @@ def test_divergence(run: Run, corpus_folder: Path, tmp_path: Path) -> None:
     summary = json.loads((tmp_path / "run" / "summary.json").read_text())
     assert summary["diverged"] is True
     assert summary["test_ppl"] is None
+
+
+def test_divergence_that_stays_finite(run: Run, corpus_folder: Path, tmp_path: Path) -> None:
+    """It is warned of as it happens and marked, and training goes on; a short start is no sign."""
+    flags = [*TINY, "--data", corpus_folder, "--save", tmp_path / "run.pt", "--clip", 0]
+    flags += ["--alpha", 0, "--beta", 0, "--wdecay", 0, "--epochs", 3, "--lr", 100]
+    assert run(*flags, "--max-updates", 2).code == 0
+    assert read_summary(tmp_path / "run.pt")["diverged"] is False
+    result = run(*flags)
+    assert result.code == 0, result.err
+    happened, end = (line for line in result.err.splitlines() if "diverged" in line)
+    words = r"\w+ perplexity \S+ is worse than guessing among the vocabulary's 31 words"
+    assert re.fullmatch(rf"warning: epoch 1 has diverged: {words}", happened)
+    assert re.fullmatch(rf"warning: this run has diverged: {words}", end)
+    summary = read_summary(tmp_path / "run.pt")
+    assert (summary["diverged"], summary["epochs"]) == (True, 3)
+    assert f"warning: this run has diverged: {summary['cause']}" == end
+    table_run = ablation_runs.Run(Row("a"), 1, [], dict(epochs=3), tmp_path / "run.pt")
+    assert ablation_runs.read_state(table_run).kind == "diverged"
+
+
+def test_what_divergence_is() -> None:
+    log_words = math.log(1000)
+    for loss, early, whether in [
+        (1.1 * log_words - 0.01, False, False),
+        (1.1 * log_words + 0.01, False, True),
+        (2 * log_words - 0.01, True, False),
+        (2 * log_words + 0.01, True, True),
+        (math.inf, True, True),
+        (math.nan, False, False),
+    ]:
+        assert bool(divergence("test", loss, 1000, early)) == whether
 
 
 @pytest.mark.parametrize("clip", [0, 0.25])

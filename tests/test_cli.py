@@ -14,16 +14,20 @@ from typing import Any
 
 import pytest
 import torch
-from conftest import REAL_DATA, ROOT, TINY, Result, read_summary, write_corpus
+from conftest import REAL_DATA, ROOT, TINY, Result, read_events, read_summary, write_corpus
 from original import COMMANDS, CUT_SHORT, WORD_LEVEL
 
 import assembly
 import training.requests
 import training.state
+from data.corpus import load_corpus
 from engine.checkpoint import load_model
 from engine.checkpoint_writer import CheckpointWriter
 from evaluation.evaluate import evaluate
-from flags import parse_training
+from evaluation.plain import Plain
+from flags import parse_training, settle_scheme
+from kernels.lstm_cpu import can_pack
+from programs.plan import memory_needed, steps_per_epoch
 from training.update import Updater
 
 Run = Callable[..., Result]
@@ -192,23 +196,53 @@ def test_adam_with_a_learning_rate_of_sgd_warns(
     assert "warning: --opt" not in run(*flags, "--optimizer", "adam", "--lr", 0.01).err
 
 
-def test_dry_run_says_what_it_would_do_and_does_nothing(
+def test_dry_run_says_what_it_would_do_and_writes_nothing(
     run: Run, corpus_folder: Path, tmp_path: Path
 ) -> None:
-    result = run(*TINY, "--data", corpus_folder, "--save", tmp_path / "run.pt", "--dry-run")
-    assert result.code == 0
-    assert result.err == ""
+    flags = [*TINY, "--data", corpus_folder, "--save", tmp_path / "run.pt", "--epochs", 7]
+    result = run(*flags, "--dry-run", "--precision", "fp32")
+    assert (result.code, result.err) == (0, "")
     for what in ("tokens", "vocabulary", "parameters", "updates per epoch", "memory"):
         assert f"| {what} " in result.out
-    assert not (tmp_path / "run").exists()
+    forecast = r"an epoch \(.* validation\), .* for 7 epochs and the test; [\d,]+ MiB at the peak"
+    assert re.search(rf"\| fp32 .*{forecast}", result.out)
+    assert "bf16" not in result.out
+    both = run(*flags, "--dry-run", "--bptt-scheme", "full")
+    assert bool(re.search(rf"--precision bf16 .*{forecast}", both.out)) == can_pack(torch.bfloat16)
+    assert [path.name for path in tmp_path.iterdir()] == ["corpus"]
 
 
-def test_dry_run_knows_the_schemes(run: Run, corpus_folder: Path, tmp_path: Path) -> None:
-    def plan(*flags: object) -> tuple[int, int]:
-        base = [*TINY, "--data", corpus_folder, "--save", tmp_path / "run.pt", "--dry-run"]
-        out = run(*base, "--emsize", 60, "--nhid", 90, *flags).out.replace(",", "")
-        found = [re.search(rf"\| {w} .*?about (\d+)", out) for w in ("updates per epoch", "memory")]
-        return int(found[0][1]), int(found[1][1])  # type: ignore[index]
+@pytest.mark.slow
+def test_a_forecast_comes_true(tmp_path: Path) -> None:
+    """Time within a factor of two, as machines are busy at times, and memory within a fifth."""
+    corpus = write_corpus(tmp_path / "corpus", lines=20_000, words=2000)
+    flags = [
+        *("--data", corpus, "--save", tmp_path / "run.pt", "--epochs", 2, "--batch-size", 20),
+        *("--emsize", 150, "--nhid", 200, "--test-batch-size", 10, "--device", "cpu"),
+    ]
+    command = [sys.executable, str(ROOT / "main.py"), *map(str, flags)]
+    plan = subprocess.run([*command, "--dry-run"], capture_output=True, text=True, check=True)
+    subprocess.run(command, capture_output=True, check=True)
+    found = re.search(r"\| fp32 .*, ([\d.]+) (s|min) for 2 epochs.*; ([\d,]+) MiB", plan.stdout)
+    assert found is not None
+    seconds = float(found[1]) * {"s": 1, "min": 60}[found[2]]
+    summary = read_summary(tmp_path / "run.pt")
+    assert seconds == pytest.approx(summary["seconds"], rel=1.0)
+    peak = float(found[3].replace(",", "")) * 2**20
+    assert peak == pytest.approx(summary["peak_memory_bytes"], rel=0.2)
+
+
+def test_updates_and_memory_of_the_schemes(corpus_folder: Path) -> None:
+    corpus = load_corpus(corpus_folder)
+
+    def plan(*flags: object) -> tuple[float, int]:
+        base = [*TINY, "--data", corpus_folder, "--emsize", 60, "--nhid", 90]
+        args, _ = parse_training([str(flag) for flag in [*base, *flags]])
+        settle_scheme(args)
+        with torch.device("meta"):
+            model = assembly.build_model(args, len(corpus.vocabulary))
+        updates = assembly.build_scheme(args).expected_windows(steps_per_epoch(args, corpus))
+        return round(updates), memory_needed(args, model, corpus)
 
     words = (corpus_folder / "train.txt").read_text().replace("\n", " <eos> ").split()
     steps = len(words) // 4 - 1
@@ -223,6 +257,29 @@ def test_dry_run_knows_the_schemes(run: Run, corpus_folder: Path, tmp_path: Path
     assert full[0] == 1
     assert memory <= full[1] < randomized[1]
     assert plan("--bptt-scheme", "full", "--bptt", 9999)[1] > 1.5 * memory
+
+
+@pytest.mark.parametrize("scheme", ["variable", "full"])
+def test_quick_writes_all_files_of_a_part_of_the_text(
+    run: Run, tmp_path: Path, scheme: str
+) -> None:
+    corpus = write_corpus(tmp_path / "corpus", lines=2000)
+    flags = [*TINY, "--data", corpus, "--save", tmp_path / "run.pt", "--bptt-scheme", scheme]
+    result = run(*flags, "--lr", 0.1, "--quick")
+    assert result.code == 0, result.err
+    assert result.out.splitlines()[-1].endswith(" | --quick: of a part of the text")
+    assert (tmp_path / "run.pt").exists()
+    assert {path.name for path in (tmp_path / "run").iterdir()} >= {
+        "last.pt", "metrics.jsonl", "config.json", "summary.json",
+    }  # fmt: skip
+    summary = read_summary(tmp_path / "run.pt")
+    assert (summary["updates"], summary["diverged"]) == (3, False)
+    assert "of the first words of each text" in summary["quick"]
+    text = load_corpus(corpus).test[: 3 * 10 + 1]  # three windows of --bptt 10, of one column
+    loss = evaluate(Plain(load_model(tmp_path / "run.pt")[0]), text, 1)
+    events = [e for e in read_events(tmp_path / "run.pt") if e["event"] == "test"]
+    assert events[0]["loss"] == pytest.approx(loss)
+    assert "| finished: 3 updates are done" in run("--resume", tmp_path / "run.pt").err
 
 
 def test_same_seed_same_run_and_another_seed_another(

@@ -78,6 +78,21 @@ def read(folder: Path) -> dict[str, Any]:
     return diagnosis
 
 
+def test_a_run_s_own_corpus_and_its_training_state(
+    run: Run, look: Run, no_plots: None, corpus_folder: Path, tmp_path: Path
+) -> None:
+    save = tmp_path / "run.pt"
+    assert run(*TINY, "--data", corpus_folder, "--save", save, "--max-updates", 1).code == 0
+    result = look(save)
+    assert result.code == 0
+    assert f"| {save} was trained on {corpus_folder}\n" in result.err
+    assert read(tmp_path / "run-diagnosis")["settings"]["data"] == str(corpus_folder)
+    last = tmp_path / "run" / "last.pt"
+    assert only_line(look(last), 1) == f"{last}: a training state; the model of this run is {save}"
+    save.rename(tmp_path / "alone.pt")
+    assert "argument --data: which corpus?" in only_line(look(tmp_path / "alone.pt"), 2)
+
+
 def test_two_models_with_everything(
     look: Run, corpus: Corpus, corpus_folder: Path, tmp_path: Path
 ) -> None:

@@ -95,6 +95,37 @@ def test_flags_do_without_torch() -> None:
     assert result.stdout.startswith("usage: main.py")
 
 
+@pytest.mark.parametrize("program", PARSERS)
+def test_a_mistyped_flag_names_its_neighbour(program: str) -> None:
+    parser = PARSERS[program]()
+    for flag in by_name(parser.sections).values():
+        if flag.name.startswith("--") and len(flag.dest) > 4:
+            name = flag.name[:4] + flag.name[5:]
+            with pytest.raises(UsageError, match=r"unrecognized.*\(did you mean --"):
+                parser.given(["x", f"{name}=3"])
+
+
+def test_programs_without_torch() -> None:
+    """--help works; anything else is one line that says what to install."""
+    doors = sorted(path.stem for path in ROOT.glob("*.py") if "run_program(" in path.read_text())
+    assert {"main", "ablate", "diagnose", "evaluate", "prepare"} <= set(doors)
+    code = (
+        "import importlib, sys\nsys.modules['torch'] = None\n"
+        f"for door in {doors}:\n"
+        "    program = importlib.import_module(door)\n"
+        "    try:\n        program.main(['--help'])\n"
+        "    except SystemExit as stop:\n        assert stop.code == 0, door\n"
+        "for door in ('main', 'diagnose', 'evaluate', 'ablate'):\n"
+        "    argv = ['x'] * (door != 'main')\n"
+        "    assert importlib.import_module(door).main(argv) == 1, door\n"
+    )
+    result = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True)
+    assert result.returncode == 0, result.stderr
+    assert re.findall(r"^usage: (\w+)\.py", result.stdout, re.MULTILINE) == doors
+    missing = "error: torch is not installed; pip install -r requirements.txt does it\n"
+    assert result.stderr == 4 * missing
+
+
 # Recipes
 
 
@@ -188,9 +219,9 @@ def test_schemes_fill_in_their_own_flags() -> None:
 
 
 def test_a_flag_is_compared_unless_it_may_change() -> None:
-    free = """data device save epochs log_interval diagnostics checkpoint_every checkpoint_minutes
-        test_batch_size bigram samples wandb wandb_project wandb_name wandb_group wandb_job_type
-        wandb_tags resume dry_run max_updates""".split()  # noqa: SIM905
+    free = """data device threads save epochs log_interval diagnostics checkpoint_every
+        checkpoint_minutes test_batch_size bigram samples wandb wandb_project wandb_name
+        wandb_group wandb_job_type wandb_tags resume dry_run max_updates""".split()  # noqa: SIM905
     saved = vars(parse("--save a.pt"))
     for name in by_name(TRAINING):
         expected = "" if name in free else f"--{name.replace('_', '-')} other (was "

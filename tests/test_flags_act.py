@@ -66,10 +66,14 @@ class Seen:
         return read_summary(self.save)
 
     @functools.cached_property
+    def config(self) -> dict[str, Any]:
+        config: dict[str, Any] = json.loads((self.save.with_suffix("") / "config.json").read_text())
+        return config
+
+    @property
     def flags(self) -> dict[str, Any]:
         """As config.json has them."""
-        config = json.loads((self.save.with_suffix("") / "config.json").read_text())
-        flags: dict[str, Any] = config["flags"]
+        flags: dict[str, Any] = self.config["flags"]
         return flags
 
     @functools.cached_property
@@ -92,6 +96,7 @@ FACETS: dict[str, Callable[[Seen], Any]] = {
     "averaged": lambda seen: seen.of("valid", "averaged"),
     "test": lambda seen: seen.of("test", "loss"),
     "parameters": lambda seen: seen.summary["parameters"],
+    "threads": lambda seen: seen.config["threads"],
     "bigram": lambda seen: seen.summary.get("bigram_ppl"),
 }
 
@@ -161,10 +166,12 @@ FLAGS: dict[str, Line] = {
     "loss-scale-bounds": Line([1.0, 2.0**24], [2.0, 4.0], "scales", "losses", DYNAMIC),
     "loss-scale-window": Line(2000, 3, "scales", "losses", DYNAMIC),
     "device": Line("cpu", "cuda:99", "code"),
+    "threads": Line(1, 2, "threads", "code"),
     "save": Line("{folder}/run.pt", "{folder}/other.pt", "files", TRAINED),
     "checkpoint-every": Line(None, 1, "files", "code, events", EXPLODING),
     "checkpoint-minutes": Line(10.0, 1e-9, "files", "code, events", EXPLODING),
     "dry-run": Line(None, True, "files, out", "code"),
+    "quick": Line(None, True, "test, valid, lines, out", "code", {"max-updates": None}),
     "eval-batch-size": Line(3, 4, "valid", "losses"),
     "test-batch-size": Line(1, 2, "test", "losses, valid"),
     "bigram": Line(None, True, "bigram, out", "test, weights"),
@@ -233,7 +240,7 @@ def test_a_flag_acts(
         assert one.facet(facet) != other.facet(facet), facet
     for facet in listed(line.same):
         assert one.facet(facet) == other.facet(facet), facet
-    if "code" not in listed(line.differs) and name != "dry-run":
+    if "code" not in listed(line.differs) and name not in ("dry-run", "quick"):
         key = name.replace("-", "_")
         assert one.flags.keys() == other.flags.keys()
         different = {flag for flag in one.flags if one.flags[flag] != other.flags[flag]}

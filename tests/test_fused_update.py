@@ -13,7 +13,6 @@ from record_on_cpu import CpuRecorder
 from torch import Tensor, nn
 
 import assembly
-import programs.train
 import training.trainer
 from bptt import FixedWindows, FullWindows, RandomizedWindows, Scheme, VariableWindows, Window
 from engine.checkpoint_writer import CheckpointWriter
@@ -465,7 +464,7 @@ def as_on_a_gpu(monkeypatch: pytest.MonkeyPatch) -> list[CpuRecorder]:
 
     monkeypatch.setattr(assembly, "install", install_fast)
     monkeypatch.setattr(assembly, "choose_step", lambda *_: Choice("fused"))
-    monkeypatch.setattr(programs.train, "build_updater", build_captured)
+    monkeypatch.setattr("assembly.build_updater", build_captured)
     monkeypatch.setattr(
         training.trainer, "CheckpointWriter", lambda background: CheckpointWriter(True)
     )

@@ -22,10 +22,8 @@ from conftest import TINY
 from test_resume import assert_same
 
 import assembly
-from data.corpus import batchify, load_corpus
-from engine.interrupt import Interrupt
+from data.corpus import load_corpus
 from engine.ranks import Ranks
-from engine.run_folder import RunFolder
 from engine.tracking import Silence
 from flags import parse_training, settle_scheme
 from nt_asgd import NTASGD
@@ -51,33 +49,14 @@ def build(flags: list[str], corpus_folder: Path, save: Path) -> Trainer:
     """What programs/train.py builds."""
     args, _ = parse_training([*TINY, *flags, "--data", str(corpus_folder), "--save", str(save)])
     settle_scheme(args)
-    corpus, device, ranks = load_corpus(args.data), torch.device("cpu"), Ranks()
     with torch.random.fork_rng():
-        torch.manual_seed(args.seed)
-        model = assembly.build_model(args, len(corpus.vocabulary))
-    precision = assembly.resolve_precision(args, device)
-    optimizer = assembly.build_optimizer(args, model)
-    loss_scale = assembly.build_loss_scale(args, precision)
-    generator = torch.Generator().manual_seed(args.seed)
-    rows = batchify(corpus.train, args.batch_size)
-    updater, kernels = assembly.build_updater(
-        args, model, optimizer, rows, generator, precision, loss_scale, ranks
-    )
+        corpus = load_corpus(args.data)
+        trainer, precision, kernels = assembly.build_trainer(
+            args, corpus, torch.device("cpu"), Ranks()
+        )
     fast = precision == "bf16"
     assert [kernels[part].kernel != "plain" for part in ("layers", "step")] == [fast, fast]
-    trainer = Trainer(
-        model,
-        optimizer,
-        assembly.build_scheme(args),
-        corpus,
-        updater,
-        generator,
-        assembly.training_options(args),
-        RunFolder(save),
-        Interrupt(),
-        identity={},
-        callbacks=assembly.build_callbacks(args, model, optimizer, loss_scale, ranks),
-    )
+    trainer.folder.folder.mkdir()
     trainer.tracker = Silence()
     return trainer
 

@@ -3,8 +3,10 @@
 import fcntl
 import functools
 import json
+import math
 import os
 import pty
+import re
 import struct
 import subprocess
 import sys
@@ -16,7 +18,7 @@ from unittest.mock import MagicMock
 
 import pytest
 import torch
-from conftest import ROOT, TINY
+from conftest import ROOT, TINY, write_corpus
 
 from engine.metrics_file import MetricsFile
 from engine.tracking import Tracker, WandbOptions, log_table
@@ -136,19 +138,22 @@ def test_tracker_without_wandb(tmp_path: Path) -> None:
 
 EPOCH = """
 import sys
-from engine.tracking import Progress, warn
+from engine.progress import Progress
+from engine.tracking import warn
 for epoch in (1, 2):
-    with Progress(10, 4, f"epoch {epoch}") as progress:
-        for _ in range(3):
-            progress.update(2)
-            progress.report("| interval |", loss="4.00")
+    with Progress(9, 4, f"epoch {epoch}", "update", timed=False) as progress:
+        for _ in range(6):  # one more than was expected
+            progress.update(note="loss=4.00")
         warn("careful,\\n  please")
     print("| result |", flush=True)
 """
 
 
-def on_a_terminal(code: str, columns: int = 80, **env: str) -> tuple[str, str]:
-    """(stdout, stderr) of a script whose stderr is a terminal and whose stdout is a pipe."""
+def on_a_terminal(code: str, columns: int = 80, both: bool = False, **env: str) -> tuple[str, str]:
+    """(stdout, stderr) of a script whose stderr is a terminal and whose stdout is a pipe.
+
+    both: stdout is the terminal, too.
+    """
     master, slave = pty.openpty()
     fcntl.ioctl(slave, termios.TIOCSWINSZ, struct.pack("HHHH", 24, columns, 0, 0))
     environment = {**os.environ, "PYTHONPATH": str(ROOT), **env}
@@ -157,7 +162,7 @@ def on_a_terminal(code: str, columns: int = 80, **env: str) -> tuple[str, str]:
         cwd=ROOT,
         env=environment,
         stdin=slave,
-        stdout=subprocess.PIPE,
+        stdout=slave if both else subprocess.PIPE,
         stderr=slave,
     ) as process:
         os.close(slave)
@@ -170,8 +175,7 @@ def on_a_terminal(code: str, columns: int = 80, **env: str) -> tuple[str, str]:
             if not chunk:
                 break
             shown += chunk
-        assert process.stdout is not None
-        printed = process.stdout.read()
+        printed = process.stdout.read() if process.stdout is not None else b""
     os.close(master)
     assert process.returncode == 0, shown.decode()
     return printed.decode(), shown.decode()
@@ -182,26 +186,50 @@ def test_a_bar_on_a_terminal(columns: int) -> None:
     pytest.importorskip("tqdm")
     printed, shown = on_a_terminal(EPOCH, columns)
     assert printed == "| result |\n" * 2
-    assert "| interval |" not in shown
-    assert "epoch 1:  40%" in shown  # starts where the epoch was left
+    assert "epoch 1:  44%" in shown  # starts where the epoch was left
     assert "epoch 2: 100%" in shown
-    assert "loss=4.00" in shown
+    assert "10/10 updates, loss=4.00" in shown
     # the warning has a line of its own: the bar was wiped before, and drawn again after
     assert shown.count("\rwarning: careful, please\r\n") == 2
 
 
-def test_lines_in_a_pipe() -> None:
+def test_no_bar_in_a_pipe_or_without_tqdm() -> None:
     result = run_python(EPOCH)
-    assert result.returncode == 0
-    assert result.stdout == "| result |\n" * 2
-    assert result.stderr == ("| interval |\n" * 3 + "warning: careful, please\n") * 2
-    assert "\r" not in result.stderr
-
-
-def test_a_terminal_without_tqdm_gets_lines() -> None:
+    assert (result.returncode, result.stdout) == (0, "| result |\n" * 2)
+    assert result.stderr == "warning: careful, please\n" * 2
     printed, shown = on_a_terminal("import sys; sys.modules['tqdm'] = None\n" + EPOCH)
     assert printed == "| result |\n" * 2
-    assert shown == ("| interval |\r\n" * 3 + "warning: careful, please\r\n") * 2
+    assert shown == "warning: careful, please\r\n" * 2
+
+
+def test_a_run_on_a_terminal(tmp_path: Path) -> None:
+    """One line an epoch, a bar that fits, and the best model at the end."""
+    pytest.importorskip("tqdm")
+    corpus, save = write_corpus(tmp_path / "corpus", lines=200), tmp_path / "run.pt"
+    flags = [*TINY, "--data", str(corpus), "--save", str(save), "--epochs", "3", "--lr", "5"]
+    shown = on_a_terminal(f"import main; main.main({flags!r})", columns=60, both=True)[1]
+    lines = [line.rpartition("\r")[2] for line in shown.split("\r\n")]
+    epoch = r"\| epoch (\d)/3 \| ppl train +[\d.]+ valid +([\d.]+) ([* ]) \| [\d.]+ s \| lr 5(.*)"
+    found = [match.groups() for line in lines if (match := re.fullmatch(epoch, line))]
+    assert [number for number, *_ in found] == ["1", "2", "3"]
+    ppl = [float(value) for _, value, *_ in found]
+    assert [mark == "*" for *_, mark, _ in found] == [
+        value < min([math.inf, *ppl[:number]]) for number, value in enumerate(ppl)
+    ]
+    assert [bool(re.fullmatch(r" \| [\d.]+ s left", left)) for *_, left in found] == [
+        True,
+        True,
+        False,
+    ]
+    best = 1 + ppl.index(min(ppl))
+    assert f"| the best model is {save}, of epoch {best}, valid ppl {min(ppl):.2f}: " in shown
+    bars = [frame for frame in shown.replace("\r\n", "\r").split("\r") if " updates" in frame]
+    assert re.search(
+        r"^epoch 2/3: .* \d+/\d+ updates, ppl [\d.]+, [\d.]+ s left", "\n".join(bars), re.M
+    )
+    assert max(map(len, bars)) <= 60
+    assert "end of epoch" not in shown
+    assert "batches" not in shown
 
 
 # Weights & Biases

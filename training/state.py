@@ -42,7 +42,10 @@ class Position:
     epoch counts from 1 (0: a validation before training); row, batch and epoch_seconds count
     within the epoch; update, tokens, training_seconds, seconds and overflows (updates skipped) are
     totals over all sessions of a run; interval_* count within the current logging interval, and
-    interval_loss is a sum in nats; grad_norm is the last update's; best_loss is in nats per token.
+    interval_loss is a sum in nats; grad_norm is the last update's; epoch_loss is the summed loss,
+    in nats, of the epoch_tokens tokens in the epoch's finished intervals; best_loss is in nats per
+    token; diverged says why the last validation or its epoch counts as diverged, see
+    training.divergence.
     """
 
     epoch: int = 1
@@ -57,12 +60,20 @@ class Position:
     interval_skipped_tokens: int = 0
     interval_seconds: float = 0.0
     epoch_seconds: float = 0.0
+    epoch_loss: float = 0.0
+    epoch_tokens: int = 0
     training_seconds: float = 0.0
     seconds: float = 0.0
     overflows: int = 0
     overflows_in_a_row: int = 0
     best_loss: float = math.inf
     best_epoch: int | None = None
+    diverged: str = ""
+
+    @property
+    def epoch_mean(self) -> float:
+        """Mean training loss of the epoch's finished intervals; nan if there are none."""
+        return self.epoch_loss / self.epoch_tokens if self.epoch_tokens else math.nan
 
     def advance(self, rows: int, tokens: int) -> None:
         """Count an update of this many rows and tokens."""
@@ -81,10 +92,13 @@ class Position:
         """Start the next epoch."""
         self.epoch += 1
         self.row = self.batch = 0
-        self.epoch_seconds = 0.0
+        self.epoch_seconds = self.epoch_loss = 0.0
+        self.epoch_tokens = 0
 
-    def begin_interval(self) -> None:
-        """Start a new logging interval."""
+    def end_interval(self, loss: float, tokens: int) -> None:
+        """End a logging interval of this summed loss, in nats, and start the next one."""
+        self.epoch_loss += loss
+        self.epoch_tokens += tokens
         self.interval_tokens = self.interval_updates = 0
         self.interval_skipped_tokens = 0
         self.interval_loss = self.interval_seconds = 0.0

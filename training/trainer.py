@@ -17,13 +17,14 @@ from engine.checkpoint_writer import CheckpointWriter
 from engine.errors import DivergenceError
 from engine.interrupt import Interrupt, StopRequested
 from engine.ranks import Ranks
-from engine.report import RULE, epoch_line, interval_line
 from engine.run_folder import RunFolder
-from engine.tracking import Progress, Tracker
+from engine.tracking import Tracker, warn
 from evaluation.evaluate import evaluate, perplexity
 from evaluation.plain import Plain
 from model import RNNModel, repackage_hidden
 from training.callback import Callback, EpochEnd, StepEnd, UpdateEnd, UpdateStart
+from training.display import Display
+from training.divergence import divergence
 from training.recorded import RecordedUpdater
 from training.requests import Requests
 from training.state import Position, Stopwatch, TrainingOptions, Undo
@@ -88,6 +89,8 @@ class Trainer:
         self.undo = Undo(self.at, [scheme, *callbacks], optimizer.param_groups, generator)
         self.writer = CheckpointWriter(background=self.device.type == "cuda")
         self.requests = Requests(interrupt, options, ranks)
+        expected = scheme.expected_windows(self.num_steps)
+        self.display = Display(self.at, options, self.num_steps, expected)
         self._stopwatch = Stopwatch(self.at)
 
     # The loop
@@ -108,14 +111,16 @@ class Trainer:
         self.tracker = tracker
         self._stopwatch = Stopwatch(self.at)
         self.requests.checkpoint_written()
+        self.display.begin()
         with self.writer:
             while self.at.epoch <= self.options.epochs:
                 self.requests.share()
                 try:
-                    whole = self.at.row == self.num_steps  # only its validation is left
-                    reason = None if whole else self.stop_reason() or self.train_epoch()
-                    if reason is None:
-                        self.end_epoch()
+                    with self.display.epoch():
+                        whole = self.at.row == self.num_steps  # only its validation is left
+                        reason = None if whole else self.stop_reason() or self.train_epoch()
+                        if reason is None:
+                            self.end_epoch()
                 except StopRequested:
                     reason = "interrupted"
                 if reason is not None:
@@ -130,20 +135,18 @@ class Trainer:
             Why training stops within the epoch; None at its end.
         """
         self.model.train()
-        description = f"epoch {self.at.epoch}"
-        with Progress(self.num_steps, initial=self.at.row, description=description) as progress:
-            for window in self.undo.watch(self.scheme.windows(self.num_steps, self.at.row)):
-                self.update(window)
-                progress.update(window.counted)
-                if self.at.batch % self.options.log_interval == 0 or self.at.row == self.num_steps:
-                    self.log_interval(progress)
-                if self.at.row == self.num_steps:
-                    break
-                self.requests.share(self.at.update)
-                if reason := self.stop_reason():
-                    return reason
-                if self.requests.checkpoint:
-                    self.checkpoint()
+        for window in self.undo.watch(self.scheme.windows(self.num_steps, self.at.row)):
+            self.update(window)
+            self.display.updated()
+            if self.at.batch % self.options.log_interval == 0 or self.at.row == self.num_steps:
+                self.log_interval()
+            if self.at.row == self.num_steps:
+                break
+            self.requests.share(self.at.update)
+            if reason := self.stop_reason():
+                return reason
+            if self.requests.checkpoint:
+                self.checkpoint()
         return None
 
     def update(self, window: Window) -> None:
@@ -178,23 +181,14 @@ class Trainer:
 
     # Around the loop
 
-    def log_interval(self, progress: Progress) -> None:
+    def log_interval(self) -> None:
         """Report the updates since the last report."""
         self.tally.check()
         at, lr = self.at, self.optimizer.param_groups[0]["lr"]
-        counted = at.interval_tokens - at.interval_skipped_tokens
-        loss = float(self.tally.summed) / counted if counted else math.nan
+        summed, counted = float(self.tally.summed), at.interval_tokens - at.interval_skipped_tokens
+        loss = summed / counted if counted else math.nan
         self._stopwatch.lap(training=True)
-        line = interval_line(
-            epoch=at.epoch,
-            batch=at.batch,
-            batches=max(at.batch, round(self.scheme.expected_windows(self.num_steps))),
-            lr=lr,
-            milliseconds=1000 * at.interval_seconds / at.interval_updates,
-            loss=loss,
-        )
-        line += "".join(callback.remark() for callback in self.callbacks)
-        progress.report(line, loss=f"{loss:.2f}", ppl=f"{perplexity(loss):.2f}")
+        self.display.interval(loss, lr, "".join(callback.remark() for callback in self.callbacks))
         figures: dict[str, float] = {}
         for callback in self.callbacks:
             figures.update(callback.figures())
@@ -209,14 +203,11 @@ class Trainer:
             **figures,
         )
         self.tally.summed.zero_()
-        at.begin_interval()
+        at.end_interval(summed, counted)
 
     def end_epoch(self) -> None:
         """Validate, keep the best model, let the callbacks act, checkpoint."""
-        epoch = self.at.epoch
-        loss = self.validate()
-        if loss < self.at.best_loss:
-            self.save_best(loss)
+        epoch, loss = self.at.epoch, self.validate()
         save_copy = partial(self._save_copy, loss=loss)
         for callback in self.callbacks:
             callback.epoch_ended(EpochEnd(epoch, loss, self.optimizer, save_copy, self._log))
@@ -225,7 +216,7 @@ class Trainer:
         self.checkpoint()
 
     def validate(self) -> float:
-        """Validation loss of the weights that would be saved, nats per token; prints and logs it.
+        """Validation loss of the weights, nats per token; reports it, and keeps the best weights.
 
         Raises:
             StopRequested: a stop was requested meanwhile; nothing has changed.
@@ -240,12 +231,20 @@ class Trainer:
         if not math.isfinite(loss):
             what = f"validation loss is {loss}"
             raise DivergenceError(self._describe_divergence(what, self.at.update))
-        at = self.at
-        whole = at.row == self.num_steps
-        line = epoch_line(epoch=at.epoch, seconds=at.epoch_seconds, loss=loss, whole=whole)
-        print(RULE, line, RULE, sep="\n", flush=True)
+        at, num_words = self.at, len(self.corpus.vocabulary)
+        best, lr = loss < at.best_loss, self.optimizer.param_groups[0]["lr"]
+        self.display.validated(at.epoch_mean, loss, lr, best)
+        before, begun = at.diverged, at.epoch == 1
+        at.diverged = divergence(
+            "validation", loss, num_words, early=begun and at.row < self.num_steps
+        ) or divergence("training", at.epoch_mean, num_words, early=begun)
+        if at.diverged and not before:
+            warn(f"epoch {at.epoch} has diverged: {at.diverged}")
         averaged = getattr(self.optimizer, "num_averaged", 0) > 0
         self._log("valid", epoch=at.epoch, loss=loss, ppl=perplexity(loss), averaged=averaged)
+        if best:
+            self.save_model(self.folder.model_path, loss)
+            at.best_loss, at.best_epoch = loss, at.epoch
         return loss
 
     def _evaluate(self) -> float:
@@ -262,12 +261,6 @@ class Trainer:
         lend = getattr(self.optimizer, "averaged_weights", nullcontext)
         context: AbstractContextManager[None] = lend()
         return context
-
-    def save_best(self, loss: float) -> None:
-        """Save the weights as the best model so far."""
-        self.save_model(self.folder.model_path, loss)
-        self.at.best_loss = loss
-        self.at.best_epoch = self.at.epoch
 
     def save_model(self, path: Path, loss: float | None) -> None:
         """Write the weights, or their average, to path."""
@@ -312,9 +305,7 @@ class Trainer:
         self.checkpoint()
         if reason == "updates" and self.at.row > 0:
             with suppress(StopRequested):
-                loss = self.validate()
-                if loss < self.at.best_loss:
-                    self.save_best(loss)
+                self.validate()
         if self.at.best_epoch is None and not self.interrupt.terminated:
             self.save_model(self.folder.model_path, None)
 

@@ -5,6 +5,7 @@ import time
 
 from engine.ablation.report import number
 from engine.ablation.runs import FINISHED, Run, State, counted, read_state
+from engine.report import duration
 
 LINE_SECONDS = 30.0  # between two lines about the runs under way
 ENDED = (*FINISHED, "failed")
@@ -76,10 +77,3 @@ class Board:
         if done <= 0 or left <= 0:
             return ""
         return f", about {duration(left / done * (time.monotonic() - self._begin))} left"
-
-
-def duration(seconds: float) -> str:
-    """For instance "40 s", "12 min", "3.5 h"."""
-    if seconds < 90:
-        return f"{seconds:.0f} s"
-    return f"{seconds / 60:.0f} min" if seconds < 5400 else f"{seconds / 3600:.1f} h"
