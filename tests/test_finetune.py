@@ -296,7 +296,7 @@ def test_models_that_are_none(tune: Tune, tmp_path: Path, kind: str) -> None:
 def test_runs_and_texts_that_do_not_fit(dropping: Path, tune: Tune, tmp_path: Path) -> None:
     last = dropping.with_suffix("") / "last.pt"
     line = refused(tune("--save", last, "--output", tmp_path / "a.pt"), 1)
-    assert line.startswith(f"{last}: a 'awd-lstm training state")
+    assert line == f"{last}: a training state; the model of this run is {dropping}"
     assert refused(tune("--resume", dropping), 1) == (
         f"{last}: a run of main.py, whose --resume continues it"
     )
