@@ -18,6 +18,7 @@ def find_texts(sources: Iterable[str | os.PathLike[str]], output: Path) -> list[
             folder has no text.
     """
     texts: dict[Path, Path] = {}
+    made = output.resolve()
     for source in map(Path, sources):
         for path in _below(source) if source.is_dir() else [source]:
             if not path.exists():
@@ -27,7 +28,7 @@ def find_texts(sources: Iterable[str | os.PathLike[str]], output: Path) -> list[
             real = path.resolve()
             if real in texts:
                 raise DataError(f"{path}: given twice; train and test must not share a text")
-            if output.resolve() in real.parents:
+            if made in real.parents:
                 raise DataError(f"{path}: in the folder of the output, {output}")
             texts[real] = path
     return list(texts.values())
