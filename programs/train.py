@@ -238,8 +238,7 @@ def train_and_test(args: argparse.Namespace, trainer: Trainer, tracker: Tracker)
     part = " | --quick: of a part of the text" * args.quick
     print(f"{final_line(loss)}{part}", flush=True)
     sentences = list(sample_sentences(Plain(model), vocabulary, args.samples, args.seed))
-    for sentence in sentences:
-        print(f"| It writes: {sentence}")
+    print(*(f"| It writes: {sentence}\n" for sentence in sentences), sep="", end="")
     tracker.log_samples(sentences, step=trainer.at.update)
     print_end(trainer, loss, summary)
     conclude(trainer, tracker, summary)
