@@ -104,7 +104,8 @@ def train(tree: Path, folder: Path, name: str, flags: str) -> dict[str, Any]:
     lines = (save.with_suffix("") / "metrics.jsonl").read_text().splitlines()
     for number, line in enumerate(lines):
         values = json.loads(line)
-        values.pop("tokens_per_second", None)
+        for measured in ("tokens_per_second", "seconds"):
+            values.pop(measured, None)
         found.update({f"line {number} {key}": value for key, value in values.items()})
     weights: dict[str, Any] = torch.load(save, weights_only=True)["weights"]
     return found | weights

@@ -1,55 +1,39 @@
-"""The pictures of a diagnosis. The only module here that needs matplotlib."""
+"""The pictures of a diagnosis."""
 
-import io
 from typing import Any
 
 from layers.lstm import LSTM
+from pictures.canvas import as_label, legend_below, legends_under, new_figure, whole_numbers
 
 COLOURS = ("#1f77b4", "#d62728")  # of the first and the second model
 LAYER_COLOURS = ("#1f77b4", "#d62728", "#2ca02c", "#9467bd", "#8c564b", "#e377c2")
 GATE_COLOURS = dict(zip(LSTM.gates, ("#2ca02c", "#ff7f0e", "#9467bd", "#8c564b"), strict=True))
 LABELS = {"hidden": "|∂L_t / ∂h_(t-lag)|", "cells": "|∂L_t / ∂c_(t-lag)|"}
-DPI = 90
 
 
-def draw(diagnosis: dict[str, Any]) -> dict[str, tuple[str, bytes]]:
+def draw(diagnosis: dict[str, Any]) -> dict[str, tuple[str, Any]]:
     """All pictures.
 
     Args:
         diagnosis: settings and one or two models, see diagnose.py.
 
     Returns:
-        File name: (caption, PNG).
+        Name: (caption, figure), for pictures.canvas.render.
 
     Raises:
-        ImportError: matplotlib is not there.
+        ImportError: matplotlib is not installed.
     """
-    models, settings = diagnosis["models"], diagnosis["settings"]
-    pictures = {
-        "overview.png": ("Overview", overview(models, settings)),
-        "lag-norms.png": ("Gradient norm by lag and layer", lag_norms(models, settings)),
-        "linear-prediction.png": ("Powers of W_hh against measurement", prediction(models)),
-        "spectra.png": ("Singular values of each gate's W_hh", spectra(models)),
-        "gates.png": ("What the gates let through", gates(models)),
-        "gradients.png": ("Who holds the gradient's norm", gradients(models, settings)),
-        "filter.png": ("Masks of gradient filters, and clipping", filters(models)),
+    models = [dict(model, name=as_label(model["name"])) for model in diagnosis["models"]]
+    settings = diagnosis["settings"]
+    return {
+        "overview": ("Overview", overview(models, settings)),
+        "lag-norms": ("Gradient norm by lag and layer", lag_norms(models, settings)),
+        "linear-prediction": ("Powers of W_hh against measurement", prediction(models)),
+        "spectra": ("Singular values of each gate's W_hh", spectra(models)),
+        "gates": ("What the gates let through", gates(models)),
+        "gradients": ("Who holds the gradient's norm", gradients(models, settings)),
+        "filter": ("Masks of gradient filters, and clipping", filters(models)),
     }
-    return {name: (caption, _png(figure)) for name, (caption, figure) in pictures.items()}
-
-
-def _grid(rows: int, columns: int, size: tuple[float, float] = (4.2, 3.2), **share: Any) -> Any:
-    from matplotlib.figure import Figure  # not pyplot: no backend, no global state
-
-    figure = Figure(figsize=(size[0] * columns, size[1] * rows), dpi=DPI, layout="constrained")
-    return figure, figure.subplots(rows, columns, squeeze=False, **share)
-
-
-def _png(figure: Any) -> bytes:
-    for axes in figure.axes:
-        axes.set_visible(axes.has_data())  # a model may have fewer layers than the other
-    file = io.BytesIO()
-    figure.savefig(file, format="png")
-    return file.getvalue()
 
 
 def _most_layers(models: list[dict[str, Any]]) -> int:
@@ -77,16 +61,13 @@ def _lag_panel(axes: Any, state: dict[str, Any], colour: str, label: str) -> Non
 
 def _bptt_line(axes: Any, settings: dict[str, Any]) -> None:
     if settings["bptt"] <= settings["lags"]:
-        axes.axvline(settings["bptt"], color="grey", linewidth=0.8, linestyle=":")
-        axes.annotate(
-            "--bptt", (settings["bptt"], 1), xycoords=("data", "axes fraction"), fontsize=7,
-            color="grey", xytext=(2, -9), textcoords="offset points",
-        )  # fmt: skip
+        label = f"--bptt {settings['bptt']}"
+        axes.axvline(settings["bptt"], color="grey", linewidth=0.8, linestyle=":", label=label)
 
 
 def lag_norms(models: list[dict[str, Any]], settings: dict[str, Any]) -> Any:
     """A row for each state, a column for each layer."""
-    figure, grid = _grid(2, _most_layers(models), sharex=True, sharey="row")
+    figure, grid = new_figure(2, _most_layers(models), sharex=True, sharey="row")
     for m, name, n, layer in _each_layer(models):
         for row, state in enumerate(LABELS):
             axes = grid[row][n]
@@ -112,7 +93,7 @@ def lag_norms(models: list[dict[str, Any]], settings: dict[str, Any]) -> Any:
 
 def prediction(models: list[dict[str, Any]]) -> Any:
     """A row for each model, a column for each layer."""
-    figure, grid = _grid(len(models), _most_layers(models), sharex=True)
+    figure, grid = new_figure(len(models), _most_layers(models), sharex=True)
     for m, name, n, layer in _each_layer(models):
         axes = grid[m][n]
         _prediction_panel(axes, layer, n)
@@ -142,7 +123,7 @@ def _prediction_panel(axes: Any, layer: dict[str, Any], n: int) -> None:
 
 def spectra(models: list[dict[str, Any]]) -> Any:
     """A row for each model, a column for each layer, a colour for each gate."""
-    figure, grid = _grid(len(models), _most_layers(models), sharey=True)
+    figure, grid = new_figure(len(models), _most_layers(models), sharey=True)
     for m, name, n, layer in _each_layer(models):
         axes = grid[m][n]
         for gate in LSTM.gates:
@@ -164,7 +145,7 @@ def spectra(models: list[dict[str, Any]]) -> Any:
 
 def gates(models: list[dict[str, Any]]) -> Any:
     """A row for each gate, a column for each layer."""
-    figure, grid = _grid(len(LSTM.gates), _most_layers(models), (4.2, 2.2))
+    figure, grid = new_figure(len(LSTM.gates), _most_layers(models), (4.2, 2.2))
     for row, gate in enumerate(LSTM.gates):
         for axes in grid[row]:
             axes.set_xlabel("value (no unit)", fontsize=8)
@@ -187,7 +168,7 @@ def gates(models: list[dict[str, Any]]) -> Any:
 def gradients(models: list[dict[str, Any]], settings: dict[str, Any]) -> Any:
     """Shares by parameter, and for each model the norms of windows."""
     names = list(dict.fromkeys(p for m in models for p in m["figures"]["gradient"]["shares"]))
-    figure, grid = _grid(1, 1 + len(models), (5, 1.5 + 0.28 * len(names)))
+    figure, grid = new_figure(1, 1 + len(models), (5, 1.5 + 0.28 * len(names)))
     left = grid[0][0]
     width = 0.8 / len(models)
     for m, model in enumerate(models):
@@ -200,32 +181,28 @@ def gradients(models: list[dict[str, Any]], settings: dict[str, Any]) -> Any:
     left.set_yticks(middles, names, fontsize=8)
     left.invert_yaxis()
     left.set_xlabel("share of the squared global norm, %")
-    _legend_of(figure, left)
+    legends_under(grid)
     return figure
 
 
 def _norm_panel(axes: Any, name: str, gradient: dict[str, Any], settings: dict[str, Any]) -> None:
     """Norm of each window's gradient: the whole and by part of the model."""
-    axes.margins(x=0.25)
-    axes.plot(gradient["norms"], "o-", color="black")
-    lines = {"whole": gradient["norms"]} | gradient["parts"]
-    for n, (part, norms) in enumerate(lines.items()):
-        if part != "whole":
-            axes.plot(norms, ".--", color=LAYER_COLOURS[n % len(LAYER_COLOURS)], linewidth=0.8)
-        place = (len(norms) - 1, norms[-1])
-        axes.annotate(part, place, fontsize=7, xytext=(5, -2), textcoords="offset points")
-    if settings["clip"]:
-        axes.axhline(settings["clip"], color="grey", linewidth=1, linestyle=":")
-        axes.annotate("--clip", (0, settings["clip"]), fontsize=7, color="grey", va="bottom")
+    axes.plot(gradient["norms"], "o-", color="black", label="whole model")
+    for n, (part, norms) in enumerate(gradient["parts"].items()):
+        colour = LAYER_COLOURS[n % len(LAYER_COLOURS)]
+        axes.plot(norms, ".--", color=colour, linewidth=0.8, label=part)
+    if clip := settings["clip"]:
+        axes.axhline(clip, color="grey", linewidth=1, linestyle=":", label=f"--clip {clip:g}")
     axes.set_yscale("log")
     axes.set_title(f"{name}: gradient norms", fontsize=10)
     axes.set_xlabel(f"window of {settings['bptt']} steps")
+    whole_numbers(axes)
     axes.set_ylabel("norm of the gradient, nats per unit of a parameter")
 
 
 def filters(models: list[dict[str, Any]]) -> Any:
     """Masks by sequence; a row for each model, a column for each layer."""
-    figure, grid = _grid(len(models), _most_layers(models), sharey=True)
+    figure, grid = new_figure(len(models), _most_layers(models), sharey=True)
     for m, name, n, _ in _each_layer(models):
         found = models[m]["figures"]["filters"]
         axes = grid[m][n]
@@ -243,6 +220,7 @@ def filters(models: list[dict[str, Any]]) -> Any:
         axes.set_ylim(0, 1.05)
         axes.set_title(f"{name}, layer {n}", fontsize=10)
         axes.set_xlabel("sequence of the batch")
+        whole_numbers(axes)
         if n == 0:
             axes.set_ylabel("factor on the gradient (no unit)")
     _legend_of(figure, grid[0][0])
@@ -252,7 +230,7 @@ def filters(models: list[dict[str, Any]]) -> Any:
 
 def overview(models: list[dict[str, Any]], settings: dict[str, Any]) -> Any:
     """The most telling panels on one picture: a row for each model."""
-    figure, grid = _grid(len(models), 3, (4.6, 3.6))
+    figure, grid = new_figure(len(models), 3, (4.6, 3.6))
     for m, model in enumerate(models):
         lags, linear, shares = grid[m]
         for n, layer in enumerate(model["figures"]["layers"]):
@@ -264,14 +242,13 @@ def overview(models: list[dict[str, Any]], settings: dict[str, Any]) -> Any:
         lags.set_title(f"{model['name']}: gradient of one step's loss, median", fontsize=10)
         lags.set_xlabel("lag, time steps")
         lags.set_ylabel("norm, nats per unit of the state")
-        _legend_below(lags, ncols=3)
         last = len(model["figures"]["layers"]) - 1
         _prediction_panel(linear, model["figures"]["layers"][last], last)
         linear.set_title(f"layer {last}: powers of W_hh against measurement", fontsize=10)
         linear.set_xlabel("lag, time steps")
         linear.set_ylabel("gradient by h over that at lag 0")
-        _legend_below(linear, ncols=2)
         _share_panel(shares, model["figures"]["gradient"]["shares"])
+    legends_under(grid)
     return figure
 
 
@@ -286,11 +263,4 @@ def _share_panel(axes: Any, shares: dict[str, float]) -> None:
 
 def _legend_of(figure: Any, axes: Any) -> None:
     """One legend below all panels, from the entries of one of them."""
-    handles, labels = axes.get_legend_handles_labels()
-    figure.legend(
-        handles, labels, loc="outside lower center", ncols=min(5, len(labels)), fontsize=8
-    )
-
-
-def _legend_below(axes: Any, ncols: int) -> None:
-    axes.legend(fontsize=7, ncols=ncols, loc="upper center", bbox_to_anchor=(0.5, -0.21))
+    legend_below(figure, *axes.get_legend_handles_labels())

@@ -4,6 +4,7 @@ from typing import Any
 
 from diagnostics import words
 from layers.lstm import LSTM
+from pictures.canvas import on_page
 
 READING = """\
 L_t is the loss of step t alone, in nats. The gradient by h or c at a lag is the norm of L_t's
@@ -40,7 +41,7 @@ def markdown(diagnosis: dict[str, Any], pictures: dict[str, str]) -> str:
     lines += ["## How to read this", "", READING.format(**settings), ""]
     if pictures:
         lines += ["## Pictures", ""]
-        lines += [f"![{caption}]({name})\n" for name, caption in pictures.items()]
+        lines += [on_page(caption, name) + "\n" for name, caption in pictures.items()]
     return "\n".join(lines).rstrip() + "\n"
 
 

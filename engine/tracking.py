@@ -5,6 +5,7 @@ The only module that imports wandb, which is optional, on first use.
 
 import importlib
 import json
+import shlex
 import sys
 import threading
 from collections.abc import Callable
@@ -36,7 +37,7 @@ class WandbOptions:
     """The user's settings of Weights & Biases.
 
     None leaves a field to WANDB_PROJECT, WANDB_NAME, WANDB_RUN_GROUP or WANDB_TAGS; the default
-    project is `awd-lstm`. WANDB_MODE is ignored.
+    project is `awd-lstm`, the default name that of the folder. WANDB_MODE is ignored.
     """
 
     mode: Literal["online", "offline", "disabled"] = "disabled"
@@ -79,7 +80,7 @@ class Tracker:
             warn(f"{path}: {self._metrics.damage}; what is missing is marked as a gap")
         # A run resumed in another folder must not write to the W&B run of the old folder.
         known = state.get("wandb_id") if (folder / "wandb").is_dir() else None
-        self._wandb = _WandbRun(folder, config, wandb, known)
+        self._wandb = WandbRun(folder, config, wandb, known)
         if known is None:
             for line in path.read_text(encoding="utf-8").splitlines():
                 self._wandb.log(json.loads(line))
@@ -98,6 +99,17 @@ class Tracker:
         record = {"event": event, "step": step, **fields}
         self._metrics.write(record)
         self._wandb.log(record)
+
+    def log_samples(self, sentences: list[str], *, step: int) -> None:
+        """Show sentences that the model wrote in W&B, as a table. No-op without any."""
+
+        def send(run: Any) -> None:
+            wandb = importlib.import_module("wandb")
+            table = wandb.Table(columns=["sentence"], data=[[text] for text in sentences])
+            run.log({"step": step, "samples": table})
+
+        if sentences:
+            self._wandb.attempt(send)
 
     def summarize(self, **fields: Any) -> None:
         """Set the run's final figures (best_valid_ppl, test_ppl, …) in W&B's summary."""
@@ -129,6 +141,9 @@ class Silence(Tracker):
     def log(self, event: str, *, step: int, **fields: Any) -> None:
         """No-op."""
 
+    def log_samples(self, sentences: list[str], *, step: int) -> None:
+        """No-op."""
+
     def summarize(self, **fields: Any) -> None:
         """No-op."""
 
@@ -140,7 +155,7 @@ class Silence(Tracker):
         """No-op."""
 
 
-class _WandbRun:
+class WandbRun:
     """A W&B run, or none. The first call that fails prints a warning; later calls are no-ops.
 
     Args:
@@ -195,12 +210,15 @@ class _WandbRun:
         wandb = importlib.import_module("wandb")
         # silent: on a terminal the SDK asks for a missing key, unless it may not print at all
         library = wandb.setup(wandb.Settings(silent=True))
+        name = options.name
+        if self.id is None:  # a run that goes on keeps the name that it may have been given in W&B
+            name = name or library.settings.run_name or folder.name
         run = wandb.init(
             mode=options.mode,
             dir=str(folder),
             config=config,
             project=options.project or library.settings.project or "awd-lstm",
-            name=options.name,
+            name=name,
             group=options.group,
             job_type=options.job_type,
             tags=options.tags,
@@ -226,23 +244,9 @@ def _tear_down(exit_code: int) -> None:
         importlib.import_module("wandb").teardown(exit_code)
 
 
-def log_table(
-    folder: Path, options: WandbOptions, rows: list[dict[str, Any]], picture: Path | None
-) -> None:
-    """Log a finished table as a W&B run of its own; a failure costs one warning.
-
-    Args:
-        folder: where W&B keeps its files.
-        rows: the table's lines, all with the same keys.
-        picture: a PNG to go with it.
-    """
-    tracked = _WandbRun(folder, {}, options, None)
-
-    def send(run: Any) -> None:
-        wandb = importlib.import_module("wandb")
-        table = wandb.Table(columns=list(rows[0]), data=[list(row.values()) for row in rows])
-        images = {} if picture is None else {"curves": wandb.Image(str(picture))}
-        run.log({"table": table, **images})
-
-    tracked.attempt(send)
-    tracked.close(0)
+def sync_command(folder: Path, *within: str) -> str | None:
+    """What to type to upload the offline W&B runs of a folder, and of folders within it that
+    match patterns such as "runs/*"; None if there are none."""
+    patterns = [f"{place}/wandb/offline-run-*".lstrip("/") for place in ("", *within)]
+    found = [f"{shlex.quote(str(folder))}/{p}" for p in patterns if any(folder.glob(p))]
+    return f"wandb sync {' '.join(found)}" if found else None

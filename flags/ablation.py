@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from engine.errors import UsageError
 from flags.flag import Flag, Sections, by_name, dashed
 from flags.parser import Parser
+from flags.plotting import FORMAT
 from flags.training import TRAINING
 from flags.values import non_negative, positive_int, whole_numbers
 
@@ -36,6 +37,7 @@ ABLATION: Sections = {
         ),
         Flag("--dry-run", False, "print the plan and what it costs, then exit"),
         Flag("--report-only", False, "only write the report again, from the runs so far"),
+        FORMAT,
     ),
     "where to run it": (
         Flag("--jobs", None, "runs at a time (one a GPU, if not given)", positive_int),

@@ -7,6 +7,7 @@ from dataclasses import replace
 from engine.errors import UsageError
 from flags.flag import Flag, Sections, by_name
 from flags.parser import Parser
+from flags.plotting import FORMAT
 from flags.training import TRAINING
 from flags.values import natural, positive, positive_int
 
@@ -27,6 +28,7 @@ DIAGNOSIS: Sections = {
             "folder for the results; beside the model, NAME-diagnosis, if not given",
             metavar="FOLDER",
         ),
+        FORMAT,
         _SHARED["device"],
         _SHARED["threads"],
         Flag("--split", "train", "text to read", choices=("train", "valid", "test")),

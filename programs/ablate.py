@@ -3,6 +3,7 @@
 import argparse
 import io
 import shlex
+import shutil
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -16,16 +17,18 @@ from engine.ablation.curves import draw_curves
 from engine.ablation.pool import run_locally, slots
 from engine.ablation.progress import Board
 from engine.ablation.ray_pool import run_on_ray
-from engine.ablation.report import flat, write_report
+from engine.ablation.report import flat, markdown, write_report
 from engine.ablation.results import collect
 from engine.ablation.runs import FINISHED, Run, counted, read_state
 from engine.ablation.stages import steps_after
 from engine.ablation.table import Row, Table, load_table
+from engine.ablation.terminal import on_terminal
+from engine.ablation.tracked import log_table
 from engine.device import warn_if_busy
 from engine.errors import RunError, UsageError
 from engine.interrupt import Interrupt
 from engine.run_folder import lock_folder
-from engine.tracking import WandbOptions, log_table, warn
+from engine.tracking import WandbOptions, sync_command, warn
 from flags import (
     check_stage,
     given_flags,
@@ -34,6 +37,7 @@ from flags import (
     parse_training,
     settle_scheme,
 )
+from pictures.canvas import FORMATS, write_figure
 from programs.table_plan import print_plan, sharing, time_needed, where
 
 PROJECT = Path(__file__).resolve().parent.parent
@@ -222,26 +226,36 @@ def run_all(runs: list[Run], args: argparse.Namespace) -> None:
 
 
 def report(table: Table, runs: list[Run], output: Path, args: argparse.Namespace) -> None:
-    """Write the report and print its Markdown."""
+    """Write the report, and print it."""
     figures = collect(table, runs, output)
     if not any(row["runs"] and row["valid"]["n"] for row in figures["rows"]):
         warn(f"{output}: no run is done yet")
     output.mkdir(parents=True, exist_ok=True)
-    picture: Path | None = output / "curves.png"
-    try:
-        drawn = draw_curves(figures, output / "curves.png")
-    except ImportError:
-        warn("matplotlib is not installed: no curves")
-        drawn = False
-    if not drawn:
-        (output / "curves.png").unlink(missing_ok=True)
-        picture = None
-    paths = write_report(figures, output, curves=drawn)
+    pictures = draw(figures, output, FORMATS[args.format])
+    paths = write_report(figures, output, pictures[0].name if pictures else "")
     if isinstance(sys.stdout, io.TextIOWrapper):
         sys.stdout.reconfigure(errors="replace")  # for terminals that cannot show a dagger
-    print(paths[0].read_text(encoding="utf-8"), end="", flush=True)
-    if picture is not None:
-        paths.append(picture)
-    print(f"| {', '.join(map(str, paths))}", file=sys.stderr)
+    text = markdown(figures)
+    if sys.stdout.isatty():
+        text = on_terminal(figures, shutil.get_terminal_size().columns, paths[0])
+    print(text, end="", flush=True)
+    print(f"| {', '.join(map(str, paths + pictures))}", file=sys.stderr)
     wandb = WandbOptions(args.wandb, args.wandb_project, table.name, table.name, "table")
-    log_table(output, wandb, [flat(row) for row in figures["rows"]], picture)
+    shown = next((path for path in pictures if path.suffix == ".png"), None)
+    log_table(output, wandb, [flat(row) for row in figures["rows"]], shown)
+    if args.wandb == "offline" and (command := sync_command(output, "runs/*")):
+        print(f"| to upload the runs and the table: {command}", file=sys.stderr)
+
+
+def draw(figures: dict[str, Any], output: Path, formats: Sequence[str]) -> list[Path]:
+    """Draw the curves, if there are any, in place of those of an earlier report."""
+    curves = output / "curves"
+    try:
+        figure = draw_curves(figures)
+    except ImportError:
+        warn("matplotlib is not installed: no curves")
+        figure = None
+    for name in FORMATS["both"]:
+        if figure is None or name not in formats:
+            curves.with_suffix(f".{name}").unlink(missing_ok=True)
+    return [] if figure is None else write_figure(figure, curves, formats)

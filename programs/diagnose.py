@@ -27,6 +27,7 @@ from engine.tracking import warn
 from flags import parse_diagnosis
 from layers.lstm import LSTM
 from model import RNNModel, count_parameters
+from pictures.canvas import FORMATS, write_figure
 
 
 def run(argv: Sequence[str]) -> None:
@@ -65,7 +66,7 @@ def run(argv: Sequence[str]) -> None:
     if len(models) == 2:
         both = [model["figures"] for model in diagnosis["models"]]
         diagnosis["comparison"] = words.comparison(names, both, told)
-    write(folder, diagnosis)
+    write(folder, diagnosis, FORMATS[args.format])
 
 
 def own_corpus(path: Path) -> str:
@@ -157,7 +158,7 @@ def say(what: str) -> None:
     print(f"|   {what}", file=sys.stderr, flush=True)
 
 
-def write(folder: Path, diagnosis: dict[str, Any]) -> None:
+def write(folder: Path, diagnosis: dict[str, Any], formats: Sequence[str]) -> None:
     """Write figures, page and plots; print the findings."""
     text = json.dumps(diagnosis, indent=1, allow_nan=False)
     # Put each list of numbers on one line.
@@ -167,9 +168,14 @@ def write(folder: Path, diagnosis: dict[str, Any]) -> None:
     except ImportError as error:
         warn(f"plots are left out: {error}")
         pictures = {}
-    page = summary.markdown(diagnosis, {name: caption for name, (caption, _) in pictures.items()})
-    files = {"diagnosis.json": f"{text}\n".encode(), "summary.md": page.encode()}
-    files.update({name: content for name, (_, content) in pictures.items()})
+    shown = {f"{name}.{formats[0]}": caption for name, (caption, _) in pictures.items()}
+    files = {
+        "diagnosis.json": f"{text}\n".encode(),
+        "summary.md": summary.markdown(diagnosis, shown).encode(),
+    }
+    paths = [folder / name for name in files]
+    for name, (_, figure) in pictures.items():
+        paths += write_figure(figure, folder / name, formats)
     for name, content in files.items():
         with atomic_write(folder / name) as file:
             file.write(content)
@@ -177,4 +183,4 @@ def write(folder: Path, diagnosis: dict[str, Any]) -> None:
         print(f"{model['name']}:", *model["findings"], sep="\n- ")
     if "comparison" in diagnosis:
         print("Side by side:", *diagnosis["comparison"], sep="\n- ")
-    print(f"| {folder}: {', '.join(files)}")
+    print(f"| {folder}: {', '.join(path.name for path in paths)}")

@@ -21,7 +21,7 @@ from engine.provenance import cpu_name, git_commit, versions
 from engine.ranks import Ranks, launched_ranks
 from engine.report import DOUBLE_RULE, final_line, short_number
 from engine.run_folder import RunFolder, find_run
-from engine.tracking import Silence, Tracker, WandbOptions, warn
+from engine.tracking import Silence, Tracker, WandbOptions, sync_command, warn
 from evaluation.bigram import bigram_loss
 from evaluation.evaluate import evaluate, perplexity
 from evaluation.plain import Plain
@@ -157,6 +157,8 @@ def lead(
         exit_code = 0
     finally:
         tracker.close(exit_code)
+        if args.wandb == "offline" and (command := sync_command(folder.folder)):
+            print(f"W&B: to upload the run: {command}", file=sys.stderr)
 
 
 def open_tracker(
@@ -235,8 +237,9 @@ def train_and_test(args: argparse.Namespace, trainer: Trainer, tracker: Tracker)
             warn(text)
     part = " | --quick: of a part of the text" * args.quick
     print(f"{final_line(loss)}{part}", flush=True)
-    for sentence in sample_sentences(Plain(model), vocabulary, args.samples, args.seed):
-        print(f"| It writes: {sentence}")
+    sentences = list(sample_sentences(Plain(model), vocabulary, args.samples, args.seed))
+    print(*(f"| It writes: {sentence}\n" for sentence in sentences), sep="", end="")
+    tracker.log_samples(sentences, step=trainer.at.update)
     print_end(trainer, loss, summary)
     conclude(trainer, tracker, summary)
 

@@ -32,6 +32,8 @@ TINY = shlex.split(
     "--log-interval 3 --device cpu"
 )
 
+MEASURED = {"tokens_per_second", "seconds"}  # fields that differ from run to run
+
 
 class Result(NamedTuple):
     code: int
@@ -137,10 +139,9 @@ def command_line(flags: dict[str, Any]) -> list[str]:
 
 
 def read_events(save: Path) -> list[dict[str, Any]]:
-    """The lines of metrics.jsonl of a run, by its best model or its folder, without speeds."""
+    """The lines of metrics.jsonl of a run, by its best model or its folder, without times."""
     lines = (save.with_suffix("") / "metrics.jsonl").read_text().splitlines()
-    events = [json.loads(line) for line in lines]
-    return [{k: v for k, v in line.items() if k != "tokens_per_second"} for line in events]
+    return [{k: v for k, v in json.loads(line).items() if k not in MEASURED} for line in lines]
 
 
 def read_summary(save: Path) -> dict[str, Any]:

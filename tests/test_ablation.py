@@ -26,8 +26,9 @@ from conftest import ROOT, TINY, Result, write_corpus
 import ablate
 import programs.ablate
 from engine.ablation import pool
+from engine.ablation.latex import latex
 from engine.ablation.pool import slots
-from engine.ablation.report import latex, markdown
+from engine.ablation.report import markdown
 from engine.ablation.results import collect
 from engine.ablation.runs import Run, read_state
 from engine.ablation.statistics import holm, paired, spread
@@ -78,6 +79,13 @@ def without_times(folder: Path) -> dict[str, str]:
     return texts
 
 
+def without_picture(folder: Path) -> str:
+    """The report's page without the link to its picture, which only the page has."""
+    link = "![Validation perplexity per epoch](curves.png)\n\n"
+    before, after = (folder / "table.md").read_text().split(link)
+    return before + after
+
+
 # From flags to a table
 
 
@@ -90,7 +98,7 @@ def test_a_table_with_rows_that_work_diverge_and_fail(
     assert first.code == 1
     assert first.err.splitlines()[-1].startswith("error: 1 of 3 runs failed (fails, seed 1)")
     assert "| base, seed 1: done, test ppl " in first.err
-    assert first.out == (out / "table.md").read_text()
+    assert first.out == without_picture(out)
     base, diverged, failed = json.loads((out / "table.json").read_text())["rows"]
     assert base["left_out"] == []
     assert diverged["difference"]["test"]["mean"] is None
@@ -430,12 +438,12 @@ def test_differences_are_paired_by_seed_and_names_escaped(tmp_path: Path) -> Non
     figures = collect(table, runs, tmp_path)
     difference = figures["rows"][1]["difference"]["test"]
     assert (difference["seeds"], difference["n"], difference["mean"]) == ([3, 4], 2, 3.5)
-    text = markdown(figures, curves=False)
+    text = markdown(figures)
     assert "| a\\|b_c & 50% | 3 of 4 † |" in text
     rows_of_text = [line for line in text.splitlines() if line.startswith("|")]
     assert len({len(line) for line in rows_of_text[:4]}) == 1  # columns are aligned
     tex = latex(figures)
-    assert "a|b\\_c \\& 50\\% & 3 of 4 $\\dagger$ & 90.00" in tex
+    assert "a\\textbar{}b\\_c \\& 50\\% & 3 of 4 $\\dagger$ & 90.00" in tex
     assert "failed: 50% of $HOME_DIR" in tex
 
 
@@ -465,6 +473,19 @@ def test_a_run_that_is_tried_again_is_no_failure_meanwhile(
         pool.execute(run, {}, threading.Event())
         assert read_state(run).kind == "failed"
         assert run.log_path.read_text().splitlines()[-1] == "failed: False"
+
+
+def test_ablate_prints_for_the_terminal_it_has(
+    make_table: Callable[..., Path], run_table: Callable[..., Result], tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:  # fmt: skip
+    monkeypatch.setattr(sys.stdout, "isatty", lambda: True)
+    monkeypatch.setenv("COLUMNS", "50")
+    table = make_table({"base": "", "a row with a name that is rather long": "--wdrop 0"})
+    done = run_table(table, "--report-only", "--output", tmp_path / "out")
+    assert done.code == 0
+    assert max(map(len, done.out.splitlines())) <= 50
+    assert "table.md" in done.out
 
 
 # On a cluster
@@ -553,7 +574,7 @@ def test_a_table_s_recipe_is_found_from_anywhere(
     monkeypatch.chdir(tmp_path)
     assert load_table(table, ROOT).flags[0] == f"@{ROOT / 'recipes' / 'penn.txt'}"
     done = run_table(table, "--flags=--epochs 1", "--output", "out")
-    assert (done.code, done.out) == (0, (tmp_path / "out" / "table.md").read_text())
+    assert (done.code, done.out) == (0, without_picture(tmp_path / "out"))
     config = json.loads((tmp_path / "out" / "runs" / "base-seed1" / "config.json").read_text())
     assert config["flags"]["dropouti"] == 0.2  # the table's, above the recipe's 0.4
     assert config["flags"]["clip"] == 0.25

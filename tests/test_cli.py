@@ -59,8 +59,8 @@ def test_a_run_writes_what_the_contract_says(run: Run, corpus_folder: Path, tmp_
     }  # fmt: skip
     events = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
     keys = {
-        "train": "step epoch loss ppl lr grad_norm tokens_per_second",
-        "valid": "step epoch loss ppl averaged",
+        "train": "step epoch loss ppl lr grad_norm tokens_per_second seconds",
+        "valid": "step epoch loss ppl averaged seconds",
         "test": "step loss ppl bpc",
     }
     assert {event["event"] for event in events} == set(keys)
@@ -124,13 +124,17 @@ def test_where_the_time_goes(
     speeds = [line["tokens_per_second"] for line in events if line["event"] == "train"]
     assert speeds[: first - 1] == pytest.approx([40 / 25] * (first - 1))
     assert re.findall(r"ms/batch (\S+)", result.err) == ["25000.00"] * second
+    times = [line["seconds"] for line in events if line["event"] == "train"]
+    assert times[: first - 1] == [25 * n + 100 * ((n - 1) // 3) for n in range(1, first)]
     took = 25 * first + 10 + 100 * len(due)  # what comes after a validation is the next epoch's
     assert re.findall(r"time: (\S+)s", result.out)[0] == f"{took:.2f}"
     words = (corpus_folder / "train.txt").read_text().replace("\n", " <eos> ").split()
     summary = read_summary(tmp_path / "run.pt")
     tokens = 2 * (len(words) // 4 - 1) * 4
     assert summary["tokens_per_second"] == pytest.approx(tokens / (25 * second))
-    best = [line["ppl"] for line in events if line["event"] == "valid"]
+    validated = [line for line in events if line["event"] == "valid"]
+    assert validated[0]["seconds"] == pytest.approx(took)
+    best = [line["ppl"] for line in validated]
     files = len(written) + (2 if best[1] < best[0] else 1)
     assert summary["seconds"] == pytest.approx(25 * second + 20 + 100 * files)
 

@@ -121,6 +121,7 @@ def test_two_models_with_everything(
         assert picture.name in page
         assert picture.read_bytes().startswith(b"\x89PNG\r\n\x1a\n")
         assert picture.stat().st_size > 5000
+        assert picture.with_suffix(".pdf").read_bytes().startswith(b"%PDF")
     assert not list(folder.glob(".*"))
 
 

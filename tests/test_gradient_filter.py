@@ -1,6 +1,5 @@
 """The gradient filter against its equations, in float64 and in loops."""
 
-import json
 import math
 import statistics
 from collections.abc import Callable
@@ -9,7 +8,7 @@ from typing import Any
 
 import pytest
 import torch
-from conftest import TINY, Result
+from conftest import TINY, Result, read_events
 from torch import Tensor
 
 from gradient_filter import GradientFilter
@@ -194,14 +193,9 @@ def test_runs_log_it_and_resume_it(run: Run, corpus_folder: Path, tmp_path: Path
     assert run(*flags, 0, "--save", off).code == 0
     assert run(*flags[:-1], "--save", without).code == 0
 
-    def lines(save: Path) -> list[dict]:
-        text = (save.with_suffix("") / "metrics.jsonl").read_text()
-        events = [json.loads(line) for line in text.splitlines()]
-        return [{k: v for k, v in e.items() if k != "tokens_per_second"} for e in events]
-
-    assert lines(whole) == lines(parts)
-    assert lines(off) == lines(without) != lines(whole)
-    train = [line for line in lines(whole) if line["event"] == "train"]
+    assert read_events(whole) == read_events(parts)
+    assert read_events(off) == read_events(without) != read_events(whole)
+    train = [line for line in read_events(whole) if line["event"] == "train"]
     for layer in (0, 1):
         for line in train:
             assert 0 <= line[f"grad_filter_singled_out_l{layer}"] <= 1

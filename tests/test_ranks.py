@@ -17,7 +17,7 @@ from typing import Any
 
 import pytest
 import torch
-from conftest import ROOT, TINY, Result, write_corpus
+from conftest import MEASURED, ROOT, TINY, Result, write_corpus
 from torch import Tensor
 
 import programs.train
@@ -60,7 +60,7 @@ def figures(folder: Path) -> list[list[Any]]:
     """Of each event its name, step and figures, without measured times."""
     lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
     names = [[line["event"], line["step"]] for line in lines]
-    drop = ("event", "step", "tokens_per_second")
+    drop = ("event", "step", *MEASURED)
     return [
         [*name, *(v for k, v in line.items() if k not in drop)]
         for name, line in zip(names, lines, strict=True)

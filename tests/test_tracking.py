@@ -20,8 +20,9 @@ import pytest
 import torch
 from conftest import ROOT, TINY, write_corpus
 
+from engine.ablation.tracked import log_table
 from engine.metrics_file import MetricsFile
-from engine.tracking import Tracker, WandbOptions, log_table
+from engine.tracking import Tracker, WandbOptions, sync_command
 
 DISABLED = WandbOptions()
 OFFLINE = WandbOptions(mode="offline", project="test", name="a run", group="g", tags=("x", "y"))
@@ -370,6 +371,27 @@ def test_project_and_name_come_from_the_environment(
     assert run["tags"] == ["a", "b"]
 
 
+def test_a_run_has_its_folder_s_name_and_a_command_to_upload_it(wandb: Any, tmp_path: Path) -> None:
+    folder = tmp_path / "my PTB"
+    state: dict[str, Any] = {}
+    assert sync_command(folder) is None
+    for _ in range(2):
+        tracker = Tracker(folder, {}, WandbOptions(mode="offline"), state)
+        state = tracker.state_dict()
+        tracker.close()
+    new, resumed = offline_folders(folder)
+    assert started(new)["display_name"] == "my PTB"
+    assert not started(resumed).get("display_name")  # W&B keeps the one that it has
+    command = sync_command(folder)
+    assert command is not None
+    # As a shell reads it, and only lists it.
+    listed = subprocess.run(
+        ["sh", "-c", command.replace("wandb sync", "ls -d")], capture_output=True, text=True
+    )
+    assert listed.stdout.split("\n")[:-1] == [str(new), str(resumed)]
+    assert sync_command(tmp_path, "*") == f"wandb sync {tmp_path}/*/wandb/offline-run-*"
+
+
 def assert_one_warning(text: str) -> None:
     assert text.startswith("warning: Weights & Biases is off")
     assert text.count("\n") == 1
@@ -452,12 +474,18 @@ def test_main_with_wandb_from_start_to_resume(
     first = run(*flags, "--max-updates", 8)
     assert first.code == 0
     assert "W&B: " in first.err
-    assert run(*flags).code == 0
+    last = run(*flags, "--samples", 2)
+    assert last.code == 0
+    assert last.err.splitlines()[-1] == f"W&B: to upload the run: {sync_command(tmp_path / 'run')}"
     folders = offline_folders(tmp_path / "run")
     runs = [started(path) for path in folders]
     assert len(runs) == 2
     assert len({run["run_id"] for run in runs}) == 1
     assert (runs[0]["project"], runs[0]["tags"]) == ("p", ["a", "b"])
+    assert runs[0]["display_name"] == "run"
+    [samples] = (folders[1] / "files" / "media" / "table").glob("samples*.table.json")
+    written = json.loads(samples.read_text())["data"]
+    assert [f"| It writes: {sentence}" for [sentence] in written] == last.out.splitlines()[-2:]
     assert runs[0]["config"]["update"]["nhid"] == 8
     sent = [event for path in folders for event in events(path)]
     # the test at the end of the first session is in W&B, too

@@ -200,6 +200,7 @@ class Trainer:
             lr=lr,
             grad_norm=float(self.tally.grad_norm),
             tokens_per_second=at.interval_tokens / max(at.interval_seconds, 1e-9),
+            seconds=at.seconds,
             **figures,
         )
         self.tally.summed.zero_()
@@ -241,7 +242,8 @@ class Trainer:
         if at.diverged and not before:
             warn(f"epoch {at.epoch} has diverged: {at.diverged}")
         averaged = getattr(self.optimizer, "num_averaged", 0) > 0
-        self._log("valid", epoch=at.epoch, loss=loss, ppl=perplexity(loss), averaged=averaged)
+        figures = dict(loss=loss, ppl=perplexity(loss), averaged=averaged, seconds=at.seconds)
+        self._log("valid", epoch=at.epoch, **figures)
         if best:
             self.save_model(self.folder.model_path, loss)
             at.best_loss, at.best_epoch = loss, at.epoch

@@ -3,7 +3,7 @@
 import sys
 import time
 
-from engine.ablation.report import number
+from engine.ablation.columns import number
 from engine.ablation.runs import FINISHED, Run, State, counted, read_state
 from engine.report import duration
 
@@ -43,9 +43,10 @@ class Board:
 
     def _headline(self, running: set[str]) -> str:
         """How many runs have ended, and the estimated time left."""
-        states = list(self._states.values())
-        ended = [state for state in states if state.kind in ENDED]
-        share = f"{len(ended)} of {len(states)} runs ended"
+        # A run that has written its last figures is under way until its process has ended.
+        finished = {name: s for name, s in self._states.items() if s.kind in ENDED}
+        ended = [state for name, state in finished.items() if name not in running]
+        share = f"{len(ended)} of {len(self._states)} runs ended"
         if any(state.kind != "done" for state in ended):
             share += f" ({counted(ended)})"
         return f"{share}, {len(running)} under way{self._time_left()}"

@@ -1,14 +1,14 @@
 """The runs of a table, and their states as read from their folders."""
 
-import json
 from collections import Counter
 from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from engine.ablation.stages import Step, StepState, read_json
+from engine.ablation.stages import Step, StepState
 from engine.ablation.table import Row
+from engine.history import read_events, read_json
 
 FINISHED = ("done", "diverged")
 
@@ -128,18 +128,6 @@ def _reached(summary: dict[str, Any], flags: dict[str, Any]) -> bool:
     updates = flags.get("max_updates")
     enough = updates is not None and summary.get("updates", 0) >= updates
     return bool(enough or summary.get("epochs", 0) >= flags["epochs"])
-
-
-def read_events(path: Path) -> list[dict[str, Any]]:
-    """The complete lines of a metrics.jsonl, to which a run may be writing."""
-    events = []
-    with suppress(OSError):
-        for line in path.read_text(encoding="utf-8", errors="replace").splitlines():
-            with suppress(ValueError):
-                event = json.loads(line)
-                if isinstance(event, dict) and "event" in event:
-                    events.append(event)
-    return events
 
 
 def counted(states: list[State]) -> str:

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from data.files import atomic_write
+from engine.history import read_json
 
 SPLITS = ("valid", "test")
 
@@ -171,12 +172,3 @@ def steps_after(save: Path, flags: dict[str, Any], after: Sequence[After]) -> li
         if one.stage.makes_model:
             model = steps[-1].save
     return steps
-
-
-def read_json(path: Path) -> dict[str, Any]:
-    """A JSON object; empty if the file is missing or not one."""
-    try:
-        content = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError):
-        return {}
-    return content if isinstance(content, dict) else {}

@@ -1,0 +1,1 @@
+"""Drawing: layout, style and files of every picture."""
