@@ -52,10 +52,10 @@ def short_number(value: float) -> str:
 
 
 def duration(seconds: float) -> str:
-    """For instance "0.4 s", "40 s", "12 min", "3.5 h"."""
-    if seconds < 90:
-        return f"{seconds:.1f} s" if seconds < 10 else f"{seconds:.0f} s"
-    return f"{seconds / 60:.0f} min" if seconds < 5400 else f"{seconds / 3600:.1f} h"
+    """For instance "0.4 s", "40 s", "2.5 min", "12 min", "3.5 h"."""
+    unit, size = ("s", 1) if seconds < 90 else ("min", 60) if seconds < 5400 else ("h", 3600)
+    value = seconds / size
+    return f"{value:.1f} {unit}" if value < 10 else f"{value:,.0f} {unit}"
 
 
 def loss_figures(kind: str, loss: float) -> str:

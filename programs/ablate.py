@@ -77,10 +77,10 @@ def run(argv: Sequence[str]) -> None:
         raise RunError(f"{output}: cannot write: {error.strerror or error}") from None
     lock = lock_folder(output)
     try:
-        if any(read_state(run).kind not in FINISHED for run in runs):
-            print(
-                f"| {where(args)}: {time_needed(runs, corpus, args)}", file=sys.stderr, flush=True
-            )
+        unfinished = any(read_state(run).kind not in FINISHED for run in runs)
+        if unfinished and args.ray is None:  # a cluster's machines may be others
+            needed = time_needed(runs, corpus, args)
+            print(f"| {where(args)}: {needed}", file=sys.stderr, flush=True)
         run_all(runs, args)
         report(table, runs, output, args)
     finally:

@@ -118,7 +118,7 @@ def described(found: Forecast, epochs: float) -> str:
     pace = found.pace
     memory = "" if found.memory is None else f"; {found.memory / 2**20:,.0f} MiB at the peak"
     return (
-        f"{duration(pace.epoch)} an epoch ({duration(pace.validation)} of it validation), "
+        f"{pace.epoch:,.4g} s an epoch ({pace.validation:.3g} s of it validation), "
         f"{duration(found.seconds(epochs))} for {epochs:,.4g} epochs and the test{memory}"
     )
 
