@@ -31,7 +31,7 @@ class Origin:
 
     def is_origin_of(self, state: dict[str, Any]) -> bool:
         """True if a training state is that of a run from this model, wherever its file was."""
-        return {**state["origin"], "path": ""} == {**self.details, "path": ""}
+        return bool(dict(state["origin"], path="") == dict(self.details, path=""))
 
     def check(self, folder: str, corpus: Corpus) -> None:
         """Check that the corpus in this folder has the model's vocabulary.

@@ -11,6 +11,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+from engine.checkpoint import damage_reported
 from engine.errors import RunError, UsageError
 from engine.launch import is_follower
 from engine.origin import Origin, read_origin
@@ -34,10 +35,12 @@ def run(argv: Sequence[str]) -> None:
     resumed, state = find_state(args, given)
     if state is not None and "origin" not in state:
         raise RunError(f"{resumed.resume}: a run of main.py, whose --resume continues it")
-    if origin is not None and state is not None and not origin.is_origin_of(state):
-        if args.resume != "auto":
+    if origin is not None and state is not None:
+        with damage_reported(Path(resumed.resume)):
+            same = origin.is_origin_of(state)
+        if not same and args.resume != "auto":
             raise UsageError(f"argument --save: {resumed.resume} started from another model")
-        state = None
+        state = state if same else None
     if state is not None:
         launch(resumed, argv, state)
         return

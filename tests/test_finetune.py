@@ -244,6 +244,11 @@ def test_another_model_of_the_name_is_another_start(
     assert tune(*argv, output).err == (
         f"error: argument --save: {output.with_suffix('') / 'last.pt'} started from another model\n"
     )
+    last = output.with_suffix("") / "last.pt"
+    state = last.read_bytes()
+    torch.save({**torch.load(last, weights_only=True), "origin": 3}, last)
+    assert refused(tune(*argv, output), 1).startswith(f"{last}: damaged checkpoint")
+    last.write_bytes(state)
     assert tune(*argv, "auto").code == 0
     assert (tmp_path / "m.finetuned.1.pt").exists()
     (event, *_) = read_events(output)
