@@ -25,7 +25,8 @@ _MAIN = by_name(TRAINING)
 def _finetuning() -> Sections:
     save = replace(
         _MAIN["save"],
-        help="the model to start from, which main.py saved; only read",
+        type=str,
+        help="the model to start from, which main.py saved or export.py wrote; only read",
         metavar="MODEL",
     )
     output = Flag(
@@ -86,7 +87,7 @@ def finetuning_parser() -> Parser:
 
 
 def _default_output(start: Path) -> str:
-    return str(start.with_name(f"{start.stem}.finetuned{start.suffix}"))
+    return str(start.with_name(f"{start.stem}.finetuned{start.suffix or '.pt'}"))
 
 
 def _check_apart(start: str, output: str) -> None:

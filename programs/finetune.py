@@ -72,7 +72,7 @@ def settle(
                 f"argument {dashed(name)}: {asked}, where {origin.path} has {plain(size)}"
             )
     config = origin.path.with_suffix("") / "config.json"
-    saved = read_flags(config)
+    saved = {} if origin.path.is_dir() else read_flags(config)  # an exported one has no run
     try:
         words = taken_over({**model, **saved, **sizes}, given)
         parse_finetuning([*words, "--save", str(origin.path)])
@@ -120,7 +120,10 @@ def describe(origin: Origin, config: Path, saved: dict[str, Any]) -> str:
     """Where training starts, and where the flags that are not given are from."""
     rest = f"those of its run ({config})"
     if not saved:
-        rest = f"their defaults ({config} is not there), dropouts the model's"
+        missing = f"{config} is not there"
+        if origin.path.is_dir():
+            missing = "an exported model has no flags of its run"
+        rest = f"their defaults ({missing}), dropouts the model's"
     elif saved.get("optimizer", "sgd") != "sgd":
         rest += f", except --lr, which was for {saved['optimizer']}"
     details = origin.details

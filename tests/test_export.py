@@ -14,12 +14,13 @@ from typing import Any
 
 import pytest
 import torch
-from conftest import TINY, Result, write_corpus
+from conftest import TINY, Result, read_weights, write_corpus
 from test_bad_input import only_line
 from test_checkpoint import WORDS, small_model
 from torch import Tensor, nn
 
 import export
+import finetune
 from data.corpus import load_corpus
 from data.text import read_text
 from engine.checkpoint import load_model, model_details, model_payload, write_checkpoint
@@ -77,6 +78,21 @@ def test_an_exported_model_has_the_same_perplexity_to_the_last_bit(
     command = [sys.executable, "-I", "-c", both]
     printed = subprocess.run(command, cwd=elsewhere, capture_output=True, text=True, check=True)
     assert [float(line) for line in printed.stdout.split()] == expected
+
+
+def test_a_folder_is_trained_further(
+    run: Run, export_: Run, corpus_folder: Path, tmp_path: Path
+) -> None:
+    save, folder = tmp_path / "run.pt", tmp_path / "exported"
+    assert run(*TINY, "--data", corpus_folder, "--max-updates", 1, "--save", save).code == 0
+    assert export_(save, "--output", folder).code == 0
+    flags = [*map(str, ("--save", folder, "--data", corpus_folder)), "--batch-size", "4"]
+    assert finetune.main([*flags, "--lr", "1", "--max-updates", "3", "--device", "cpu"]) == 0
+    before, after = read_weights(folder), read_weights(tmp_path / "exported.finetuned.pt")
+    assert after.keys() == before.keys()
+    assert not torch.equal(after["encoder.weight"], before["encoder.weight"])
+    models = [load_model(path)[0] for path in (folder, tmp_path / "exported.finetuned.pt")]
+    assert models[0].config() == models[1].config()
 
 
 def test_a_folder_is_complete_or_absent(export_: Run, tmp_path: Path) -> None:

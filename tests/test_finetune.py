@@ -270,7 +270,7 @@ def refused(result: Result, code: int) -> str:
     [
         ("", "argument --save: is needed"),
         ("--resume auto", "argument --save: is needed"),
-        ("--save nosuffix", "argument --save: 'nosuffix' has no suffix"),
+        ("--save {m} --output nosuffix", "argument --output: 'nosuffix' has no suffix"),
         ("--save {m} --output {m}", "argument --output: {m} would replace the run of --save"),
         ("--save {m} --output {folder}/dropping.bin", "argument --output: {folder}/dropping.bin"),
         ("--save {folder}/dropping/last.pt --output {m}", "argument --output: {m} would replace"),
