@@ -28,8 +28,12 @@ fi
 mapfile -t flags <"$folder/flags.txt"
 if ! { [ -e "$folder/pid" ] && kill -0 "$(cat "$folder/pid")" 2>/dev/null; }; then
   cd "$folder/code"
-  OMP_WAIT_POLICY=PASSIVE setsid nohup nice -n 19 "${PYTHON:-python3}" main.py "${flags[@]}" \
-    --save "$folder/run.pt" --resume auto --checkpoint-minutes 10 >>"$folder/log.txt" 2>&1 &
+  # Linux shares the cores between sessions first, if it groups processes by session (autogroup):
+  # nice counts within one only, and /proc/PID/autogroup between them.
+  lowest='{ echo 19 >/proc/self/autogroup; } 2>/dev/null; exec nice -n 19 "$@"'
+  OMP_WAIT_POLICY=PASSIVE setsid nohup bash -c "$lowest" - \
+    "${PYTHON:-python3}" main.py "${flags[@]}" --save "$folder/run.pt" \
+    --resume auto --checkpoint-minutes 10 >>"$folder/log.txt" 2>&1 &
   echo $! >"$folder/pid"
   echo "| started, process $!"
 fi
