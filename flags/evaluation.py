@@ -140,8 +140,8 @@ POINTER: Sections = {
 }
 
 # Values to search, the authors' grid for segments of 5 for dynamic evaluation by rms.
-THETAS = [0.1, 0.2, 0.3, 0.5, 0.7, 1.0, 1.5, 2.0]
-LAMBDAS = [0.02, 0.05, 0.08, 0.1, 0.13, 0.16, 0.2, 0.25, 0.3]
+THETAS = [0.1, 0.2, 0.3, 0.5, 0.7, 1.0, 1.5, 2.0, 3.0]
+LAMBDAS = [0.02, 0.05, 0.08, 0.1, 0.13, 0.16, 0.2, 0.25, 0.3, 0.4, 0.5]
 RATES = {
     "rms": [3e-5, 4e-5, 5e-5, 6e-5, 7e-5, 1e-4],
     "sgd": [0.01, 0.03, 0.1, 0.3, 1.0],

@@ -194,6 +194,10 @@ def search(
         row, column = divmod(int(losses.argmin()), len(args.lambdasm))
         best |= dict(theta=args.theta[row], lambdasm=args.lambdasm[column])
         loss = float(losses.min())
+    for name, value in best.items():
+        values = sorted(getattr(args, name))
+        if len(values) > 1 and value in (values[0], values[-1]):
+            warn(f"--{name} {value:g} is at the edge of the values searched; give more beyond it")
     print(f"| best on the validation text: {as_flags(best)} | valid ppl {perplexity(loss):8.2f}")
     return best
 
