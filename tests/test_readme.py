@@ -43,8 +43,9 @@ PARSERS = [
 TORCHRUN_FLAGS = {"--nproc-per-node", "--max-restarts"}
 
 ALL_PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
-# What your-own-idea.md shows exists only where its patches are applied.
-PAGES = [page for page in ALL_PAGES if page.name != "your-own-idea.md"]
+# What your-own-idea.md shows exists only where its patches are applied, and first-hour.md has a
+# test of its own.
+PAGES = [page for page in ALL_PAGES if page.name not in ("your-own-idea.md", "first-hour.md")]
 
 
 def blocks(page: Path, language: str) -> list[str]:
