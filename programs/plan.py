@@ -163,7 +163,12 @@ def check_memory(
 
 
 def give_advice(args: argparse.Namespace, model: RNNModel, corpus: Corpus) -> None:
-    """Warn of a text or of sizes that cannot work well; see training.advice."""
+    """Warn of a text or of sizes that cannot work well; see training.advice.
+
+    No-op with --quick, whose text is only a part.
+    """
+    if args.quick:
+        return
     found = raw_text(corpus) + large_model(count_parameters(model), corpus, args.nlayers)
     if args.bptt_scheme != "full":
         updates = build_scheme(args).expected_windows(steps_per_epoch(args, corpus))
