@@ -322,8 +322,8 @@ def test_a_row_that_cannot_fit_starts_nothing(
 def test_a_folder_s_name_need_not_be_text(
     make_table: Callable[..., Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    (tmp_path / "program.py").write_text("import sys; sys.exit('error: no')")
-    monkeypatch.setattr(pool, "PROGRAM", tmp_path / "program.py")
+    (tmp_path / "main.py").write_text("import sys; sys.exit('error: no')")
+    monkeypatch.setattr(pool, "PROGRAM", tmp_path / "main.py")
     out = tmp_path / os.fsdecode(b"\xe9")
     (out / "runs").mkdir(parents=True)
     path = make_table({"base": ""}, (1,))
