@@ -13,7 +13,7 @@ from pathlib import Path
 import numpy as np
 import numpy.typing as npt
 
-from data.files import SPLITS, atomic_write
+from data.files import SPLITS, atomic_write, write_errors
 
 FORMAT = 1
 MANIFEST = "manifest.json"
@@ -65,11 +65,12 @@ def write(
         ids: for each part its ids, in pieces that are joined in order.
 
     Raises:
-        OSError: the folder cannot be written.
+        WriteError: the folder cannot be written.
     """
     place = cache_folder(folder, fingerprint)
     try:
-        place.mkdir(exist_ok=True)
+        with write_errors(place):
+            place.mkdir(exist_ok=True)
         with atomic_write(place / VOCABULARY) as file:
             file.write(vocabulary.encode("utf-8"))
         for split, pieces in ids.items():

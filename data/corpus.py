@@ -127,10 +127,8 @@ def load_corpus(folder: str | os.PathLike[str], cache: bool = True) -> Corpus:
         try:
             corpus_cache.write(folder, fingerprint, vocabulary.to_text(), ids)
         except OSError as error:
-            reason = error.strerror or type(error).__name__
             warnings.warn(
-                f"{folder}: the corpus cache cannot be written ({reason}); ids are kept in memory",
-                stacklevel=2,
+                f"the corpus cache is left out, and ids are kept in memory: {error}", stacklevel=2
             )
         if cached := corpus_cache.read(folder, fingerprint):
             return _from_cache(*cached)
@@ -219,6 +217,7 @@ def encode_text(
 
 def _blocks(path: Path, block_bytes: int = BLOCK_BYTES) -> Iterator[bytes]:
     """The bytes of a file in blocks, the last of which is empty."""
+    _check_file(path)
     try:
         with path.open("rb") as file:
             while block := file.read(block_bytes):
@@ -242,6 +241,12 @@ def _fingerprint(digests: Iterable[bytes]) -> str:
     return hashlib.sha256(b"".join(digests)).hexdigest()
 
 
+def _check_file(path: Path) -> None:
+    """Raise for a pipe or a device, which might never end."""
+    if path.exists() and not path.is_file():
+        raise DataError(f"{path}: not a regular file")
+
+
 def _check_present(folder: Path) -> None:
     """Raise for a missing or empty text before any of them is read, which may take a while."""
     expected = "a corpus is a folder with train.txt, valid.txt and test.txt"
@@ -258,6 +263,8 @@ def _check_present(folder: Path) -> None:
             raise DataError(f"{path}: no such {kind}; {expected}") from None
         except OSError as error:
             raise DataError(f"{path}: cannot be read ({error.strerror})") from error
+        if path != folder:
+            _check_file(path)
         if path.is_file() and size == 0:
             raise DataError(f"{path}: empty")
 

@@ -71,24 +71,22 @@ def build_demo(folder: str | os.PathLike[str]) -> None:
         folder: where the texts shall be; created if need be, and texts in it are replaced.
 
     Raises:
-        DataError: this Python comes without its documentation, or the folder cannot be written.
+        DataError: this Python comes without its documentation.
+        OSError: the folder cannot be written.
     """
     folder = Path(folder)
     parts = _split_documents(_collect())
     vocabulary = _frequent_words(parts["train"])
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-        seen: set[str] = set()  # sentences that differ in rare words only become the same line
-        for split, sentences in parts.items():
-            with atomic_write(folder / f"{split}.txt", "w") as file:
-                for sentence in sentences:
-                    words = (word if word in vocabulary else UNKNOWN for word in sentence)
-                    line = " ".join(words) + "\n"
-                    if line not in seen:
-                        seen.add(line)
-                        file.write(line)
-    except OSError as error:
-        raise DataError(f"{folder}: cannot be written ({error.strerror or error})") from error
+    folder.mkdir(parents=True, exist_ok=True)
+    seen: set[str] = set()  # sentences that differ in rare words only become the same line
+    for split, sentences in parts.items():
+        with atomic_write(folder / f"{split}.txt", "w") as file:
+            for sentence in sentences:
+                words = (word if word in vocabulary else UNKNOWN for word in sentence)
+                line = " ".join(words) + "\n"
+                if line not in seen:
+                    seen.add(line)
+                    file.write(line)
 
 
 def _collect() -> dict[str, list[Sentence]]:

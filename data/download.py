@@ -1,35 +1,24 @@
 """Corpora that are fetched by name, verified, and put in place only once they are complete."""
 
-import gzip
-import hashlib
 import importlib.util
 import os
 import shutil
 import sys
-import tarfile
-import zipfile
-import zlib
 from collections.abc import Callable, Iterator
+from concurrent.futures import Future
 from contextlib import contextmanager, suppress
 from functools import partial
 from pathlib import Path
 from secrets import token_hex
+from threading import Thread
 
+from data.archive import BROKEN_ARCHIVE, LimitedFile, extract, md5_of, write_bytes_as_words
 from data.demo import build_demo
-from data.errors import DataError
+from data.errors import DataError, WriteError
 from data.files import SPLITS, atomic_write
 from data.sources import KNOWN_CORPORA, CorpusSource, Mirror
 
 TIMEOUT_SECONDS = 30.0
-_BROKEN_ARCHIVE = (
-    zipfile.BadZipFile,
-    tarfile.TarError,
-    gzip.BadGzipFile,
-    zlib.error,
-    EOFError,
-    ValueError,
-    RuntimeError,  # what zipfile raises for encryption and unknown compression
-)
 
 
 def ensure_corpus(folder: str | os.PathLike[str], timeout: float = TIMEOUT_SECONDS) -> None:
@@ -86,6 +75,8 @@ def _fill_folder(folder: Path, make_texts: Callable[[Path], None]) -> None:
             if not _is_complete(folder):
                 make_texts(work)
                 _put_in_place(work, folder)
+    except WriteError:
+        raise
     except OSError as error:
         raise DataError(f"{folder}: cannot be written ({error.strerror or error})") from error
 
@@ -94,13 +85,44 @@ def _fetch_texts(source: CorpusSource, folder: Path, timeout: float, work: Path)
     if importlib.util.find_spec("pooch") is None:
         raise DataError(_by_hand(folder, "pooch"))
     failures = []
-    for mirror in source.mirrors:
+    for number, mirror in enumerate(source.mirrors):
+        place = work / str(number)  # its own, since a mirror that is given up may still write
+        place.mkdir()
         try:
-            _fetch_from(mirror, source, work, timeout)
-            return
+            _within(source.most_seconds, partial(_fetch_from, mirror, source, place, timeout))
+        except TimeoutError:
+            failures.append(f"{mirror.url} (not done within {source.most_seconds:.0f} s)")
         except _MirrorError as error:
             failures.append(str(error))
+        else:
+            for split in SPLITS:
+                (place / f"{split}.txt").rename(work / f"{split}.txt")
+            return
     raise DataError(f"{folder}: cannot be downloaded: {'; '.join(failures)}")
+
+
+def _within(seconds: float, work: Callable[[], None]) -> None:
+    """Do some work in a thread of its own, which is left behind if it takes longer.
+
+    Raises:
+        TimeoutError: it takes longer.
+    """
+    done: Future[None] = Future()
+    Thread(target=_run, args=(work, done), daemon=True).start()
+    try:
+        done.result(seconds)
+    finally:
+        del done  # else its error's traceback holds it, and the connection, in a circle
+
+
+def _run(work: Callable[[], None], done: "Future[None]") -> None:
+    try:
+        work()
+        done.set_result(None)
+    except BaseException as error:
+        done.set_exception(error)
+    finally:
+        del done
 
 
 def _is_complete(folder: Path) -> bool:
@@ -147,7 +169,7 @@ def _put_in_place(work: Path, folder: Path) -> None:
         path = folder / f"{split}.txt"
         if not path.exists():
             missing.append(path)
-        elif _md5(path) != _md5(work / path.name):
+        elif md5_of(path) != md5_of(work / path.name):
             raise DataError(f"{path}: already there with other content; move it out of the way")
     folder.mkdir(exist_ok=True)
     for path in missing:
@@ -160,26 +182,27 @@ def _fetch_from(mirror: Mirror, source: CorpusSource, work: Path, timeout: float
     if "{split}" in mirror.url:
         for split in SPLITS:
             url = mirror.url.format(split=split)
-            _download(url, work / f"{split}.txt", source.text_md5.get(split, ""), timeout)
+            text_md5 = source.text_md5.get(split, "")
+            _download(url, work / f"{split}.txt", text_md5, timeout, source.most_bytes)
         return
     archive = work / "archive"
-    _download(mirror.url, archive, mirror.md5, timeout)
+    _download(mirror.url, archive, mirror.md5, timeout, source.most_bytes)
     try:
         if source.heldout_bytes:
-            _extract(archive, mirror.member, work / "raw", source.raw_md5)
-            _write_bytes_as_words(work / "raw", work, source.heldout_bytes)
+            extract(archive, mirror.member, work / "raw", source.raw_md5, source.most_bytes)
+            write_bytes_as_words(work / "raw", work, source.heldout_bytes)
         else:
             for split in SPLITS:
                 member = mirror.member.format(split=split)
                 text_md5 = source.text_md5.get(split, "")
-                _extract(archive, member, work / f"{split}.txt", text_md5)
+                extract(archive, member, work / f"{split}.txt", text_md5, source.most_bytes)
     except KeyError as error:
         raise _MirrorError(f"{mirror.url} (the archive has no {error.args[0]})") from None
-    except _BROKEN_ARCHIVE as error:
+    except BROKEN_ARCHIVE as error:
         raise _MirrorError(f"{mirror.url} ({_one_line(error)})") from None
 
 
-def _download(url: str, path: Path, md5: str, timeout: float) -> None:
+def _download(url: str, path: Path, md5: str, timeout: float, most: int) -> None:
     """Fetch one file and compare its checksum, if one is given."""
     import pooch  # type: ignore[import-untyped]
     import requests
@@ -194,10 +217,11 @@ def _download(url: str, path: Path, md5: str, timeout: float) -> None:
         headers={"User-Agent": "Mozilla/5.0 (compatible; awd-lstm-lm)"},
     )
     try:
-        fetch(url, str(path), None)
-    except requests.RequestException as error:
+        with LimitedFile(path, most) as file:
+            fetch(url, file, None)
+    except (requests.RequestException, ValueError) as error:
         raise _MirrorError(f"{url} ({_cause(error, timeout)})") from None
-    if md5 and _md5(path) != md5:
+    if md5 and md5_of(path) != md5:
         raise _MirrorError(f"{url} (wrong checksum)")
 
 
@@ -220,51 +244,6 @@ def _cause(error: Exception, timeout: float) -> str:
 
 def _one_line(error: Exception) -> str:
     return " ".join(str(error).split()) or type(error).__name__
-
-
-def _extract(archive: Path, member: str, path: Path, md5: str) -> None:
-    """Copy one member, asked for by its name, so that no archive chooses where to write.
-
-    Raises:
-        KeyError: there is no such member.
-        ValueError: the file is no archive, the member no file, or its checksum is wrong.
-    """
-    with path.open("wb") as file:
-        if zipfile.is_zipfile(archive):
-            with zipfile.ZipFile(archive) as bundle, bundle.open(member) as content:
-                shutil.copyfileobj(content, file)
-        elif tarfile.is_tarfile(archive):
-            with tarfile.open(archive) as bundle_:
-                found = bundle_.extractfile(bundle_.getmember(member))
-                if found is None:
-                    raise ValueError(f"{member} is not a file")
-                shutil.copyfileobj(found, file)
-        else:
-            raise ValueError("not an archive")
-    if md5 and _md5(path) != md5:
-        raise ValueError(f"wrong checksum of {member}")
-
-
-def _write_bytes_as_words(raw: Path, folder: Path, heldout_bytes: int) -> None:
-    """Cut a file into train, valid and test, each byte a word; newlines stay what they are."""
-    size = raw.stat().st_size
-    if size <= 2 * heldout_bytes:
-        raise ValueError(f"{size} bytes are too few")
-    ends = (size - 2 * heldout_bytes, size - heldout_bytes, size)
-    words = [str(byte) if byte != ord("\n") else "\n" for byte in range(256)]
-    with raw.open("rb") as source:
-        for split, end in zip(SPLITS, ends, strict=True):
-            with (folder / f"{split}.txt").open("w", encoding="ascii", newline="") as file:
-                separator = ""
-                while block := source.read(min(1 << 20, end - source.tell())):
-                    file.write(separator + " ".join([words[byte] for byte in block]))
-                    separator = " "
-
-
-def _md5(path: Path) -> str:
-    # Not a matter of security: these are the sums that the corpora are published with.
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, partial(hashlib.md5, usedforsecurity=False)).hexdigest()
 
 
 def _by_hand(folder: Path, package: str) -> str:

@@ -1,6 +1,7 @@
 """Files that are either complete or absent, whatever happens while they are written."""
 
 import errno
+import io
 import os
 import shutil
 from collections.abc import Iterator
@@ -9,7 +10,10 @@ from pathlib import Path
 from secrets import token_hex
 from typing import IO, Any
 
+from data.errors import WriteError
+
 SPLITS = ("train", "valid", "test")  # a corpus is a folder with SPLIT.txt for each
+FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)  # the disk, the user's share, a file's limit
 
 
 @contextmanager
@@ -24,7 +28,8 @@ def atomic_write(
 
     Args:
         path: the file to create or replace; its folder must exist.
-        mode: "wb" for bytes, "w" for text (UTF-8, newlines written as they are).
+        mode: "wb" for bytes, "w" for text (UTF-8, newlines written as they are; bytes of file
+            names that are no UTF-8 as backslash escapes).
         keep: the name under which what ``path`` held before is kept, replacing what was there;
             None: it is not kept.
 
@@ -33,25 +38,33 @@ def atomic_write(
 
     Raises:
         ValueError: ``mode`` is neither "wb" nor "w".
-        OSError: the file cannot be written.
+        WriteError: the file cannot be written.
     """
     if mode not in ("wb", "w"):
         raise ValueError(f"mode must be 'wb' or 'w', got {mode!r}")
     path = Path(path)
     temporary = _temporary(path)
-    text = {} if mode == "wb" else {"encoding": "utf-8", "newline": ""}
-    try:
-        with temporary.open(mode, **text) as file:  # type: ignore[call-overload]
-            yield file
-            file.flush()
-            os.fsync(file.fileno())
-        if keep is not None and path.exists():
-            _keep(path, keep)
-        temporary.replace(path)
-    except BaseException:
-        with suppress(OSError):
-            temporary.unlink()
-        raise
+    with write_errors(path) as size:
+        try:
+            raw = _CountingFile(temporary)
+            file: IO[Any] = io.BufferedWriter(raw)
+            if mode == "w":
+                file = io.TextIOWrapper(file, "utf-8", "backslashreplace", newline="")
+            try:
+                with file:
+                    yield file
+                    file.flush()
+                    raw.check()
+                    os.fsync(file.fileno())
+            finally:
+                size.append(raw.wanted)
+            if keep is not None and path.exists():
+                _keep(path, keep)
+            temporary.replace(path)
+        except BaseException:
+            with suppress(OSError):
+                temporary.unlink()
+            raise
     sync_directory(path.parent)
 
 
@@ -85,6 +98,64 @@ def atomic_folder(path: str | os.PathLike[str]) -> Iterator[Path]:
     sync_directory(path.parent)
 
 
+@contextmanager
+def write_errors(path: Path) -> Iterator[list[int]]:
+    """Turn an OSError into a WriteError, which names the file that was to be written.
+
+    Yields:
+        A list; its last number counts, if the disk is full, as the bytes that are wanted.
+    """
+    size = [0]
+    try:
+        yield size
+    except WriteError:
+        raise
+    except OSError as error:
+        reason = error.strerror or str(error) or type(error).__name__
+        if error.errno in FULL:
+            left = shutil.disk_usage(path.parent).free
+            reason += f" (at least {size[-1]:,} bytes wanted, {left:,} left)"
+        raise WriteError(error.errno, reason, str(path)) from error
+
+
+def write_all(file: io.FileIO, content: bytes) -> None:
+    """Write to an unbuffered file.
+
+    Raises:
+        WriteError: the file cannot be written; a part of the content may have been.
+    """
+    with write_errors(Path(file.name)) as size:
+        size.append(len(content))
+        left = memoryview(content)
+        while left:  # a disk that fills up takes a part
+            left = left[file.write(left) :]
+
+
+class _CountingFile(io.FileIO):
+    """A new file that takes and counts all bytes, also those that a full disk does not take."""
+
+    def __init__(self, path: Path) -> None:
+        super().__init__(path, "w")
+        self.wanted = 0
+        self._error: OSError | None = None
+
+    def write(self, data: Any) -> int:
+        """Write or, after a failure, only count; returns the number of bytes consumed."""
+        size = memoryview(data).nbytes
+        if self._error is None:
+            try:
+                size = super().write(data)
+            except OSError as error:
+                self._error = error
+        self.wanted += size
+        return size
+
+    def check(self) -> None:
+        """Raise the first failure."""
+        if self._error is not None:
+            raise self._error
+
+
 def _temporary(path: Path) -> Path:
     # The random part keeps apart two threads, and two machines that share a file system.
     return path.with_name(f".{path.name}.{os.getpid()}-{token_hex(4)}.tmp")
@@ -113,3 +184,12 @@ def sync_directory(folder: str | os.PathLike[str]) -> None:
             os.fsync(descriptor)
         finally:
             os.close(descriptor)
+
+
+def file_version(path: Path) -> tuple[int, int] | None:
+    """Changes when the file is replaced; None: no such file."""
+    try:
+        status = path.stat()
+    except FileNotFoundError:
+        return None
+    return status.st_ino, status.st_mtime_ns

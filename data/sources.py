@@ -32,12 +32,19 @@ class CorpusSource:
         raw_md5: for a corpus of bytes, the checksum of the one file that is cut into three.
         heldout_bytes: for a corpus of bytes, the number of bytes in valid, and in test; each byte
             becomes a word, its decimal number. 0 for a corpus of words.
+        most_bytes: more than any file of it has, archive or text.
     """
 
     mirrors: tuple[Mirror, ...]
     text_md5: Mapping[str, str] = field(default_factory=dict)
     raw_md5: str = ""
     heldout_bytes: int = 0
+    most_bytes: int = 1_000_000_000
+
+    @property
+    def most_seconds(self) -> float:
+        """Seconds after which a mirror is given up: a minute, and what 100 kB/s take."""
+        return 60 + self.most_bytes / 100_000
 
 
 _MIKOLOV_MD5 = "30177ea32e27c525793142b6bf2c8e2d"
@@ -52,13 +59,14 @@ def _mikolov(member: str) -> tuple[Mirror, ...]:
     return tuple(Mirror(url, member, _MIKOLOV_MD5) for url in _MIKOLOV_URLS)
 
 
-def _wikitext(name: str, md5: str) -> CorpusSource:
+def _wikitext(name: str, md5: str, most_bytes: int) -> CorpusSource:
     folders = (
         "https://wikitext.smerity.com",
         "https://s3.amazonaws.com/research.metamind.io/wikitext",
     )
     member = f"{name}/wiki.{{split}}.tokens"
-    return CorpusSource(tuple(Mirror(f"{folder}/{name}-v1.zip", member, md5) for folder in folders))
+    mirrors = tuple(Mirror(f"{folder}/{name}-v1.zip", member, md5) for folder in folders)
+    return CorpusSource(mirrors, most_bytes=most_bytes)
 
 
 KNOWN_CORPORA: Final[Mapping[str, CorpusSource]] = MappingProxyType(
@@ -77,10 +85,11 @@ KNOWN_CORPORA: Final[Mapping[str, CorpusSource]] = MappingProxyType(
                     "test": "8b80168b89c18661a38ef683c0dc3721",
                 }
             ),
+            most_bytes=50_000_000,
         ),
-        "pennchar": CorpusSource(mirrors=_mikolov("ptb.char.{split}.txt")),
-        "wikitext-2": _wikitext("wikitext-2", "542ccefacc6c27f945fb54453812b3cd"),
-        "wikitext-103": _wikitext("wikitext-103", "9ddaacaf6af0710eda8c456decff7832"),
+        "pennchar": CorpusSource(_mikolov("ptb.char.{split}.txt"), most_bytes=50_000_000),
+        "wikitext-2": _wikitext("wikitext-2", "542ccefacc6c27f945fb54453812b3cd", 20_000_000),
+        "wikitext-103": _wikitext("wikitext-103", "9ddaacaf6af0710eda8c456decff7832", 700_000_000),
         "enwik8": CorpusSource(
             mirrors=(
                 Mirror("http://mattmahoney.net/dc/enwik8.zip", "enwik8"),
@@ -88,6 +97,7 @@ KNOWN_CORPORA: Final[Mapping[str, CorpusSource]] = MappingProxyType(
             ),
             raw_md5="a1fa5ffddb56f4953e226637dabbb36a",
             heldout_bytes=5_000_000,
+            most_bytes=120_000_000,
         ),
     }
 )

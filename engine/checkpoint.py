@@ -16,7 +16,7 @@ from typing import IO, Any
 import torch
 
 from data.corpus import Corpus, Vocabulary
-from data.files import atomic_write
+from data.files import atomic_write, file_version
 from engine.errors import CheckpointError, RunError
 from engine.launch import is_follower
 from engine.model_folder import read_model_folder
@@ -142,6 +142,20 @@ def load_training_state(path: Path) -> dict[str, Any]:
     return state
 
 
+def check_unchanged(path: Path, version: tuple[int, int] | None) -> None:
+    """Check, once the run's folder is locked, that the state is still the one that was read.
+
+    Args:
+        path: the training state.
+        version: its file_version before it was read; None: it did not exist.
+
+    Raises:
+        RunError: another process has meanwhile begun the run or continued it.
+    """
+    if file_version(path) != version:
+        raise RunError(f"{path}: another process has just replaced it; the same command goes on")
+
+
 def previous_path(path: Path) -> Path:
     """The path of the checkpoint that the one at path has replaced: last.previous.pt."""
     return path.with_suffix(f".previous{path.suffix}")
@@ -166,20 +180,12 @@ def write_checkpoint(path: Path, payload: dict[str, Any], keep: Path | None = No
         keep: where to move the old file, unless it is damaged; None: it is not kept.
 
     Raises:
-        CheckpointError: the file could not be written; the old one is unchanged.
+        WriteError: the file could not be written; the old one is unchanged.
     """
     if keep is not None and not _is_intact(path):
         keep = None
-    try:
-        with atomic_write(path, keep=keep) as file:
-            torch.save(payload, file)
-    except OSError as error:
-        raise CheckpointError(f"{path}: cannot write: {error.strerror or error}") from error
-    except RuntimeError as error:
-        # torch's zip writer reports a write that failed beneath it as a RuntimeError.
-        cause = error.__context__ if isinstance(error.__context__, OSError) else error
-        reason = " ".join(str(cause).split())[:300]
-        raise CheckpointError(f"{path}: cannot write: {reason}") from error
+    with atomic_write(path, keep=keep) as file:
+        torch.save(payload, file)
 
 
 def read_pickle(path: Path, load: Callable[[IO[bytes]], Any]) -> Any:

@@ -9,8 +9,8 @@ from typing import Any
 
 from torch import Tensor
 
+from data.errors import WriteError
 from engine.checkpoint import write_checkpoint
-from engine.errors import CheckpointError
 from engine.tracking import warn
 
 MOST_PENDING = 2  # an epoch's end writes the best model and the training state
@@ -46,7 +46,7 @@ class CheckpointWriter:
     ) -> None:
         try:
             self.wait()
-        except CheckpointError as late:
+        except WriteError as late:
             if error is None:
                 raise
             warn(str(late))
@@ -55,7 +55,7 @@ class CheckpointWriter:
         """Write a checkpoint; see write_checkpoint.
 
         Raises:
-            CheckpointError: it (in the background: an earlier one) could not be written.
+            WriteError: it (in the background: an earlier one) could not be written.
         """
         if self._pool is None:
             write_checkpoint(path, payload, keep)
@@ -69,7 +69,7 @@ class CheckpointWriter:
         """Wait until all files are written.
 
         Raises:
-            CheckpointError: a file could not be written.
+            WriteError: a file could not be written.
         """
         self._finish()
         self._raise()

@@ -10,7 +10,7 @@ class RunError(Exception):
 
 
 class CheckpointError(RunError):
-    """A checkpoint cannot be written, or cannot be read without running code in it."""
+    """A checkpoint cannot be read, or not without running code in it."""
 
 
 class DivergenceError(RunError):

@@ -1,7 +1,10 @@
 """Processes started by torchrun: rank and exit. Does not import torch."""
 
+import ctypes
 import os
+import signal
 import sys
+from contextlib import suppress
 from typing import NoReturn
 
 # Environment variables that torchrun sets.
@@ -19,6 +22,18 @@ def local_rank() -> int | None:
 def is_follower() -> bool:
     """True if this process is not rank 0, which alone prints and writes."""
     return local_rank() is not None and os.environ["RANK"] != "0"
+
+
+def end_with_agent() -> None:
+    """Let Linux send this process SIGTERM when torchrun's agent, its parent, is killed.
+
+    Else the processes would train on, and hold the run's lock against those that torchrun starts
+    next. No-op for a process that torchrun has not started.
+    """
+    pr_set_pdeathsig = 1  # its number in linux/prctl.h
+    if local_rank() is not None:
+        with suppress(OSError, AttributeError):
+            ctypes.CDLL(None).prctl(pr_set_pdeathsig, signal.SIGTERM)
 
 
 def leave(code: int) -> NoReturn:

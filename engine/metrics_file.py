@@ -3,10 +3,11 @@
 import json
 import math
 import os
+from io import FileIO
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any
 
-from data.files import atomic_write
+from data.files import atomic_write, write_all, write_errors
 
 
 class MetricsFile:
@@ -23,14 +24,15 @@ class MetricsFile:
         damage: describes missing or unreadable bytes before `keep_bytes`; None: no damage.
 
     Raises:
-        OSError: the file cannot be opened or written.
+        OSError: the file cannot be read.
+        WriteError: the file cannot be written.
     """
 
     def __init__(self, path: Path | str, keep_bytes: int | None = None) -> None:
-        path = Path(path)
+        self._path = path = Path(path)
         self.damage: str | None = None
         if keep_bytes is None:
-            self._file: BinaryIO = path.open("wb")
+            self._file = self._open("wb")
             self._size = 0
             return
         content = path.read_bytes() if path.exists() else b""
@@ -42,9 +44,14 @@ class MetricsFile:
             )
             with atomic_write(path) as file:
                 file.write(kept)
-        self._file = path.open("ab")
-        self._file.truncate(len(kept))
+        self._file = self._open("ab")
+        with write_errors(path):
+            self._file.truncate(len(kept))
         self._size = len(kept)
+
+    def _open(self, mode: str) -> FileIO:
+        with write_errors(self._path):
+            return FileIO(self._path, mode)  # unbuffered: close does not write what failed before
 
     @property
     def size(self) -> int:
@@ -57,25 +64,25 @@ class MetricsFile:
         Raises:
             TypeError: a value is not a plain Python one (a tensor, a numpy scalar).
             ValueError: a float inside a list or dict is not finite.
-            OSError: the file cannot be written.
+            WriteError: the file cannot be written.
         """
         plain = {
             key: None if isinstance(value, float) and not math.isfinite(value) else value
             for key, value in record.items()
         }
         line = (json.dumps(plain, allow_nan=False) + "\n").encode()
-        self._file.write(line)
-        self._file.flush()
+        write_all(self._file, line)
         self._size += len(line)
 
     def sync(self) -> None:
         """fsync the file, so that its lines survive a power failure. No-op once closed.
 
         Raises:
-            OSError: the file cannot be written.
+            WriteError: the file cannot be written.
         """
         if not self._file.closed:
-            os.fsync(self._file.fileno())
+            with write_errors(self._path):
+                os.fsync(self._file.fileno())
 
     def close(self) -> None:
         """Close the file; a no-op once closed."""

@@ -12,8 +12,9 @@ from typing import Any, TextIO
 def lasting_output() -> Iterator[None]:
     """Within this context stdout and stderr discard what they cannot write.
 
-    So a closed terminal or pipe or a full disk does not end a run. Streams that are not files (as
-    in tests) are left unchanged.
+    So a closed terminal or pipe or a full disk does not end a run, nor does a character that the
+    stream's encoding lacks, which is replaced. Streams that are not files (as in tests) are left
+    unchanged.
     """
     # If a standard stream is closed, the next opened file would get its descriptor and receive
     # what libraries print. Open the null device on these descriptors instead.
@@ -44,10 +45,15 @@ def _lasting(stream: TextIO | None, descriptor: int) -> TextIO:
     return io.TextIOWrapper(
         file if stream.buffer is raw else io.BufferedWriter(file),  # raw: python -u
         encoding=stream.encoding,
-        errors=stream.errors,
+        errors="replace" if stream.errors in ("strict", "surrogateescape") else stream.errors,
         line_buffering=stream.line_buffering,
         write_through=stream.write_through,
     )
+
+
+def one_line(message: str) -> str:
+    """The message with line ends and other characters that cannot be printed as escapes."""
+    return "".join(c if c.isprintable() else repr(c)[1:-1] for c in message)
 
 
 class LastingFile(io.FileIO):

@@ -6,10 +6,11 @@ import sys
 import warnings
 from collections.abc import MutableMapping, Sequence
 
-from data.errors import DataError
+from data.errors import DataError, WriteError
+from data.files import FULL
 from engine.errors import PeerError, RunError, UsageError
-from engine.launch import is_follower
-from engine.output import lasting_output
+from engine.launch import end_with_agent, is_follower
+from engine.output import lasting_output, one_line
 
 # Spin iterations of libgomp's idle threads before they sleep: about 10 microseconds, as long as the
 # pauses in an LSTM's time loop, and short enough for programs that share cores
@@ -30,6 +31,7 @@ def run_program(name: str, argv: Sequence[str] | None, parse: str | None = None)
         The exit code: 0 for success, 2 for an invalid flag or value, 1 for any other error.
     """
     share_cores(os.environ)
+    end_with_agent()
     # A masked weight is never part of cuDNN's flat buffer: torch copies it, as intended.
     warnings.filterwarnings("ignore", message="RNN module weights are not part of single")
     with lasting_output():
@@ -51,7 +53,7 @@ def _run(name: str, argv: Sequence[str], parse: str | None) -> int:
     except UsageError as error:
         return _fail(str(error), 2)
     except PeerError as error:
-        print(f"error: rank {os.environ.get('RANK', 0)}: {error}", file=sys.stderr)
+        print(f"error: rank {os.environ.get('RANK', 0)}: {one_line(str(error))}", file=sys.stderr)
         return 1
     except (DataError, RunError) as error:
         return _fail(str(error))
@@ -60,19 +62,28 @@ def _run(name: str, argv: Sequence[str], parse: str | None) -> int:
     except ModuleNotFoundError as error:
         return _fail(f"{error.name} is not installed; pip install -r requirements.txt does it")
     except (MemoryError, RuntimeError) as error:
-        if not _is_memory(error):
+        if not is_memory(error):
             raise
         where = "GPU's memory" if type(error).__name__ == "OutOfMemoryError" else "memory"
         return _fail(
             f"the {where} is too small; a smaller model, --batch-size or --bptt needs less"
         )
+    except WriteError as error:
+        full = error.errno in FULL
+        way_on = "; nothing was lost, and with more room the same command goes on"
+        return _fail(f"{error}{way_on if full else ''}")
+    except UnicodeEncodeError as error:
+        if error.encoding == "utf-8":
+            raise
+        cause = f"the locale's encoding, {error.encoding}, cannot name this file"
+        return _fail(f"{error.object}: {cause}; PYTHONUTF8=1 does")
     except OSError as error:
         place = f"{error.filename}: " if error.filename else ""
         return _fail(f"{place}{error.strerror or error}")
     return 0
 
 
-def _is_memory(error: Exception) -> bool:
+def is_memory(error: Exception) -> bool:
     """True if memory was too small; on a CPU torch raises a plain RuntimeError for that."""
     known = ("can't allocate memory", "not enough memory", "Storage size calculation overflowed")
     special = isinstance(error, MemoryError) or type(error).__name__ == "OutOfMemoryError"
@@ -81,5 +92,5 @@ def _is_memory(error: Exception) -> bool:
 
 def _fail(message: str, code: int = 1) -> int:
     if not is_follower():
-        print(f"error: {message}", file=sys.stderr)
+        print(f"error: {one_line(message)}", file=sys.stderr)
     return code

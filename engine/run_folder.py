@@ -9,11 +9,13 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any
 
-from data.files import atomic_write, sync_directory
+from data.errors import WriteError
+from data.files import FULL, atomic_write, sync_directory
 from engine.checkpoint import model_details, previous_path
 from engine.errors import CheckpointError, RunError
 
 LOCK = ".lock"
+MOVING = ".moving"  # has the number that the run in its folder is being renamed to
 PREVIOUS_BEST = "best.previous.pt"
 
 
@@ -57,11 +59,13 @@ class RunFolder:
         self._lock = lock_folder(self.folder)
         for path in [*self.folder.glob(".*.tmp"), *self._model_leftovers()]:
             path.unlink(missing_ok=True)
+        if (self.folder / MOVING).exists():
+            self.set_aside()
 
     def _is_foreign(self) -> bool:
         """True if the folder has files, but none of a run."""
         names = {path.name for path in self.folder.iterdir()} - {LOCK}
-        return bool(names) and not names & {"metrics.jsonl", "config.json", "last.pt"}
+        return bool(names) and not names & {"metrics.jsonl", "config.json", "last.pt", MOVING}
 
     def _model_leftovers(self) -> list[Path]:
         """Temporary files of a process that was killed while writing the best model."""
@@ -90,6 +94,12 @@ class RunFolder:
     ) -> None:
         if self._lock is not None:
             self._lock.release()
+        if isinstance(error, WriteError) and error.errno in FULL:
+            safe = "no checkpoint was written yet"
+            if self.last_path.exists():
+                last = self.last_path
+                safe = f"{last} is safe, and with more room --resume {last} goes on from there"
+            raise RunError(f"{error}; {safe}") from error
 
     def is_empty(self) -> bool:
         """True if neither the best model nor any file in the folder exists."""
@@ -100,17 +110,24 @@ class RunFolder:
     def set_aside(self) -> Path:
         """Rename an earlier run to NAME.1.pt and NAME.1/ (or .2, …).
 
+        A move that was cut short is finished, under its number.
+
         Returns:
             Its new folder.
         """
-        number = 1
-        suffix = self.model_path.suffix
-        while self._numbered(number).exists() or self._numbered(number, suffix).exists():
-            number += 1
+        number, marker = 1, self.folder / MOVING
+        if marker.exists():
+            number = int(marker.read_text(encoding="utf-8"))
+        else:
+            suffix = self.model_path.suffix
+            while self._numbered(number).exists() or self._numbered(number, suffix).exists():
+                number += 1
+            with atomic_write(marker, "w") as file:
+                file.write(str(number))
         aside = self._numbered(number)
-        aside.mkdir()
-        for path in self.folder.iterdir():
-            if path.name != LOCK:
+        aside.mkdir(exist_ok=True)
+        for path in [*self.folder.iterdir()]:
+            if path.name not in (LOCK, MOVING):
                 path.rename(aside / path.name)
         # The best model and the copies of --when: PTB.pt, PTB.pt.e25, …
         name = glob.escape(self.model_path.name)
@@ -118,6 +135,7 @@ class RunFolder:
             if path.exists():
                 tail = path.name.removeprefix(self.folder.name)
                 path.rename(self._numbered(number, tail))
+        marker.unlink()
         return aside
 
     def _numbered(self, number: int, suffix: str = "") -> Path:
@@ -259,10 +277,22 @@ def lock_folder(folder: Path) -> Any:
         lock = filelock.FileLock(folder / LOCK, timeout=0)
         lock.acquire()
     except filelock.Timeout:
-        raise RunError(f"{folder}: another process is running there") from None
+        raise RunError(f"{folder}: another process is running there{_holder(folder)}") from None
     except OSError as error:
         raise RunError(f"{folder}: cannot write: {error.strerror or error}") from error
     return lock
+
+
+def _holder(folder: Path) -> str:
+    """Number and command of the process that holds the lock; empty if it is unknown here."""
+    with suppress(OSError):
+        inode = (folder / LOCK).stat().st_ino
+        for line in Path("/proc/locks").read_text().splitlines():
+            *_, kind, _, _, pid, place, _, _ = line.split()
+            if kind == "FLOCK" and place.endswith(f":{inode}"):
+                command = Path(f"/proc/{pid}/cmdline").read_bytes().replace(b"\0", b" ")
+                return f" (process {pid}: {command.decode(errors='replace').strip()[:300]})"
+    return ""
 
 
 def is_in_use(save: str | Path) -> bool:

@@ -14,7 +14,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
+from data.files import FULL
 from engine.metrics_file import MetricsFile
+from engine.output import one_line
 
 # Timeouts, seconds; W&B itself would wait for a dead network for ever.
 INIT_SECONDS = 60.0
@@ -24,7 +26,7 @@ TEARDOWN_SECONDS = 15.0
 
 def warn(message: str) -> None:
     """Print one line, `warning: …`, to stderr, above a progress bar if there is one."""
-    line = "warning: " + " ".join(message.split())
+    line = "warning: " + one_line(" ".join(message.split()))
     if "tqdm" in sys.modules:  # else the line would land in the middle of the bar
         with suppress(Exception):
             sys.modules["tqdm"].tqdm.write(line, file=sys.stderr)
@@ -62,7 +64,7 @@ class Tracker:
         state: when resuming, the checkpoint's `state_dict`.
 
     Raises:
-        OSError: metrics.jsonl cannot be written.
+        WriteError: metrics.jsonl cannot be written.
     """
 
     def __init__(
@@ -94,7 +96,7 @@ class Tracker:
         """Record an event of update `step`: a line of metrics.jsonl, `event/field` in W&B.
 
         Raises:
-            TypeError, ValueError, OSError: as MetricsFile.write.
+            TypeError, ValueError, WriteError: as MetricsFile.write.
         """
         record = {"event": event, "step": step, **fields}
         self._metrics.write(record)
@@ -169,6 +171,7 @@ class WandbRun:
         self, folder: Path, config: dict[str, object], options: WandbOptions, run_id: str | None
     ) -> None:
         self.id = run_id
+        self._folder = folder
         self.url: str | None = None
         self._run: Any = None
         self._failed = False
@@ -189,6 +192,8 @@ class WandbRun:
     def _fail(self, error: BaseException) -> None:
         self._run, self._failed = None, True
         reason = str(error) or type(error).__name__
+        if isinstance(error, OSError) and error.errno in FULL:
+            reason = f"{self._folder}: {reason}"
         warn(f"Weights & Biases is off from here on, metrics.jsonl is not: {reason}")
 
     def log(self, record: dict[str, Any]) -> None:

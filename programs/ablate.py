@@ -1,7 +1,6 @@
 """Run an ablation table and print it: python ablate.py ablations/demo.toml --jobs 2"""
 
 import argparse
-import io
 import shlex
 import shutil
 import sys
@@ -11,7 +10,8 @@ from typing import Any
 
 import torch
 
-from data.corpus import load_corpus
+from assembly import build_model
+from data.corpus import Corpus, load_corpus
 from data.download import ensure_corpus
 from engine.ablation.curves import draw_curves
 from engine.ablation.pool import run_locally, slots
@@ -24,9 +24,10 @@ from engine.ablation.stages import steps_after
 from engine.ablation.table import Row, Table, load_table
 from engine.ablation.terminal import on_terminal
 from engine.ablation.tracked import log_table
-from engine.device import warn_if_busy
+from engine.device import select_device, warn_if_busy
 from engine.errors import RunError, UsageError
 from engine.interrupt import Interrupt
+from engine.program import is_memory
 from engine.run_folder import lock_folder
 from engine.tracking import WandbOptions, sync_command, warn
 from flags import (
@@ -38,6 +39,7 @@ from flags import (
     settle_scheme,
 )
 from pictures.canvas import FORMATS, write_figure
+from programs.plan import check_memory
 from programs.table_plan import print_plan, sharing, time_needed, where
 
 PROJECT = Path(__file__).resolve().parent.parent
@@ -68,6 +70,8 @@ def run(argv: Sequence[str]) -> None:
     ensure_corpus(runs[0].flags["data"])
     corpus = load_corpus(runs[0].flags["data"])  # makes the cache once, for all runs
     check_folders(runs, corpus.fingerprint)
+    if args.ray is None:
+        check_sizes(table, runs, corpus)
     if args.dry_run:
         print_plan(table, runs, corpus, args)
         return
@@ -196,6 +200,24 @@ def check_places(args: argparse.Namespace) -> None:
             )
 
 
+def check_sizes(table: Table, runs: list[Run], corpus: Corpus) -> None:
+    """Check that an update of each row fits into this machine's memory.
+
+    Raises:
+        UsageError: it does not.
+    """
+    for run in runs[: len(table.rows)]:  # those of the first seed
+        args = argparse.Namespace(**run.flags)
+        try:
+            with torch.device("meta"):  # shapes only, no memory
+                model = build_model(args, len(corpus.vocabulary))
+            check_memory(args, model, corpus, select_device(args.device))
+        except (UsageError, RuntimeError) as error:
+            if isinstance(error, RuntimeError) and not is_memory(error):
+                raise
+            raise UsageError(f"{table.path}: row {run.row.name!r}: {error}") from None
+
+
 # Running and reporting
 
 
@@ -233,8 +255,6 @@ def report(table: Table, runs: list[Run], output: Path, args: argparse.Namespace
     output.mkdir(parents=True, exist_ok=True)
     pictures = draw(figures, output, FORMATS[args.format])
     paths = write_report(figures, output, pictures[0].name if pictures else "")
-    if isinstance(sys.stdout, io.TextIOWrapper):
-        sys.stdout.reconfigure(errors="replace")  # for terminals that cannot show a dagger
     text = markdown(figures)
     if sys.stdout.isatty():
         text = on_terminal(figures, shutil.get_terminal_size().columns, paths[0])

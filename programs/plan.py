@@ -97,6 +97,7 @@ def print_plan(
     print(f"| updates per epoch | about {updates:,.0f}")
     print(f"| memory            | about {needed:,.0f} MiB of tensors in an update", flush=True)
     check_memory(args, model, corpus, device)
+    print_full_plan(args, model, corpus, device)
     own = forecast(args, corpus, device)
     assert own is not None
     epochs = planned_epochs(args, corpus)
@@ -139,7 +140,7 @@ def steps_per_epoch(args: argparse.Namespace, corpus: Corpus) -> int:
 def check_memory(
     args: argparse.Namespace, model: RNNModel, corpus: Corpus, device: torch.device
 ) -> None:
-    """Check that an update fits into the device's memory; print the plan of full BPTT.
+    """Check that an update fits into the device's memory.
 
     Raises:
         UsageError: an update needs more memory than is available.
@@ -152,14 +153,23 @@ def check_memory(
             f"argument {flag}: an update would need about {needed:,.0f} MiB and {there:,.0f} MiB "
             "are available; a smaller model, --batch-size or --bptt needs less"
         )
-    if args.bptt_scheme == "full":
-        steps = steps_per_epoch(args, corpus)
-        print(
-            f"| full BPTT | one update an epoch, over {steps:,} time steps, {args.bptt:,} at a "
-            f"time | lr {args.lr * steps / args.bptt:g} (--lr x {steps} / {args.bptt}) | about "
-            f"{needed:,.0f} MiB of tensors, {there:,.0f} MiB are available",
-            file=sys.stderr,
-        )
+
+
+def print_full_plan(
+    args: argparse.Namespace, model: RNNModel, corpus: Corpus, device: torch.device
+) -> None:
+    """Print the plan of full BPTT; no-op for another scheme."""
+    if args.bptt_scheme != "full":
+        return
+    steps = steps_per_epoch(args, corpus)
+    needed = memory_needed(args, model, corpus) / 2**20
+    there = available_memory(device) / 2**20
+    print(
+        f"| full BPTT | one update an epoch, over {steps:,} time steps, {args.bptt:,} at a "
+        f"time | lr {args.lr * steps / args.bptt:g} (--lr x {steps} / {args.bptt}) | about "
+        f"{needed:,.0f} MiB of tensors, {there:,.0f} MiB are available",
+        file=sys.stderr,
+    )
 
 
 def give_advice(args: argparse.Namespace, model: RNNModel, corpus: Corpus) -> None:

@@ -12,7 +12,13 @@ from typing import Any
 import torch
 
 from assembly import build_model, build_trainer, read_corpus
-from engine.checkpoint import damage_reported, load_model, load_training_state
+from data.files import file_version
+from engine.checkpoint import (
+    check_unchanged,
+    damage_reported,
+    load_model,
+    load_training_state,
+)
 from engine.device import keep_freed_memory, peak_memory, select_device, use_threads
 from engine.errors import CheckpointError, DivergenceError, RunError, UsageError
 from engine.launch import local_rank
@@ -29,7 +35,7 @@ from evaluation.sampling import sample_sentences
 from flags import parse_training, resume_flags, settle_scheme
 from kernels.choose import Choice
 from model import count_parameters
-from programs.plan import check_memory, give_advice, print_plan
+from programs.plan import check_memory, give_advice, print_full_plan, print_plan
 from training.advice import beaten_by_bigrams
 from training.divergence import divergence
 from training.trainer import Trainer
@@ -101,11 +107,15 @@ def start(
             give_advice(args, plan, corpus)
         return
     check_memory(args, plan, corpus, device)
+    print_full_plan(args, plan, corpus, device)
     if origin is not None:
         print(origin.note, file=sys.stderr)
     named = (state or {}).get("origin") if origin is None else origin.named()
     trainer, precision, kernels = build_trainer(args, corpus, device, ranks, origin, named)
     with trainer.folder, trainer.interrupt:
+        if state is not None or args.resume == "auto":
+            last = trainer.folder.last_path if state is None else Path(args.resume)
+            check_unchanged(last, (state or {}).get("version"))
         if state is not None:  # before any file changes, since the state may be damaged
             with damage_reported(Path(args.resume)):
                 trainer.load_state_dict(state)
@@ -237,11 +247,11 @@ def train_and_test(args: argparse.Namespace, trainer: Trainer, tracker: Tracker)
             warn(text)
     part = " | --quick: of a part of the text" * args.quick
     print(f"{final_line(loss)}{part}", flush=True)
+    print_end(trainer, loss, summary)
+    conclude(trainer, tracker, summary)
     sentences = list(sample_sentences(Plain(model), vocabulary, args.samples, args.seed))
     print(*(f"| It writes: {sentence}\n" for sentence in sentences), sep="", end="")
     tracker.log_samples(sentences, step=trainer.at.update)
-    print_end(trainer, loss, summary)
-    conclude(trainer, tracker, summary)
 
 
 def print_end(trainer: Trainer, test_loss: float, summary: dict[str, Any]) -> None:
@@ -291,7 +301,7 @@ def find_state(
             return args, None
     else:
         path = find_run(args.resume)
-    state = load_training_state(path)
+    state = {"version": file_version(path), **load_training_state(path)}
     with damage_reported(path):
         args = resume_flags(args, given, state["flags"])
         if "save" not in given:

@@ -1,5 +1,6 @@
 """What several tests need: small corpora, and the programs run in this process."""
 
+import io
 import json
 import os
 import random
@@ -20,6 +21,8 @@ os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
 import torch
 from cudnn_on_cpu import cudnn_on_cpu
 
+import data.files
+import engine.metrics_file
 import main
 from engine.checkpoint import load_model
 
@@ -109,6 +112,29 @@ def run(capsys: pytest.CaptureFixture[str]) -> Callable[..., Result]:
         return Result(code, captured.out, captured.err)
 
     return call
+
+
+def full_disk_under(monkeypatch: pytest.MonkeyPatch, name: str) -> None:
+    """No file of this name can be written, as the kernel has it of a full disk."""
+
+    def fill(file: io.FileIO, path: Path) -> None:
+        if path.name == name or path.name.startswith(f".{name}."):
+            with Path("/dev/full").open("wb") as full:
+                os.dup2(full.fileno(), file.fileno())
+            file.truncate = int  # type: ignore  # it cannot
+
+    class Counting(data.files._CountingFile):
+        def __init__(self, path: Path) -> None:
+            super().__init__(path)
+            fill(self, path)
+
+    class Plain(io.FileIO):
+        def __init__(self, path: Path, mode: str) -> None:
+            super().__init__(path, mode)
+            fill(self, path)
+
+    monkeypatch.setattr(data.files, "_CountingFile", Counting)
+    monkeypatch.setattr(engine.metrics_file, "FileIO", Plain)
 
 
 def write_corpus(folder: Path, lines: int = 60, seed: int = 0, words: int = 30) -> Path:

@@ -240,7 +240,8 @@ def test_two_tables_in_one_folder_are_refused(
     result = run_table(make_table({"base": ""}), "--output", tmp_path / "out")
     lock.release()
     assert (result.code, result.out) == (1, "")
-    assert result.err == f"error: {tmp_path / 'out'}: another process is running there\n"
+    holder = f"{tmp_path / 'out'}: another process is running there (process {os.getpid()}: "
+    assert result.err.startswith(f"error: {holder}")
 
 
 # Tables and flags
@@ -302,6 +303,34 @@ def test_a_bad_table_is_one_line(tmp_path: Path, content: str, message: str) -> 
     assert str(caught.value).startswith(f"{path}: ")
     assert message in str(caught.value)
     assert "\n" not in str(caught.value)
+
+
+def test_a_row_that_cannot_fit_starts_nothing(
+    make_table: Callable[..., Path], run_table: Callable[..., Result], tmp_path: Path
+) -> None:
+    for flags, cause in (
+        ("--emsize 200000000 --nhid 8", "argument --bptt: an update would need about"),
+        (f"--emsize {2**31 - 1}", "Storage size calculation overflowed"),
+    ):
+        table = make_table({"base": "", "too large": flags})
+        result = run_table(table, "--output", tmp_path / "out")
+        assert (result.code, result.out, result.err.count("\n")) == (2, "", 1)
+        assert result.err.startswith(f"error: {table}: row 'too large': {cause}")
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_folder_s_name_need_not_be_text(
+    make_table: Callable[..., Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "main.py").write_text("import sys; sys.exit('error: no')")
+    monkeypatch.setattr(pool, "PROGRAM", tmp_path / "main.py")
+    out = tmp_path / os.fsdecode(b"\xe9")
+    (out / "runs").mkdir(parents=True)
+    path = make_table({"base": ""}, (1,))
+    [run] = programs.ablate.plan(load_table(path), parse_ablation([str(path)]), out)
+    pool.execute(run, {}, threading.Event())
+    assert os.fsencode(run.save) in run.log_path.read_bytes()
+    assert run.failure_path.read_text() == "no\n"
 
 
 @pytest.mark.parametrize(

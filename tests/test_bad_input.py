@@ -2,6 +2,7 @@
 
 import json
 import math
+import os
 import re
 import shlex
 import subprocess
@@ -117,6 +118,22 @@ def test_texts(run: Run, corpus_folder: Path, tmp_path: Path, kind: str, split: 
     assert not (tmp_path / "run").exists()
 
 
+@pytest.mark.parametrize("split", ["train", "test"])
+def test_texts_that_never_end(run: Run, corpus_folder: Path, tmp_path: Path, split: str) -> None:
+    path = corpus_folder / f"{split}.txt"
+    for make in (lambda: os.mkfifo(path), lambda: path.symlink_to("/dev/zero")):
+        path.unlink()
+        make()
+        result = run(*TINY, "--data", corpus_folder, "--save", tmp_path / "run.pt")
+        assert only_line(result, 1) == f"{path}: not a regular file"
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_message_stays_one_line(run: Run, tmp_path: Path) -> None:
+    result = run(*TINY, "--data", f"{tmp_path}/a\nb\x1b[2J\u2028c", "--save", tmp_path / "run.pt")
+    assert only_line(result, 1).startswith(rf"{tmp_path}/a\nb\x1b[2J\u2028c: no such folder")
+
+
 def test_no_corpus(run: Run, tmp_path: Path) -> None:
     flags = [*TINY, "--save", tmp_path / "run.pt"]
     assert str(tmp_path / "nowhere") in only_line(run(*flags, "--data", tmp_path / "nowhere"), 1)
@@ -194,8 +211,11 @@ def test_full_disk(run: Run, corpus_folder: Path, tmp_path: Path) -> None:
     before = {p: p.read_bytes() for p in [tmp_path / "run.pt", tmp_path / "run" / "last.pt"]}
     result = limited(6, *flags, "--epochs", 2)
     assert result.returncode == 1
-    assert result.stderr.splitlines()[-1].startswith(f"error: {tmp_path / 'run'}")
-    assert "cannot write" in result.stderr.splitlines()[-1]
+    last = tmp_path / "run" / "last.pt"
+    line = result.stderr.splitlines()[-1]
+    assert line.startswith(f"error: {tmp_path / 'run'}")
+    assert "cannot write: File too large (at least " in line
+    assert line.endswith(f"{last} is safe, and with more room --resume {last} goes on from there")
     assert "Traceback" not in result.stderr
     assert {p: p.read_bytes() for p in before} == before
     assert not list(tmp_path.rglob("*.tmp"))

@@ -17,6 +17,7 @@ from conftest import ROOT, Result
 from torch import nn
 
 from data.corpus import Vocabulary
+from data.errors import WriteError
 from engine.checkpoint import (
     load_model,
     load_training_state,
@@ -76,7 +77,7 @@ def test_failed_write_leaves_the_old_file(tmp_path: Path, monkeypatch: pytest.Mo
         raise OSError(28, "No space left on device")
 
     monkeypatch.setattr(torch, "save", full)
-    with pytest.raises(CheckpointError, match=r"m\.pt: cannot write: No space left on device"):
+    with pytest.raises(WriteError, match=r"m\.pt: cannot write: No space left on device"):
         write_checkpoint(path, model_payload(small_model(), WORDS))
     assert path.read_bytes() == before
     assert list(tmp_path.iterdir()) == [path]
@@ -243,7 +244,7 @@ def test_after_a_file_that_could_not_be_written_none_is(
     writer.write(tmp_path / "m.pt", model)
     writer.write(tmp_path / "last.pt", state)
     may.set()
-    with pytest.raises(CheckpointError, match=r"m\.pt: cannot write: No space left"):
+    with pytest.raises(WriteError, match=r"m\.pt: cannot write: No space left"):
         writer.wait()
     assert not list(tmp_path.iterdir())
     writer.write(tmp_path / "m.pt", model)
@@ -264,7 +265,7 @@ def test_what_ends_training_is_not_hidden_by_a_file(
     with pytest.raises(ZeroDivisionError):
         train(diverges=True)
     assert "gone/m.pt: cannot write: No such file" in capsys.readouterr().err
-    with pytest.raises(CheckpointError):
+    with pytest.raises(WriteError):
         train(diverges=False)
 
 

@@ -11,6 +11,7 @@ from typing import Any
 
 import pytest
 import torch
+from conftest import full_disk_under
 
 from data import cache as corpus_cache
 from data import corpus as corpus_module
@@ -184,20 +185,22 @@ def test_two_processes_at_once_both_succeed(tmp_path: Path) -> None:
     assert list(folder.rglob("*.tmp")) == []
 
 
-@pytest.mark.parametrize("where", ["mkdir", "open"])
+@pytest.mark.parametrize("where", ["mkdir", "train.npy"])
 def test_cache_that_cannot_be_written_is_a_warning(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, where: str
 ) -> None:
     """A folder without permission, and a disk that fills up."""
-    folder, original = write_texts(tmp_path), getattr(Path, where)
+    folder = write_texts(tmp_path)
 
     def refuse(path: Path, *args: Any, **kwargs: Any) -> Any:
-        if ".corpus-v1" in str(path) and path.name != "train.npy" and args[:1] != ("rb",):
-            raise OSError(errno.ENOSPC, "No space left on device")
-        return original(path, *args, **kwargs)
+        raise PermissionError(errno.EACCES, "Permission denied")
 
-    monkeypatch.setattr(Path, where, refuse)
-    with pytest.warns(UserWarning, match="cache cannot be written .No space left on device."):
+    if where == "mkdir":
+        monkeypatch.setattr(Path, where, refuse)
+    else:
+        full_disk_under(monkeypatch, where)
+    cause = "Permission denied" if where == "mkdir" else "No space left on device .at least 1"
+    with pytest.warns(UserWarning, match=rf"cache .*corpus-v1-.*: cannot write: {cause}"):
         corpus = load_corpus(folder)
     assert_same(corpus, *plain_loop(folder))
     assert caches(folder) == []
@@ -247,7 +250,7 @@ def test_bad_folder(tmp_path: Path) -> None:
         load_corpus(folder / "train.txt")
     (folder / "valid.txt").unlink()
     (folder / "valid.txt").mkdir()
-    with pytest.raises(DataError, match=r"valid\.txt: cannot be read \(Is a directory\)"):
+    with pytest.raises(DataError, match=r"valid\.txt: not a regular file"):
         load_corpus(folder)
 
 

@@ -10,13 +10,13 @@ import time
 import zipfile
 from collections import Counter
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
 import pytest
 
-from data import download
+from data import archive, download
 from data.download import ensure_corpus, fetch_corpus
 from data.errors import DataError
 from data.files import SPLITS
@@ -53,6 +53,14 @@ class Handler(BaseHTTPRequestHandler):
     def do_GET(self) -> None:
         self.server.requests[self.path] += 1
         body = self.server.files.get(self.path.removeprefix("/short").removeprefix("/stalled"))
+        if self.path.startswith(("/drops", "/endless")):
+            drops = self.path.startswith("/drops")
+            self.send_response(200)
+            self.end_headers()
+            with suppress(OSError):
+                while not self.server.released.wait(0.02 if drops else 0):
+                    self.wfile.write(b"a" if drops else bytes(1 << 16))
+            return
         if body is None:
             self.send_error(404)
             return
@@ -276,3 +284,42 @@ def test_folder_that_cannot_be_made(server: Server, tmp_path: Path) -> None:
     (tmp_path / "file").touch()
     with pytest.raises(DataError, match="cannot be written"):
         fetch_corpus(plain_source(server, ""), tmp_path / "file" / "x")
+
+
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")  # its socket
+def test_a_body_that_never_ends_is_given_up(
+    server: Server, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """One by drops, each before the server would count as silent, one at full speed."""
+    monkeypatch.setattr(CorpusSource, "most_seconds", 0.5)
+    (drops, endless, good) = plain_source(server, "/drops", "/endless", "").mirrors
+    begin = time.monotonic()
+    source = CorpusSource((drops, endless), TEXT_MD5, most_bytes=3_000_000)
+    with pytest.raises(DataError) as caught:
+        fetch_corpus(source, tmp_path / "x")
+    assert time.monotonic() - begin < 5
+    assert f"{drops.url} (not done within 0 s); " in str(caught.value)
+    assert "/endless/train.txt (more than 3,000,000 bytes)" in str(caught.value)
+    assert_nothing_left(tmp_path / "x")
+    fetch_corpus(CorpusSource((drops, good), TEXT_MD5), tmp_path / "x")
+    assert_complete(tmp_path / "x")
+
+
+@pytest.mark.parametrize("kind", ["zip", "tgz"])
+def test_an_archive_that_says_it_is_a_bomb_is_not_unpacked(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, kind: str
+) -> None:
+    data = archive_of(kind, {"train.txt": bytes(50_000_000)})
+    assert len(data) < 100_000
+    write = archive.LimitedFile.write
+
+    def checked(file: archive.LimitedFile, content: bytes) -> None:
+        assert content.strip(b"\0")  # not what is in the archive
+        write(file, content)
+
+    monkeypatch.setattr(archive.LimitedFile, "write", checked)
+    with serving({"/bomb": data}) as server:
+        source = CorpusSource((Mirror(f"{server.url}/bomb", "{split}.txt"),), most_bytes=100_000)
+        with pytest.raises(DataError, match="has 50,000,000 bytes, and 100,000 are the most"):
+            fetch_corpus(source, tmp_path / "x")
+    assert_nothing_left(tmp_path / "x")

@@ -509,5 +509,5 @@ def test_a_full_disk_ends_the_run_though_it_writes_in_the_background(
     result = run(*TINY, "--data", corpus, "--epochs", 1, "--save", tmp_path / "run.pt")
     assert result.code == 1
     last = result.err.splitlines()[-1]
-    assert last == f"error: {tmp_path / 'run.pt'}: cannot write: No space left on device"
+    assert last.startswith(f"error: {tmp_path / 'run.pt'}: cannot write: No space left on device")
     assert not (tmp_path / "run.pt").exists()

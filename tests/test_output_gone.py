@@ -9,12 +9,14 @@ import struct
 import subprocess
 import sys
 import termios
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
-from conftest import ROOT, TINY
+from conftest import ROOT, TINY, Result, read_summary, write_corpus
 
+import programs.train
 from engine.output import lasting_output
 
 
@@ -110,8 +112,9 @@ def test_output_is_as_it_was(tmp_path: Path) -> None:
         "    print('x' * 300000)\n"
         "print('after')\n"
     )
-    environment = {**os.environ, "PYTHONIOENCODING": "ascii:replace", "PYTHONPATH": str(ROOT)}
-    for options in ([], ["-u"]):
+    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
+    for options, given in (([], "ascii:replace"), ([], "ascii"), (["-u"], "ascii")):
+        environment["PYTHONIOENCODING"] = given
         done = subprocess.run(
             [sys.executable, *options, "-c", code], env=environment, capture_output=True, check=True
         )
@@ -126,3 +129,42 @@ def test_streams_of_tests_are_left_alone(capsys: pytest.CaptureFixture[str]) -> 
         assert (sys.stdout, sys.stderr) == before
         print("seen")
     assert capsys.readouterr().out == "seen\n"
+
+
+def test_the_summary_does_not_wait_for_the_samples(
+    tmp_path: Path, run: Callable[..., Result], monkeypatch: pytest.MonkeyPatch, corpus_folder: Path
+) -> None:
+    def fail(*args: object) -> None:
+        raise MemoryError
+
+    monkeypatch.setattr(programs.train, "sample_sentences", fail)
+    flags = ["--data", corpus_folder, "--save", tmp_path / "run.pt", "--epochs", 1, "--samples", 1]
+    assert run(*TINY, *flags).code == 1
+    assert read_summary(tmp_path / "run.pt")["test_ppl"] > 1
+
+
+@pytest.mark.slow
+def test_words_and_paths_that_the_locale_cannot_write(tmp_path: Path) -> None:
+    """In ASCII: main.py with such words, ablate.py in such a folder, given by its bytes."""
+    corpus, place = write_corpus(tmp_path / "corpus"), tmp_path / "é"
+    place.mkdir()
+    for path in corpus.glob("*.txt"):
+        path.write_text(path.read_text().replace("w", "é"), encoding="utf-8")
+    flags = [flag for flag in TINY if flag not in ("--seed", "7")]
+    flags += ["--data", str(corpus), "--epochs", "1"]
+    table = tmp_path / "table.toml"
+    rows = f'seeds = [1]\nflags = {json.dumps(flags)}\n[[rows]]\nname = "é"\n'
+    table.write_text(f'title = "é †"\n{rows}', encoding="utf-8")
+    environment = {**os.environ, "LC_ALL": "C", "PYTHONUTF8": "0", "PYTHONIOENCODING": "ascii"}
+    environment["PYTHONCOERCECLOCALE"] = "0"
+
+    def start(program: str, *argv: object) -> str:
+        command = [sys.executable, str(ROOT / program), *map(str, argv)]
+        done = subprocess.run(command, env=environment, capture_output=True, timeout=120)
+        assert done.returncode == 0, done.stderr
+        return done.stdout.decode("ascii")
+
+    assert "| It writes: ?" in start("main.py", *flags, "--save", place / "r.pt", "--samples", 2)
+    assert read_summary(place / "r.pt")["test_ppl"] > 1
+    assert "# ? ?" in start("ablate.py", table, "--output", place / "out")
+    assert "# é †" in (place / "out" / "table.md").read_text(encoding="utf-8")

@@ -23,6 +23,7 @@ from torch import Tensor
 import programs.train
 from bptt import FixedWindows, FullWindows, RandomizedWindows, Scheme, VariableWindows
 from engine.ranks import Ranks
+from engine.run_folder import is_in_use
 from kernels.fused_step import FusedStep
 from model import RNNModel
 from noise import Noise
@@ -154,6 +155,29 @@ def test_a_process_that_dies_stops_the_others_and_a_restart_resumes(
     assert len(lines) == 1
     assert "another process of this run is gone" in lines[0]
     assert "Traceback" not in err
+    assert run(*flags, "--save", tmp_path / "one.pt").code == 0
+    assert_same_run(tmp_path / "two", tmp_path / "one")
+
+
+@pytest.mark.slow
+def test_processes_end_with_their_agent_and_the_same_command_goes_on(
+    run: Callable[..., Result], tmp_path: Path, corpus: Path
+) -> None:
+    """torchrun killed: its processes write a checkpoint and free the run."""
+    flags = [*FLAGS, "--epochs", "40", "--data", corpus, "--resume", "auto"]
+    process = subprocess.Popen(command(2, *flags, "--save", tmp_path / "two.pt"))
+    metrics = tmp_path / "two" / "metrics.jsonl"
+    while not (metrics.exists() and '"epoch": 3' in metrics.read_text()):
+        assert process.poll() is None
+        time.sleep(0.05)
+    process.kill()
+    process.wait()
+    deadline = time.monotonic() + 20
+    while is_in_use(tmp_path / "two.pt"):
+        assert time.monotonic() < deadline
+        time.sleep(0.1)
+    assert '"epoch": 40' not in metrics.read_text()
+    train(2, *flags, "--save", tmp_path / "two.pt")
     assert run(*flags, "--save", tmp_path / "one.pt").code == 0
     assert_same_run(tmp_path / "two", tmp_path / "one")
 

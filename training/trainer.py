@@ -106,7 +106,7 @@ class Trainer:
 
         Raises:
             DivergenceError: a loss or norm is not finite; the files are unchanged.
-            CheckpointError: a checkpoint could not be written.
+            WriteError: a checkpoint could not be written.
         """
         self.tracker = tracker
         self._stopwatch = Stopwatch(self.at)

@@ -9,11 +9,12 @@ import threading
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor, wait
 from contextlib import suppress
+from io import FileIO
 from pathlib import Path
 from queue import SimpleQueue
 from typing import Any
 
-from data.files import atomic_write
+from data.files import atomic_write, write_all
 from engine.ablation.runs import FINISHED, Run, read_state, source_of
 from engine.ablation.stages import Step
 from engine.interrupt import Interrupt
@@ -139,9 +140,9 @@ def _work(
     job.save.parent.mkdir(parents=True, exist_ok=True)
     job.failure_path.unlink(missing_ok=True)
     command = [sys.executable, str(PROGRAM.with_name(job.program)), *job.argv]
-    with job.log_path.open("ab") as log:
-        log.write(f"$ {shlex.join(['python', job.program, *job.argv])}\n".encode())
-        log.flush()
+    line = f"$ {shlex.join(['python', job.program, *job.argv])}\n"
+    with FileIO(job.log_path, "a") as log:
+        write_all(log, line.encode(errors="surrogateescape"))  # a path need not be UTF-8
         begin = log.tell()
         process = subprocess.Popen(
             command,
