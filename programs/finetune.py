@@ -40,12 +40,15 @@ def run(argv: Sequence[str]) -> None:
             same = origin.is_origin_of(state)
         if not same and args.resume != "auto":
             raise UsageError(f"argument --save: {resumed.resume} started from another model")
-        state = state if same else None
+        if not same:
+            state = None
     if state is not None:
         launch(resumed, argv, state)
         return
     assert origin is not None
     args, note = settle(argv, args, given, origin)
+    if resumed.resume != "auto":  # the run of another model, which makes room
+        args.resume = None
     launch(args, argv, None, replace(origin, note=note))
 
 

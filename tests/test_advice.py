@@ -74,12 +74,13 @@ def test_main_says_so(run: Run, tmp_path: Path) -> None:
     for split, lines in (("train", prose[:400]), ("valid", prose[400:500]), ("test", prose[500:])):
         (tmp_path / f"{split}.txt").write_text("\n".join(lines))
     flags = ["--data", tmp_path, "--save", tmp_path / "run.pt"]
-    raw, large, few = warnings_of(run(*flags, "--dry-run"))
+    sizes = ["--emsize", 300, "--nhid", 300]
+    raw, large, few = warnings_of(run(*flags, *sizes, "--dry-run"))
     assert raw.startswith("valid.txt looks like raw text")
     assert "parameters for 2,000 tokens" in large
     assert few.startswith("an epoch has about 0 updates")
     (raw,) = warnings_of(run(*flags, *TINY, "--dry-run"))
-    assert not warnings_of(run(*flags, "--quick", "--dry-run"))
+    assert not warnings_of(run(*flags, *sizes, "--quick", "--dry-run"))
     raw, won = warnings_of(run(*flags, *TINY, "--bigram", "--max-updates", 2, "--lr", 1e-3))
     assert won.startswith("the bigram model wins, ")
     resumed = run("--resume", tmp_path / "run", "--max-updates", 3)

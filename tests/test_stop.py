@@ -214,7 +214,7 @@ def test_nohup_keeps_a_run_from_its_terminal_s_end(tmp_path: Path, corpus_folder
     wait_for(path, process, f'"epoch": {lines + 5}')
     process.send_signal(signal.SIGUSR1)
     err = process.communicate(timeout=60)[1]
-    assert "error: terminated" in err.splitlines()[-1]
+    assert (process.returncode, "error: terminated" in err.splitlines()[-1]) == (1, True)
 
 
 @pytest.mark.slow
