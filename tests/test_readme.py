@@ -202,7 +202,9 @@ def test_flags_that_are_mentioned_exist(page: Path) -> None:
 
 def test_tree_names_what_is_there() -> None:
     tree = next(block for block in blocks(ROOT / "README.md", "text") if "main.py " in block)
-    listed = {line.split()[0].rstrip("/") for line in tree.splitlines()}
+    listed = {
+        name.rstrip("/") for line in tree.splitlines() for name in line.split("  ")[0].split()
+    }
     for name in listed:
         assert (ROOT / name).exists(), name
     assert {path.name for path in ROOT.glob("*.py")} <= listed
