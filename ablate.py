@@ -11,7 +11,7 @@ from engine.program import run_program
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the program; returns its exit code."""
-    return run_program("programs.ablate", argv, "flags.parse_ablation")
+    return run_program("programs.ablate", argv, "flags.ablation.parse_ablation")
 
 
 if __name__ == "__main__":

@@ -11,7 +11,7 @@ from engine.program import run_program
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the program; returns its exit code."""
-    return run_program("programs.diagnose", argv, "flags.parse_diagnosis")
+    return run_program("programs.diagnose", argv, "flags.diagnosis.parse_diagnosis")
 
 
 if __name__ == "__main__":

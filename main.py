@@ -11,7 +11,7 @@ from engine.program import run_program
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the program; returns its exit code."""
-    return run_program("programs.train", argv, "flags.parse_training")
+    return run_program("programs.train", argv, "flags.training.parse_training")
 
 
 if __name__ == "__main__":

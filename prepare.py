@@ -11,7 +11,7 @@ from engine.program import run_program
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the program; returns its exit code."""
-    return run_program("programs.prepare", argv, "flags.parse_preparation")
+    return run_program("programs.prepare", argv, "flags.preparation.parse_preparation")
 
 
 if __name__ == "__main__":

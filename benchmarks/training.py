@@ -26,7 +26,7 @@ from data.files import atomic_write
 from engine.device import keep_freed_memory, peak_memory, select_device
 from engine.provenance import cpu_name
 from engine.ranks import Ranks
-from flags import parse_training
+from flags.training import parse_training
 from kernels.precision import choose_precision, set_products
 from training.state import Position
 from training.tally import Tally

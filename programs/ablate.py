@@ -30,14 +30,10 @@ from engine.interrupt import Interrupt
 from engine.program import is_memory
 from engine.run_folder import lock_folder
 from engine.tracking import WandbOptions, sync_command, warn
-from flags import (
-    check_stage,
-    given_flags,
-    other_flags,
-    parse_ablation,
-    parse_training,
-    settle_scheme,
-)
+from flags.ablation import parse_ablation
+from flags.resume import other_flags
+from flags.stages import check_stage
+from flags.training import given_flags, parse_training, settle_scheme
 from pictures.canvas import FORMATS, write_figure
 from programs.plan import check_memory
 from programs.table_plan import print_plan, sharing, time_needed, where

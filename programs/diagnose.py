@@ -24,7 +24,7 @@ from engine.errors import RunError, UsageError
 from engine.launch import local_rank
 from engine.run_folder import corpus_of_run
 from engine.tracking import warn
-from flags import parse_diagnosis
+from flags.diagnosis import parse_diagnosis
 from layers.lstm import LSTM
 from model import RNNModel, count_parameters
 from pictures.canvas import FORMATS, write_figure

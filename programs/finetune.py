@@ -17,7 +17,7 @@ from engine.launch import is_follower
 from engine.origin import Origin, read_origin
 from engine.tracking import warn
 from evaluation.evaluate import perplexity
-from flags import parse_finetuning, taken_over, unknown_flags
+from flags.finetuning import parse_finetuning, taken_over, unknown_flags
 from flags.flag import dashed, plain
 from flags.training import TRAINING
 from model import RNNModel

@@ -6,7 +6,7 @@ from pathlib import Path
 from engine.errors import RunError
 from engine.history import AXES, History, read_history
 from engine.tracking import warn
-from flags import parse_plotting, tell_apart
+from flags.plotting import parse_plotting, tell_apart
 from pictures.canvas import FORMATS, write_figure
 from pictures.run_curves import draw_runs
 

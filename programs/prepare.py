@@ -8,7 +8,7 @@ from data.files import SPLITS
 from data.prepare import Preparation, examples, prepare
 from engine.progress import Progress
 from engine.tracking import warn
-from flags import parse_preparation
+from flags.preparation import parse_preparation
 
 EXAMPLES, WIDTH = 10, 100  # lines shown, and characters of each
 

@@ -32,7 +32,8 @@ from evaluation.bigram import bigram_loss
 from evaluation.evaluate import evaluate, perplexity
 from evaluation.plain import Plain
 from evaluation.sampling import sample_sentences
-from flags import parse_training, resume_flags, settle_scheme
+from flags.resume import resume_flags
+from flags.training import parse_training, settle_scheme
 from kernels.choose import Choice
 from model import count_parameters
 from programs.plan import check_memory, give_advice, print_full_plan, print_plan

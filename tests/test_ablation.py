@@ -35,7 +35,7 @@ from engine.ablation.statistics import holm, paired, spread
 from engine.ablation.table import Row, Table, load_table
 from engine.errors import RunError
 from engine.run_folder import lock_folder
-from flags import parse_ablation
+from flags.ablation import parse_ablation
 
 TABLES = sorted((ROOT / "ablations").glob("*.toml"))
 

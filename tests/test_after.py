@@ -23,7 +23,7 @@ from engine.errors import RunError
 from evaluation.cache import Cache
 from evaluation.evaluate import evaluate, perplexity
 from evaluation.plain import Plain
-from flags import parse_ablation
+from flags.ablation import parse_ablation
 
 TEXT = """
 title = "With stages"

@@ -25,7 +25,7 @@ from engine.checkpoint import load_model
 from engine.checkpoint_writer import CheckpointWriter
 from evaluation.evaluate import evaluate
 from evaluation.plain import Plain
-from flags import parse_training, settle_scheme
+from flags.training import parse_training, settle_scheme
 from kernels.lstm_cpu import can_pack
 from programs.plan import memory_needed, steps_per_epoch
 from training.update import Updater

@@ -16,7 +16,7 @@ from engine.device import peak_memory, select_device
 from engine.errors import DivergenceError, UsageError
 from engine.provenance import versions
 from engine.ranks import Ranks
-from flags import parse_training
+from flags.training import parse_training
 from kernels import choose, fused_step, linear_cross_entropy, lstm_cpu, lstm_cudnn
 from layers.gru import GRU
 from layers.lstm import LSTM

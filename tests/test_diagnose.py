@@ -17,7 +17,7 @@ import assembly
 import diagnose
 from data.corpus import Corpus, load_corpus
 from engine.checkpoint import load_model, model_payload, write_checkpoint
-from flags import parse_training
+from flags.training import parse_training
 from layers import LAYERS
 from layers.lstm import LSTM
 from model import RNNModel

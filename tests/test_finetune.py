@@ -27,7 +27,8 @@ import finetune
 import main
 from assembly import build_model
 from engine.origin import read_origin
-from flags import parse_finetuning, parse_training
+from flags.finetuning import parse_finetuning
+from flags.training import parse_training
 from programs.finetune import model_flags
 
 

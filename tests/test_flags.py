@@ -15,21 +15,15 @@ from original import CHARACTER_LEVEL, WORD_LEVEL
 
 import flags.resume
 from engine.errors import UsageError
-from flags import (
-    ablation_parser,
-    diagnosis_parser,
-    finetuning_parser,
-    other_flags,
-    parse_training,
-    plotting_parser,
-    preparation_parser,
-    resume_flags,
-    settle_scheme,
-    training_parser,
-)
+from flags.ablation import ablation_parser
+from flags.diagnosis import diagnosis_parser
+from flags.finetuning import finetuning_parser
 from flags.flag import Flag, by_name
 from flags.generation import generation_parser
-from flags.training import TRAINING
+from flags.plotting import plotting_parser
+from flags.preparation import preparation_parser
+from flags.resume import other_flags, resume_flags
+from flags.training import TRAINING, parse_training, settle_scheme, training_parser
 from flags.values import natural, positive_int
 
 PARSERS = {
@@ -87,9 +81,9 @@ def test_help_and_both_spellings(program: str) -> None:
 
 def test_flags_do_without_torch() -> None:
     code = (
-        "import sys, flags\n"
-        "flags.parse_training(['@recipes/penn.txt', '--resume', 'auto'])\n"
-        "try:\n    flags.parse_training(['--help'])\n"
+        "import sys, flags.training\n"
+        "flags.training.parse_training(['@recipes/penn.txt', '--resume', 'auto'])\n"
+        "try:\n    flags.training.parse_training(['--help'])\n"
         "except SystemExit:\n    sys.exit('torch' in sys.modules)\n"
     )
     result = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True)

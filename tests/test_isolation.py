@@ -25,7 +25,7 @@ import assembly
 from data.corpus import load_corpus
 from engine.ranks import Ranks
 from engine.tracking import Silence
-from flags import parse_training, settle_scheme
+from flags.training import parse_training, settle_scheme
 from nt_asgd import NTASGD
 from training.trainer import Trainer
 

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from assembly import build_loss_scale
 from bptt import Window
-from flags import parse_training
+from flags.training import parse_training
 from kernels.fused_step import FusedStep
 from loss_scale import AnyLossScale, LogMax, LossScale
 from model import RNNModel

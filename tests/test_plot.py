@@ -13,7 +13,7 @@ from test_bad_input import only_line
 
 import plot
 from engine.history import read_history
-from flags import tell_apart
+from flags.plotting import tell_apart
 from programs.plot import labels
 
 pytest.importorskip("matplotlib")

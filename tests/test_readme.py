@@ -12,31 +12,36 @@ import torch
 from conftest import ROOT, TINY, Result, write_corpus
 
 import ablate
-import flags
 from engine.checkpoint import load_model
 from flags import evaluation, export, generation
+from flags.ablation import ablation_parser, parse_ablation
+from flags.diagnosis import diagnosis_parser, parse_diagnosis
+from flags.finetuning import finetuning_parser, parse_finetuning
+from flags.plotting import parse_plotting, plotting_parser
+from flags.preparation import parse_preparation, preparation_parser
+from flags.training import parse_training, training_parser
 
 PARSE: dict[str, Callable[[list[str]], object]] = {
-    "main.py": flags.parse_training,
-    "finetune.py": flags.parse_finetuning,
-    "ablate.py": flags.parse_ablation,
-    "diagnose.py": flags.parse_diagnosis,
+    "main.py": parse_training,
+    "finetune.py": parse_finetuning,
+    "ablate.py": parse_ablation,
+    "diagnose.py": parse_diagnosis,
     "evaluate.py": evaluation.parse_evaluation,
     "pointer.py": evaluation.parse_pointer,
-    "plot.py": flags.parse_plotting,
-    "prepare.py": flags.parse_preparation,
+    "plot.py": parse_plotting,
+    "prepare.py": parse_preparation,
     "export.py": export.parse_export,
     "generate.py": generation.parse_generation,
 }
 PARSERS = [
-    flags.training_parser(),
-    flags.finetuning_parser(),
-    flags.ablation_parser(),
-    flags.diagnosis_parser(),
+    training_parser(),
+    finetuning_parser(),
+    ablation_parser(),
+    diagnosis_parser(),
     evaluation.evaluation_parser(),
     evaluation.pointer_parser(),
-    flags.plotting_parser(),
-    flags.preparation_parser(),
+    plotting_parser(),
+    preparation_parser(),
     export.export_parser(),
     generation.generation_parser(),
 ]
