@@ -20,8 +20,9 @@ README = """# An AWD-LSTM language model
 | `config.json` | sizes; with `tie_weights` the decoder's matrix is `encoder.weight`, stored once |
 | `vocab.txt` | a word a line; the first has id 0 |
 
-This program prints the perplexity of a text under the model: `python perplexity.py FOLDER TEXT`.
-It needs PyTorch only. Words are separated by spaces, and each line ends with an `<eos>`.
+This program, saved as `perplexity.py`, prints the perplexity of a text under the model:
+`python perplexity.py FOLDER TEXT`. It needs PyTorch only. Words are separated by spaces, and each
+line ends with an `<eos>`.
 
 ```python
 import json
