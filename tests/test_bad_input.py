@@ -64,7 +64,7 @@ def test_flags_out_of_range(run: Run, tmp_path: Path, flags: str) -> None:
 
 def test_a_run_that_is_not_there_is_named_as_given(run: Run) -> None:
     line = only_line(run("--resume", "nothere/last.pt"), 1)
-    assert line.startswith("nothere/last.pt: no such run")
+    assert line.startswith("nothere/last.pt: no such run, or it has no checkpoint yet (give")
 
 
 def test_recipe_that_is_missing_or_not_text(run: Run, tmp_path: Path) -> None:
