@@ -80,13 +80,21 @@ class LanguageModel:
         """
         return self._score(read_text(path, self.vocabulary), columns)
 
-    def next_word(self, prompt: str = "") -> dict[str, float]:
-        """The probability of each word after a prompt; the most probable comes first."""
+    def next_word(self, prompt: str = "", top: int | None = 10) -> dict[str, float]:
+        """The words that most probably come after a prompt, with their probabilities.
+
+        Args:
+            prompt: the words to continue.
+            top: number of words; None: the whole vocabulary.
+
+        Returns:
+            {word: probability}; the most probable comes first.
+        """
         ids = encode_words([EOS, *prompt.split()], self.vocabulary).ids
         self.predictor.start(1)
         log_probs = predict_next(self.predictor, ids.tolist())
         probs, words = log_probs.double().exp().sort(descending=True)
-        found = zip(words.tolist(), probs.tolist(), strict=True)
+        found = zip(words[:top].tolist(), probs[:top].tolist(), strict=True)
         return {self.vocabulary[word]: probability for word, probability in found}
 
     def sample(

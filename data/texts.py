@@ -38,7 +38,7 @@ def _below(folder: Path) -> list[Path]:
     below = (path.relative_to(folder) for path in folder.rglob("*.txt") if path.is_file())
     shown = [path for path in below if not any(part.startswith(".") for part in path.parts)]
     if not shown:
-        raise DataError(f"{folder}: has no .txt file")
+        raise DataError(f"{folder}: has no .txt file; name files with another suffix one by one")
     return [folder / path for path in sorted(shown)]
 
 

@@ -20,8 +20,9 @@ README = """# An AWD-LSTM language model
 | `config.json` | sizes; with `tie_weights` the decoder's matrix is `encoder.weight`, stored once |
 | `vocab.txt` | a word a line; the first has id 0 |
 
-This program prints the perplexity of a text under the model: `python perplexity.py FOLDER TEXT`.
-It needs PyTorch only. Words are separated by spaces, and each line ends with an `<eos>`.
+This program, saved as `perplexity.py`, prints the perplexity of a text under the model:
+`python perplexity.py FOLDER TEXT`. It needs PyTorch only. Words are separated by spaces, and each
+line ends with an `<eos>`.
 
 ```python
 import json
@@ -116,6 +117,14 @@ def _readme(config: dict[str, Any]) -> str:
     return page + f"Its {kinds} need the code that exported it.\n"
 
 
+def _other_folder(folder: Path, config: dict[str, Any]) -> str:
+    """What a folder is whose config.json is not that of an exported model."""
+    flags = config.get("flags")
+    if not isinstance(flags, dict):
+        return "not a folder that export.py wrote"
+    return f"a run's folder; the model of this run is {folder}{Path(str(flags.get('save'))).suffix}"
+
+
 def read_model_folder(folder: Path) -> dict[str, Any]:
     """Read what write_model_folder wrote: the payload of checkpoint.model_payload.
 
@@ -124,9 +133,11 @@ def read_model_folder(folder: Path) -> dict[str, Any]:
         ValueError, KeyError, TypeError: a file is damaged.
     """
     try:
-        config = json.loads((folder / CONFIG).read_text(encoding="utf-8"))
-        if config.pop("format", None) != FOLDER_FORMAT:  # a run's folder has a config.json, too
+        if not (folder / CONFIG).exists():
             raise CheckpointError(f"{folder}: not a folder that export.py wrote")
+        config = json.loads((folder / CONFIG).read_text(encoding="utf-8"))
+        if config.pop("format", None) != FOLDER_FORMAT:
+            raise CheckpointError(f"{folder}: {_other_folder(folder, config)}")
         vocabulary = (folder / VOCABULARY).read_bytes().decode().removesuffix("\n")
         weights = read_safetensors(folder / WEIGHTS)
     except OSError as error:

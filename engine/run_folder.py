@@ -250,7 +250,8 @@ def find_run(path: str | Path) -> Path:
     for candidate in candidates:
         if candidate.is_file():
             return candidate
-    raise RunError(f"{given}: no such run (give its last.pt, its folder or its best model)")
+    hint = "give its last.pt, its folder or its best model"
+    raise RunError(f"{given}: no such run, or it has no checkpoint yet ({hint})")
 
 
 def corpus_of_run(model: str | Path) -> str | None:

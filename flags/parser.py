@@ -53,11 +53,18 @@ class Parser(argparse.ArgumentParser):
         """Raise argparse's error as a UsageError, without the usage before it."""
         if message.startswith("unrecognized arguments") and ".txt" in message:
             message += " (a recipe is given as @FILE)"
+        elif message.startswith("unrecognized arguments") and self._is_corpus(message.split()[2]):
+            message += " (a corpus is given as --data FOLDER)"
         elif message.startswith("unrecognized arguments"):
             words = [word.partition("=")[0] for word in message.split() if word.startswith("--")]
             known = [close for word in words for close in self._close_to(word)]
             message += f" (did you mean {', '.join(known)}?)" if known else ""
         raise UsageError(" ".join(message.split()))
+
+    def _is_corpus(self, word: str) -> bool:
+        """Whether a word is a folder, and the program takes a corpus."""
+        # Path.is_dir raises for a name that is too long.
+        return "--data" in self._option_string_actions and os.path.isdir(word)  # noqa: PTH112
 
     def _close_to(self, word: str) -> list[str]:
         """The flag whose name is most like a word; empty if none is."""

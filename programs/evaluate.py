@@ -246,7 +246,7 @@ def by_line(numbers: Tensor, scores: Tensor) -> Iterable[str]:
 
 
 def write_lines(path: str, lines: Iterable[str]) -> None:
-    """Write a text file, whole or not at all.
+    """Write a text file, whole or not at all, and name it on stderr.
 
     Raises:
         RunError: it cannot be written.
@@ -256,3 +256,4 @@ def write_lines(path: str, lines: Iterable[str]) -> None:
             file.writelines(f"{line}\n" for line in lines)
     except OSError as error:
         raise RunError(f"{path}: cannot write: {error.strerror or error}") from None
+    print(f"| {path}", file=sys.stderr)

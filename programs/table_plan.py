@@ -35,8 +35,9 @@ def print_plan(table: Table, runs: list[Run], corpus: Corpus, args: argparse.Nam
     steps = [shlex.join([s.after.name, *s.after.flags]) for run in runs for s in run.steps]
     for step in dict.fromkeys(steps):
         print(f"| after {steps.count(step)} of {len(runs)} runs: {step}; its time is not counted")
-    print(f"| {len(runs)} runs with seeds {', '.join(map(str, table.seeds))}: {left:,.4g} epochs")
-    print(f"| to train, {left * len(corpus.train):,.0f} tokens; {where(args)}")
+    seeds = ", ".join(map(str, table.seeds))
+    print(f"| {len(runs)} runs with seeds {seeds}; {where(args)}")
+    print(f"| to train: {left:,.4g} epochs, {left * len(corpus.train):,.0f} tokens")
     print(f"| {time_needed(runs, corpus, args)}")
 
 

@@ -132,7 +132,8 @@ def test_more_seeds_and_epochs_are_added_and_other_flags_refused(
     assert run_table(table, "--output", out).code == 0
     more = ("--flags=--epochs 3", "--seeds", "1,2", "--output", out)
     plan = run_table(table, *more, "--dry-run")
-    assert "2 runs with seeds 1, 2: 4 epochs" in plan.out
+    assert "2 runs with seeds 1, 2; " in plan.out
+    assert "to train: 4 epochs, " in plan.out
     result = run_table(table, *more, "--jobs", 2)
     assert result.code == 0
 

@@ -64,12 +64,14 @@ def test_flags_out_of_range(run: Run, tmp_path: Path, flags: str) -> None:
 
 def test_a_run_that_is_not_there_is_named_as_given(run: Run) -> None:
     line = only_line(run("--resume", "nothere/last.pt"), 1)
-    assert line.startswith("nothere/last.pt: no such run")
+    assert line.startswith("nothere/last.pt: no such run, or it has no checkpoint yet (give")
 
 
 def test_recipe_that_is_missing_or_not_text(run: Run, tmp_path: Path) -> None:
     assert only_line(run("@no.txt"), 2) == "@no.txt: No such file or directory"
     assert "a recipe is given as @FILE" in only_line(run("recipes/demo.txt"), 2)
+    assert "a corpus is given as --data FOLDER" in only_line(run(tmp_path), 2)
+    assert "did you mean --data?" in only_line(run("--dataa", tmp_path), 2)
     (tmp_path / "recipe").write_bytes(b"\xff\xfe\x00")
     assert only_line(run(f"@{tmp_path / 'recipe'}"), 2) == f"@{tmp_path / 'recipe'}: not UTF-8 text"
 

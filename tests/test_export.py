@@ -149,7 +149,11 @@ def damage(folder: Path, kind: str) -> None:
         content += b"\0"
     weights.write_bytes(content)
     if kind == "a run's folder":
+        config.write_text('{"flags": {"save": "/elsewhere/out.pt"}}')
+    elif kind == "another config":
         config.write_text("{}")
+    elif kind == "another folder":
+        config.unlink()
     elif kind == "no config":
         config.write_text("[")
     elif kind == "sizes":
@@ -166,7 +170,9 @@ REFUSED = {
     "huge": "invalid header",
     "entry": "invalid header", "twice": "a name occurs twice",
     "huge header": "not a safetensors file", "truncated": "ends at byte", "trailing": "1 bytes",
-    "a run's folder": "not a folder that export.py wrote", "no config": "damaged",
+    "a run's folder": "out: a run's folder; the model of this run is ",
+    "another config": "out: not a folder that export.py wrote",
+    "another folder": "out: not a folder that export.py wrote", "no config": "damaged",
     "sizes": "size mismatch", "missing": "model.safetensors: cannot read", "vocabulary": "decode",
 }  # fmt: skip
 

@@ -260,13 +260,14 @@ def test_scores_and_next_words(tmp_path: Path) -> None:
     assert score.log_prob == pytest.approx(total, rel=1e-6)
     assert score.ppl == pytest.approx(math.exp(-total / 5), rel=1e-6)
     assert lm.score("a c <unk> b").unknown == 0
-    after = lm.next_word("a c")
+    after = lm.next_word("a c", top=None)
+    assert list(lm.next_word("a c", top=2).items()) == list(after.items())[:2]
     assert list(after.values()) == sorted(after.values(), reverse=True)
     assert sum(after.values()) == pytest.approx(1)
     for word, probability in after.items():
         expected = float(logs[2][WORDS.index(word)].exp())
         assert probability == pytest.approx(expected, rel=1e-5)
-    cached = lm.cached(window=5, theta=0.5, lambdasm=1.0).next_word("a c a")
+    cached = lm.cached(window=5, theta=0.5, lambdasm=1.0).next_word("a c a", top=None)
     # the words that came after <eos>, a and c
     assert {word for word, probability in cached.items() if probability > 0} == {"a", "c"}
     save_model(tmp_path / "bare.pt", Vocabulary(["a", "<eos>"]))
