@@ -26,6 +26,13 @@ class Choice:
         return f"{self.kernel} ({self.reason})" if self.reason else self.kernel
 
 
+def in_words(choices: dict[str, Choice]) -> str:
+    """The kernels of all parts; if all are plain, in a word."""
+    if all(choice.kernel == "plain" for choice in choices.values()):
+        return f"plain kernels ({next(iter(choices.values())).reason})"
+    return " | ".join(f"{part}: {choice}" for part, choice in choices.items())
+
+
 def install(
     model: RNNModel, dtype: torch.dtype | None, device: torch.device, fast: bool = True
 ) -> dict[str, Choice]:

@@ -60,7 +60,7 @@ def measure(args: argparse.Namespace, title: str = "") -> None:
     if predictions < columns:
         raise UsageError(f"argument --eval-batch-size: {name} has {predictions} predictions only")
     if text.unknown:
-        share = text.unknown / len(text.ids)
+        share = text.unknown / predictions
         warn(f"{name}: {text.unknown:,} words ({share:.1%}) are not in the model's vocabulary")
     if args.cache and args.window > predictions:
         warn(f"--window {args.window} is longer than {name}; the cache holds all of it")

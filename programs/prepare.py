@@ -44,7 +44,7 @@ def run(argv: Sequence[str]) -> None:
             "train.txt has no <unk>, and valid.txt or test.txt has: a model cannot learn when to "
             "expect it; --min-count 2 or a smaller --vocab-size gives train.txt some"
         )
-    print(f"| python main.py --data {output} trains on it")
+    print(f"| python main.py --data {output} --dry-run says what training on it takes")
 
 
 class Bars:

@@ -1,7 +1,6 @@
 """Train an AWD-LSTM language model, then test it: python main.py @recipes/demo.txt"""
 
 import argparse
-import math
 import os
 import sys
 from collections.abc import Sequence
@@ -16,29 +15,23 @@ from data.files import file_version
 from engine.checkpoint import (
     check_unchanged,
     damage_reported,
-    load_model,
     load_training_state,
 )
-from engine.device import keep_freed_memory, peak_memory, select_device, use_threads
+from engine.device import keep_freed_memory, select_device, use_threads
 from engine.errors import CheckpointError, DivergenceError, RunError, UsageError
 from engine.launch import local_rank
 from engine.origin import Origin
 from engine.provenance import cpu_name, git_commit, versions
 from engine.ranks import Ranks, launched_ranks
-from engine.report import DOUBLE_RULE, final_line, short_number
+from engine.report import DOUBLE_RULE
 from engine.run_folder import RunFolder, find_run
 from engine.tracking import Silence, Tracker, WandbOptions, sync_command, warn
-from evaluation.bigram import bigram_loss
-from evaluation.evaluate import evaluate, perplexity
-from evaluation.plain import Plain
-from evaluation.sampling import sample_sentences
 from flags.resume import resume_flags
 from flags.training import parse_training, settle_scheme
-from kernels.choose import Choice
+from kernels.choose import Choice, in_words
 from model import count_parameters
+from programs.conclusion import conclude, test_best
 from programs.plan import check_memory, give_advice, print_full_plan, print_plan
-from training.advice import beaten_by_bigrams
-from training.divergence import divergence
 from training.trainer import Trainer
 
 
@@ -162,8 +155,7 @@ def lead(
     exit_code = 1
     try:
         folder.write_config(flags, session, resumed=state is not None)
-        parts = " | ".join(f"{part}: {choice}" for part, choice in kernels.items())
-        print(f"| precision {precision} | {parts}", file=sys.stderr)
+        print(f"| precision {precision} | {in_words(kernels)}", file=sys.stderr)
         train_and_test(args, trainer, tracker)
         exit_code = 0
     finally:
@@ -214,7 +206,7 @@ def train_and_test(args: argparse.Namespace, trainer: Trainer, tracker: Tracker)
     except DivergenceError as error:
         if trainer.ranks.leader:
             conclude(trainer, tracker, dict(summary, diverged=True, cause=str(error)))
-        raise
+        raise DivergenceError(f"{error}; a smaller --lr, or --clip, may help") from error
     summary["ended"] = ended
     trainer.interrupt.release()
     if trainer.interrupt.terminated:
@@ -231,63 +223,7 @@ def train_and_test(args: argparse.Namespace, trainer: Trainer, tracker: Tracker)
     if not trainer.ranks.leader:
         return
 
-    model, vocabulary = load_model(folder.model_path, device)
-    ids = trainer.corpus.test
-    loss = evaluate(Plain(model), ids, args.test_batch_size)
-    results = dict(loss=loss, ppl=perplexity(loss), bpc=loss / math.log(2))
-    tracker.log("test", step=trainer.at.update, **results)
-    summary["test_ppl"] = results["ppl"]
-    print(DOUBLE_RULE)
-    if args.bigram:
-        corpus = trainer.corpus
-        texts = (corpus.train.numpy(), corpus.valid.numpy(), ids.numpy())
-        bigram = perplexity(bigram_loss(*texts, len(vocabulary)))
-        summary["bigram_ppl"] = bigram
-        print(f"| Interpolated bigram model of the same text | test ppl {bigram:8.2f}")
-        for text in beaten_by_bigrams(results["ppl"], bigram):
-            warn(text)
-    part = " | --quick: of a part of the text" * args.quick
-    print(f"{final_line(loss)}{part}", flush=True)
-    print_end(trainer, loss, summary)
-    conclude(trainer, tracker, summary)
-    sentences = list(sample_sentences(Plain(model), vocabulary, args.samples, args.seed))
-    print(*(f"| It writes: {sentence}\n" for sentence in sentences), sep="", end="")
-    tracker.log_samples(sentences, step=trainer.at.update)
-
-
-def print_end(trainer: Trainer, test_loss: float, summary: dict[str, Any]) -> None:
-    """Print the best model on a terminal; note in the summary whether the run has diverged."""
-    at, path = trainer.at, trainer.folder.model_path
-    if sys.stdout.isatty():
-        of = f"of update {at.update}"
-        if at.best_epoch is not None:
-            of = f"of epoch {at.best_epoch}, valid ppl {short_number(perplexity(at.best_loss))}"
-        print(f"| the best model is {path}, {of}: python diagnose.py {path}")
-    words, early = len(trainer.corpus.vocabulary), at.epoch == 1
-    cause = at.diverged or divergence("test", test_loss, words, early)
-    summary["diverged"] = bool(cause)
-    if cause:
-        warn(f"this run has diverged: {cause}")
-        summary["cause"] = cause
-
-
-def conclude(trainer: Trainer, tracker: Tracker, summary: dict[str, Any]) -> None:
-    """Write summary.json and W&B's summary."""
-    at = trainer.at
-    summary = dict(
-        best_valid_ppl=perplexity(at.best_loss),
-        test_ppl=summary.pop("test_ppl", None),
-        best_epoch=at.best_epoch,
-        epochs=max(0, at.epoch - 1),
-        updates=at.update,
-        seconds=at.seconds,
-        tokens_per_second=at.tokens / max(at.training_seconds, 1e-9),
-        peak_memory_bytes=peak_memory(trainer.device),
-        overflows=at.overflows,
-        **summary,
-    )
-    trainer.folder.write_json("summary.json", summary)
-    tracker.summarize(**summary)
+    test_best(args, trainer, tracker, summary)
 
 
 def find_state(
