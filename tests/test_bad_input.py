@@ -272,7 +272,8 @@ def test_divergence(run: Run, corpus_folder: Path, tmp_path: Path) -> None:
     result = run("--resume", last, "--epochs", 9, "--checkpoint-every", 1)
     assert result.code == 1
     assert result.err.splitlines()[-1] == (
-        f"error: loss is nan at update {update + 1} (epoch 2, lr 2): training stopped"
+        f"error: loss is nan at update {update + 1} (epoch 2, lr 2): training stopped; "
+        "a smaller --lr, or --clip, may help"
     )
     assert (model.read_bytes(), last.read_bytes()) == before
     events = (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()

@@ -117,7 +117,7 @@ def test_any_text(
     )
     found = summary_of(result, path)
     assert (found["predictions"], found["unknown"]) == (10, 2)
-    assert "2 words (18.2%) are not in the model's vocabulary" in result.err
+    assert "2 words (20.0%) are not in the model's vocabulary" in result.err
     assert f"| {words}\n| {by_line}\n" in result.err
     model, vocabulary = load_model(trained)
     tokens = ["<eos>", "w1", "w2", "<unk>", "<eos>", "w3", "<eos>", "<eos>", "w4", "<unk>", "<eos>"]
