@@ -7,7 +7,15 @@ from collections.abc import Callable
 import numpy as np
 import pytest
 
-from bptt import FixedWindows, FullWindows, RandomizedWindows, Scheme, VariableWindows, Window
+from bptt import (
+    FixedWindows,
+    Footprint,
+    FullWindows,
+    RandomizedWindows,
+    Scheme,
+    VariableWindows,
+    Window,
+)
 
 SCHEMES: dict[str, Callable[[], Scheme]] = {
     "fixed": lambda: FixedWindows(7),
@@ -81,6 +89,23 @@ def test_windows_in_pieces() -> None:
         Window(7, 3),
     ]
     assert list(FullWindows(4).windows(10)) == [Window(0, 10, 0, (4, 4, 2))]
+
+
+def test_footprints() -> None:
+    """Rows held, rows decoded, and the states that pieces are recomputed from."""
+    assert FixedWindows(7).footprint(100) == Footprint(7, 7, states=1)
+    assert FixedWindows(7, 20).footprint(100) == Footprint(7, 7, states=1)
+    assert FixedWindows(7, 3).footprint(100) == Footprint(7, 3, states=2)
+    assert VariableWindows(70, 3).footprint(1000) == Footprint(90, 90, states=1)
+    assert RandomizedWindows(7, 0.8, 3).footprint(100) == Footprint(28, 28, states=15)
+    assert FullWindows(7).footprint(100) == Footprint(7, 7, states=15)
+
+
+@pytest.mark.parametrize(("num_steps", "boundaries"), [(1, 0), (7, 0), (8, 1), (14, 1), (15, 2)])
+def test_expected_number_of_windows(num_steps: int, boundaries: int) -> None:
+    scheme = RandomizedWindows(7, 0.75, 3)
+    assert scheme.expected_windows(num_steps) == 1 + boundaries / 4  # each is cut, or not
+    assert FullWindows(7).expected_windows(num_steps) == 1
 
 
 @pytest.mark.parametrize("keep_prob", [0.2, 0.75])

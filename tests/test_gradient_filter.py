@@ -11,7 +11,7 @@ import torch
 from conftest import TINY, Result, read_events
 from torch import Tensor
 
-from gradient_filter import GradientFilter
+from gradient_filter import GradientFilter, inverse_mask
 from model import RNNModel
 from noise import Noise
 
@@ -57,6 +57,10 @@ def test_equations(batch: int, threshold: float, normalize: bool, device: torch.
     g = torch.randn(6, batch, 3, dtype=torch.float64) * torch.logspace(-2, 2, batch)[:, None]
     params = [torch.randn(4, 3, dtype=torch.float64), torch.randn(4, dtype=torch.float64)]
     x_grad, param_grads, inverse = by_hand(g, params, threshold, normalize)
+    if not normalize:
+        alone = inverse_mask(g, 1, threshold)
+        assert alone.shape == (1, batch, 1)
+        assert alone.flatten().tolist() == pytest.approx(inverse, rel=1e-12)
     found, gate = filtered(g.to(device), [p.to(device) for p in params], threshold, normalize)
     for one, other in zip(found, [x_grad, *param_grads], strict=True):
         torch.testing.assert_close(one.cpu(), other, rtol=1e-12, atol=1e-15)
@@ -141,6 +145,11 @@ def test_half_precision_neither_overflows_nor_underflows(dtype: torch.dtype) -> 
         assert x_grad.dtype == dtype
         tolerance = 0.02 * float(expected.abs().max())
         torch.testing.assert_close(x_grad.double(), expected, rtol=0.02, atol=tolerance)
+
+
+def test_statistics_without_a_backward_pass() -> None:
+    expected = dict(singled_out=0, scale=0.75, smallest=1, params=1)
+    assert GradientFilter(threshold=3.0).summary() == expected
 
 
 def test_threshold_has_to_be_positive() -> None:

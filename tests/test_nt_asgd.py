@@ -129,8 +129,9 @@ def test_averaging_from_the_first_step_on() -> None:
         optimizer.step()
     with optimizer.averaged_weights():
         assert p.item() == 2
-    fired = [optimizer.observe(loss) for loss in (5, 4, 4.5, 4.2, 9)]
-    assert fired == [False, False, False, True, False]  # 4.2 > min(5, 4)
+    for loss, fires in ((5, False), (4, False), (4.5, False), (4.2, True), (9, False)):
+        assert optimizer.observe(loss) == fires  # 4.2 > min(5, 4)
+        assert optimizer.averaging  # whether it fires or not
     resumed = NTASGD([nn.Parameter(torch.zeros(1))], lr=1, averaging=True)
     assert not resumed.triggered
     resumed.load_state_dict(optimizer.state_dict())
@@ -157,6 +158,22 @@ def test_parameters_without_gradient_are_averaged_too_and_not_moved() -> None:
     assert unused.tolist() == [3, 3]
     with optimizer.averaged_weights():
         assert unused.tolist() == [3, 3]
+
+
+def test_a_closure_is_run_with_gradients_before_the_step() -> None:
+    p = nn.Parameter(torch.tensor([3.0]))
+    optimizer = NTASGD([p], lr=0.25)
+
+    def closure() -> torch.Tensor:
+        optimizer.zero_grad()
+        loss = p.square().sum()
+        loss.backward()
+        return loss
+
+    assert optimizer.step(closure) == 9
+    assert p.item() == 1.5  # 3 - 0.25 * 6
+    assert optimizer.step() is None  # and moves by the gradient that is left
+    assert p.item() == 0
 
 
 @pytest.mark.parametrize("wrong", [dict(lr=0), dict(lr=1, weight_decay=-1), dict(lr=1, nonmono=-1)])

@@ -13,7 +13,7 @@ from diagnostics.gradients import window_gradient
 from model import RNNModel
 from noise import Noise
 from training.gradient import WindowGradient
-from training.objective import Objective, Penalty, Trace
+from training.objective import Objective, Penalty, Share, Trace
 
 NTOKEN, NINP, NHID = 9, 4, 5
 WEIGHTS = dict(cells=0.7, spread=0.3, jumps=0.2)
@@ -145,3 +145,23 @@ def test_training_and_diagnosis_have_one_objective() -> None:
     found = objective(text[:-1], text[1:], hidden, noise)
     assert float(found[0]) == seen.loss == pytest.approx(loss.item(), rel=1e-12)
     assert found[1].item() == pytest.approx(total.item(), rel=1e-12)
+
+
+def test_a_penalty_over_pairs_sees_the_row_before_and_otherwise_the_same_trace() -> None:
+    seen: list[Trace] = []
+
+    def record(trace: Trace, weight: float) -> Tensor:
+        seen.append(trace)
+        return weight * trace.raw_outputs[-1].mean()
+
+    model = RNNModel("LSTM", NTOKEN, NINP, NHID, 3, tie_weights=True)
+    text, hidden = torch.randint(0, NTOKEN, (9, BATCH)), model.init_hidden(BATCH)
+    hidden = [tuple(torch.randn_like(part) for part in state) for state in hidden]
+    objective = Objective(model, [Penalty(record, 1.0), Penalty(record, 1.0, over_pairs=True)])
+    objective(text[:-1], text[1:], hidden, share=Share(linked=True))
+    single, linked = seen
+    *lower, last = linked.raw_outputs
+    assert torch.equal(last, torch.cat([hidden[-1][0], single.raw_outputs[-1]]))
+    assert all(a is b for a, b in zip(lower, single.raw_outputs[:-1], strict=True))
+    assert (linked.outputs, linked.after) == (single.outputs, single.after)
+    assert linked.before is single.before is hidden

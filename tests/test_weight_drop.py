@@ -82,6 +82,32 @@ def test_first_step_does_not_see_the_mask_and_only_one_noise_gives_it_again() ->
     assert torch.equal(dropped(x, state, noise=noise)[0], dropped(x, state, noise=noise)[0])
 
 
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])
+def test_masked_weights_for_a_kernel_of_another_dtype(dtype: torch.dtype) -> None:
+    """The product is rounded once; its gradient is masked in float32, and not in place."""
+    layer = LSTM(3, 4)
+    layer.mask_dtype = dtype
+    received: dict[str, Tensor] = {}
+
+    def kernel(x: Tensor, state: Any, weights: dict[str, Tensor], _: Noise) -> Any:
+        received.update(weights)
+        return x, state
+
+    layer.kernel = kernel
+    noise = Noise()
+    WeightDrop(layer, ["weight_hh_l0"], dropout=0.3)(torch.ones(1, 1, 3), (), noise=noise)
+    raw, masked = layer.get_parameter("weight_hh_l0_raw"), received["weight_hh_l0"]
+    mask = noise.drop("weight_hh_l0", (16, 4), 0.3, like=raw)
+    assert masked.dtype == dtype
+    assert torch.equal(masked, (raw * mask).to(dtype))
+    grad = torch.randn(16, 4).to(dtype)
+    before = grad.clone()
+    masked.backward(grad)
+    assert torch.equal(grad, before)
+    assert raw.grad is not None
+    assert torch.equal(raw.grad, before.float() * mask)
+
+
 def test_rate_and_scale() -> None:
     linear = WeightDrop(nn.Linear(300, 300, bias=False), ["weight"], dropout=0.3)
     nn.init.ones_(linear.get_parameter("module.weight_raw"))
@@ -112,6 +138,26 @@ def test_wraps_any_recurrent_module_as_a_black_box(kind: Any) -> None:
     assert all(p.grad is not None for p in dropped.parameters())
     dropped.eval()
     torch.testing.assert_close(dropped(packed)[0].data, plain(packed)[0].data)
+
+
+def test_pytorch_s_list_of_weights_is_rebuilt_only_if_another_weight_was_replaced(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """To rebuild it is to move the parameters' storage, on CUDA."""
+    dropped = WeightDrop(nn.LSTM(3, 4), ["weight_hh_l0"], dropout=0.5)
+    x, noise, new = torch.randn(5, 2, 3), Noise(), torch.randn(16, 3)
+    rebuilt: list[nn.Module] = []
+    rebuild = nn.LSTM._init_flat_weights
+    monkeypatch.setattr(
+        nn.LSTM, "_init_flat_weights", lambda lstm: (rebuilt.append(lstm), rebuild(lstm))
+    )
+    for _ in range(2):
+        dropped(x, noise=noise)
+    assert not rebuilt
+    replaced = {"module.weight_ih_l0": new}
+    found = torch.func.functional_call(dropped, replaced, (x,), {"noise": noise})[0]
+    dropped.module.weight_ih_l0.data.copy_(new)
+    assert torch.equal(found, dropped(x, noise=noise)[0])
 
 
 def test_state_dicts_of_the_original_load_and_copies_work() -> None:
