@@ -132,10 +132,9 @@ def test_averaging_from_the_first_step_on() -> None:
     for loss, fires in ((5, False), (4, False), (4.5, False), (4.2, True), (9, False)):
         assert optimizer.observe(loss) == fires  # 4.2 > min(5, 4)
         assert optimizer.averaging  # whether it fires or not
-    resumed = NTASGD([nn.Parameter(torch.zeros(1))], lr=1, averaging=True)
-    assert not resumed.triggered
-    resumed.load_state_dict(optimizer.state_dict())
-    assert resumed.triggered
+        resumed = NTASGD([nn.Parameter(torch.zeros(1))], lr=1)
+        resumed.load_state_dict(optimizer.state_dict())
+        assert resumed.triggered == optimizer.triggered == (len(resumed.history) > 3)
 
 
 def test_a_state_without_triggered_is_one_of_the_switch() -> None:
