@@ -148,15 +148,18 @@ def test_pytorch_s_list_of_weights_is_rebuilt_only_if_another_weight_was_replace
     x, noise, new = torch.randn(5, 2, 3), Noise(), torch.randn(16, 3)
     rebuilt: list[nn.Module] = []
     rebuild = nn.LSTM._init_flat_weights
-    monkeypatch.setattr(
-        nn.LSTM, "_init_flat_weights", lambda lstm: (rebuilt.append(lstm), rebuild(lstm))
-    )
+
+    def note(lstm: nn.LSTM) -> None:
+        rebuilt.append(lstm)
+        rebuild(lstm)
+
+    monkeypatch.setattr(nn.LSTM, "_init_flat_weights", note)
     for _ in range(2):
         dropped(x, noise=noise)
     assert not rebuilt
     replaced = {"module.weight_ih_l0": new}
     found = torch.func.functional_call(dropped, replaced, (x,), {"noise": noise})[0]
-    dropped.module.weight_ih_l0.data.copy_(new)
+    dropped.get_parameter("module.weight_ih_l0").data.copy_(new)
     assert torch.equal(found, dropped(x, noise=noise)[0])
 
 
