@@ -38,10 +38,15 @@ def by_hand(
 
 
 def filtered(
-    g: Tensor, param_grads: list[Tensor], threshold: float = 10.0, normalize: bool = False
+    g: Tensor,
+    param_grads: list[Tensor],
+    threshold: float = 10.0,
+    normalize: bool = False,
+    gather: Callable[[Tensor], Tensor] | None = None,
 ) -> tuple[list[Tensor], GradientFilter]:
     """What the filter makes of these gradients."""
     gate = GradientFilter(batch_dim=1, threshold=threshold, normalize=normalize)
+    gate.gather = gather
     inputs = [torch.randn_like(t).requires_grad_() for t in (g, *param_grads)]
     outputs = gate(*inputs)
     for before, after in zip(inputs, outputs, strict=True):
@@ -72,6 +77,27 @@ def test_equations(batch: int, threshold: float, normalize: bool, device: torch.
     assert summary["singled_out"] == sum(m < 0.9 * ordinary for m in masks) / batch
     assert summary["smallest"] == pytest.approx(min(masks))
     assert summary["params"] == pytest.approx(batch / sum(inverse))
+
+
+@pytest.mark.parametrize("size", [0.0, 1e-30, 1.0])
+@pytest.mark.parametrize("normalize", [False, True])
+def test_columns_of_several_processes_are_filtered_as_one_batch(
+    size: float, normalize: bool
+) -> None:
+    g = torch.randn(6, 8, 3, dtype=torch.float64) * size
+    g *= torch.logspace(-2, 2, 8, dtype=torch.float64)[:, None]
+    param = torch.randn(4, dtype=torch.float64)
+    norms = g.square().mean((0, 2)).sqrt()
+    (x_grad, param_grad), whole = filtered(g, [param], 2.0, normalize)
+    for columns in (slice(0, 3), slice(3, 8)):
+
+        def gather(own: Tensor, columns: slice = columns) -> Tensor:
+            torch.testing.assert_close(own, norms[columns], rtol=1e-12, atol=0)
+            return norms
+
+        found, gate = filtered(g[:, columns], [param], 2.0, normalize, gather)
+        torch.testing.assert_close(found, [x_grad[:, columns], param_grad], rtol=1e-12, atol=0)
+        assert gate.summary() == pytest.approx(whole.summary(), rel=1e-12)
 
 
 def test_other_batch_dimensions() -> None:
