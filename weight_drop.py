@@ -102,9 +102,6 @@ def lend_weights(module: nn.Module, weights: Mapping[str, Tensor]) -> Iterator[N
         flat, references = rnn._flat_weights, rnn._flat_weight_refs
         names = rnn._flat_weights_names
         rnn._flat_weights = [weights.get(n, w) for n, w in zip(names, flat, strict=True)]
-        rnn._flat_weight_refs = [
-            None if n in weights else r for n, r in zip(names, references, strict=True)
-        ]
     module.__dict__.update(weights)
     try:
         yield
