@@ -169,6 +169,8 @@ def test_half_precision_neither_overflows_nor_underflows(dtype: torch.dtype) -> 
         (x_grad, _), _ = filtered(g, [torch.ones(2, dtype=dtype)])
         expected, _, _ = by_hand(g.double(), [], 10.0)
         assert x_grad.dtype == dtype
+        masks = [inverse_mask(one, 1, 10.0) for one in (g, g.double())]
+        torch.testing.assert_close(masks[0], masks[1].float(), rtol=1e-5, atol=0)
         tolerance = 0.02 * float(expected.abs().max())
         torch.testing.assert_close(x_grad.double(), expected, rtol=0.02, atol=tolerance)
 
