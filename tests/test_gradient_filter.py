@@ -178,6 +178,7 @@ def test_half_precision_neither_overflows_nor_underflows(dtype: torch.dtype) -> 
 def test_statistics_without_a_backward_pass() -> None:
     expected = dict(singled_out=0, scale=0.75, smallest=1, params=1)
     assert GradientFilter(threshold=3.0).summary() == expected
+    assert GradientFilter().summary() == {**expected, "scale": 10 / 11}
 
 
 def test_threshold_has_to_be_positive() -> None:
