@@ -144,6 +144,7 @@ def test_gradients_of_zero_stay_zero_and_infinite_ones_stay_visible() -> None:
         (x_grad, _), _ = filtered(g, [torch.ones(2)], normalize=normalize)
         assert x_grad.isfinite().all()
         assert x_grad.abs().max() < 1e-15
+        assert torch.equal(x_grad.sign(), g.sign())
 
     for value in (math.inf, math.nan):
         g = torch.randn(3, 4, 2)

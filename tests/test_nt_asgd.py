@@ -38,6 +38,7 @@ def test_trigger(nonmono: int | None, history: list[float], expected: int | None
 
 
 def test_trigger_is_the_formula_of_the_paper() -> None:
+    assert NTASGD([nn.Parameter(torch.zeros(1))], lr=1).nonmono == 5  # the paper's n
     generator = torch.Generator().manual_seed(3)
     for nonmono in (0, 1, 2, 5):
         for _ in range(50):

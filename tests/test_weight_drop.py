@@ -89,7 +89,8 @@ def test_masked_weights_for_a_kernel_of_another_dtype(dtype: torch.dtype) -> Non
     layer.mask_dtype = dtype
     received: dict[str, Tensor] = {}
 
-    def kernel(x: Tensor, state: Any, weights: dict[str, Tensor], _: Noise) -> Any:
+    def kernel(x: Tensor, state: Any, weights: dict[str, Tensor], own: Noise) -> Any:
+        assert own is noise  # the layer draws its own factors from the same
         received.update(weights)
         return x, state
 
@@ -126,6 +127,13 @@ def test_variational_drops_rows_and_only_in_training() -> None:
     assert 0 < (output == 0).all(0).sum() < 50
     linear.eval()
     torch.testing.assert_close(linear(torch.eye(8)), linear.module.weight_raw.T)
+
+
+def test_without_a_rate_nothing_is_dropped_or_drawn() -> None:
+    linear = nn.Linear(4, 3)
+    x, before = torch.randn(2, 4), torch.get_rng_state()
+    assert torch.equal(WeightDrop(copy.deepcopy(linear), ["weight"])(x), linear(x))
+    assert torch.equal(torch.get_rng_state(), before)
 
 
 @pytest.mark.parametrize("kind", [nn.LSTM, nn.GRU, nn.RNN])
