@@ -1,5 +1,8 @@
 """Locked and embedding dropout: shapes and rates of the masks, and their gradients, by loops."""
 
+import copy
+from typing import Any
+
 import pytest
 import torch
 from torch import nn
@@ -85,6 +88,49 @@ def test_embedding_off_scale_and_last_word() -> None:
     embedded_dropout(embed, words, 0).sum().backward()
     assert embed.weight.grad is not None
     assert embed.weight.grad[4].tolist() == [2, 2]  # the original took it for padding
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        dict(padding_idx=2, max_norm=1.0, norm_type=1.0, scale_grad_by_freq=True),
+        dict(sparse=True),
+    ],
+)
+def test_an_embedding_s_own_options_hold(options: dict[str, Any]) -> None:
+    plain = nn.Embedding(5, 3, **options)
+    embed, words, grad = copy.deepcopy(plain), torch.tensor([[4, 2], [4, 0]]), torch.randn(2, 2, 3)
+    expected, found = plain(words), embedded_dropout(embed, words, 0)
+    assert torch.equal(found, expected)
+    expected.backward(grad)
+    found.backward(grad)
+    assert plain.weight.grad is not None
+    assert embed.weight.grad is not None
+    assert embed.weight.grad.is_sparse == plain.weight.grad.is_sparse
+    assert torch.equal(embed.weight.grad.to_dense(), plain.weight.grad.to_dense())
+
+
+def test_rates_by_default() -> None:
+    y = LockedDropout()(torch.ones(1, 2, 20_000))
+    assert y.eq(0).double().mean() == pytest.approx(0.5, abs=0.02)
+    embed = nn.Embedding(40_000, 1)
+    y = embedded_dropout(embed, torch.arange(40_000))
+    assert y.eq(0).double().mean() == pytest.approx(0.1, abs=0.01)
+
+
+def test_columns_of_several_processes_have_the_masks_of_the_whole_batch() -> None:
+    x, words, embed = torch.randn(5, 6, 4), torch.randint(0, 20, (5, 6)), nn.Embedding(20, 4)
+
+    def drop(columns: slice, rank: int, ranks: int) -> tuple[torch.Tensor, torch.Tensor]:
+        noise = Noise(torch.Generator().manual_seed(1), rank, ranks)
+        looked_up = embedded_dropout(embed, words[:, columns], 0.5, noise=noise)
+        return looked_up, LockedDropout()(x[:, columns], 0.5, noise)
+
+    whole = drop(slice(0, 6), 0, 1)
+    for rank in (0, 1):
+        columns = slice(3 * rank, 3 * rank + 3)
+        for mine, all_columns in zip(drop(columns, rank, 2), whole, strict=True):
+            assert torch.equal(mine, all_columns[:, columns])
 
 
 @pytest.mark.parametrize("words", [torch.tensor([[50]]), torch.tensor([[-1]])])
