@@ -106,6 +106,7 @@ def test_expected_number_of_windows(num_steps: int, boundaries: int) -> None:
     scheme = RandomizedWindows(7, 0.75, 3)
     assert scheme.expected_windows(num_steps) == 1 + boundaries / 4  # each is cut, or not
     assert FullWindows(7).expected_windows(num_steps) == 1
+    assert FixedWindows(7, 2).expected_windows(num_steps) == num_steps / 2
 
 
 @pytest.mark.parametrize("keep_prob", [0.2, 0.75])
@@ -114,6 +115,7 @@ def test_randomized_windows_are_geometric(keep_prob: float) -> None:
     scheme, num_steps = RandomizedWindows(3, keep_prob, seed=4), 3 * 60_000
     windows = list(scheme.windows(num_steps))
     assert {w.crossing for w in windows if w.pieces} == {1 / keep_prob}
+    assert {w.crossing for w in windows if not w.pieces} == {1.0}
     assert all(set(w.pieces) <= {3} for w in windows)
     lengths = Counter(w.length // 3 for w in windows)
     assert abs(len(windows) / scheme.expected_windows(num_steps) - 1) < 0.02
@@ -129,8 +131,8 @@ def test_randomized_windows_are_geometric(keep_prob: float) -> None:
 
 
 def test_fixed_lengths() -> None:
-    windows = [(w.start, w.length) for w in FixedWindows(30).windows(100)]
-    assert windows == [(0, 30), (30, 30), (60, 30), (90, 10)]
+    windows = list(FixedWindows(30).windows(100))
+    assert windows == [Window(0, 30), Window(30, 30), Window(60, 30), Window(90, 10)]
 
 
 def test_variable_lengths_have_the_distribution_of_the_paper() -> None:
