@@ -129,7 +129,7 @@ def bad_file(kind: str, folder: Path) -> Path:
 
 KINDS = {
     "missing": "no such file",
-    "folder": "cannot read",
+    "folder": "not a folder that export.py wrote",
     "empty": "empty or truncated",
     "truncated": "truncated or not a checkpoint",
     "text": "truncated or not a checkpoint",

@@ -16,7 +16,7 @@ from typing import Any
 import pytest
 from conftest import ROOT, TINY, Result, read_summary, write_corpus
 
-import programs.train
+import programs.conclusion
 from engine.output import lasting_output
 
 
@@ -137,7 +137,7 @@ def test_the_summary_does_not_wait_for_the_samples(
     def fail(*args: object) -> None:
         raise MemoryError
 
-    monkeypatch.setattr(programs.train, "sample_sentences", fail)
+    monkeypatch.setattr(programs.conclusion, "sample_sentences", fail)
     flags = ["--data", corpus_folder, "--save", tmp_path / "run.pt", "--epochs", 1, "--samples", 1]
     assert run(*TINY, *flags).code == 1
     assert read_summary(tmp_path / "run.pt")["test_ppl"] > 1

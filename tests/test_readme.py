@@ -45,6 +45,7 @@ PARSERS = [
     export.export_parser(),
     generation.generation_parser(),
 ]
+SIZE = "--emsize 6 --nhid 8 --batch-size 4"
 TORCHRUN_FLAGS = {"--nproc-per-node", "--max-restarts"}
 
 ALL_PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
@@ -138,7 +139,7 @@ def test_the_plan_of_a_table_is_printed(
     text = write_corpus(tmp_path / "text")
     for arguments in of("ablate.py"):
         if "--dry-run" in arguments:
-            assert ablate.main([*arguments, f"--flags=--data {text}"]) == 0
+            assert ablate.main([*arguments, f"--flags=--data {text} {SIZE}"]) == 0
             assert "runs" in capsys.readouterr().out
 
 

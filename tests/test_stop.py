@@ -203,6 +203,7 @@ def test_it_takes_two_seconds(tmp_path: Path, number: signal.Signals, within: st
     assert (position["update"] == 0) == (within != "validation")
 
 
+@pytest.mark.slow
 def test_nohup_keeps_a_run_from_its_terminal_s_end(tmp_path: Path, corpus_folder: Path) -> None:
     flags = ["--epochs", "100000"]
     process = spawn(tmp_path / "run.pt", corpus_folder, *flags, ignored=signal.SIGHUP)

@@ -226,7 +226,7 @@ def test_a_run_on_a_terminal(tmp_path: Path) -> None:
     assert f"| the best model is {save}, of epoch {best}, valid ppl {min(ppl):.2f}: " in shown
     bars = [frame for frame in shown.replace("\r\n", "\r").split("\r") if " updates" in frame]
     assert re.search(
-        r"^epoch 2/3: .* \d+/\d+ updates, ppl [\d.]+, [\d.]+ s left", "\n".join(bars), re.M
+        r"^epoch [123]/3: .* \d+/\d+ updates, ppl [\d.]+, [\d.]+ s left", "\n".join(bars), re.M
     )
     assert max(map(len, bars)) <= 60
     assert "end of epoch" not in shown
