@@ -20,6 +20,7 @@ GENERATION: Sections = {
         Flag("--checkpoint", None, "the same, as in the original", metavar="MODEL"),
         Flag("--outf", None, "file to write instead of stdout", metavar="FILE"),
         _SHARED["device"],
+        _SHARED["threads"],
         replace(_SHARED["data"], default=None, help="no effect: a model has its own vocabulary"),
         Flag("--model", None, "no effect: a model knows its own kind", metavar="KIND"),
         replace(_SHARED["log_interval"], default=100, help="words between progress lines"),

@@ -11,7 +11,7 @@ from data.errors import DataError
 from data.files import atomic_write
 from data.text import encode_words
 from engine.checkpoint import load_model
-from engine.device import select_device
+from engine.device import select_device, use_threads
 from engine.errors import RunError, UsageError
 from engine.tracking import warn
 from evaluation.cache import Cache
@@ -28,6 +28,7 @@ def run(argv: Sequence[str]) -> None:
         UsageError, RunError, DataError: errors that a user can cause; see engine.program.
     """
     args = parse_generation(argv)
+    use_threads(args.threads)
     model, vocabulary = load_model(args.checkpoint, select_device(args.device))
     predictor: Predictor = Plain(model)
     if args.cache:

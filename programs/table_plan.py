@@ -3,6 +3,7 @@
 import argparse
 import os
 import shlex
+import time
 
 import torch
 
@@ -65,6 +66,7 @@ def time_needed(runs: list[Run], corpus: Corpus, args: argparse.Namespace) -> st
         return f"about {duration(seconds / jobs)}, at {pace:.1f} s an epoch so far"
     if args.ray is not None:
         return "how long that takes is known once a first run is done"
+    start = time.process_time()  # to load torch, mainly, as each run has to
     threads = torch.get_num_threads()
     torch.set_num_threads(sharing(args)[1])
     found = {run.row.slug: forecast_of(run, corpus) for run in reversed(runs) if epochs[run.name]}
@@ -72,7 +74,7 @@ def time_needed(runs: list[Run], corpus: Corpus, args: argparse.Namespace) -> st
     seconds, memory, left_out = 0.0, 0.0, 0
     for run in runs:
         if epochs[run.name] and (one := found[run.row.slug]):
-            seconds += one.seconds(epochs[run.name])
+            seconds += start + one.seconds(epochs[run.name])
             memory = max(memory, one.memory or 0)
         else:
             left_out += epochs[run.name] > 0
