@@ -26,7 +26,7 @@ from engine.run_folder import corpus_of_run
 from engine.tracking import warn
 from evaluation.cache import Cache
 from evaluation.dynamic import Dynamic, root_mean_squares
-from evaluation.evaluate import evaluate, in_text_order, perplexity, read, stretches
+from evaluation.evaluate import evaluate, in_text_order, perplexity, read
 from evaluation.plain import Plain
 from evaluation.predictor import Mean, Predictor, Temperature
 from evaluation.search import cache_losses
@@ -73,11 +73,10 @@ def measure(args: argparse.Namespace, title: str = "") -> None:
     print(f"| {args.model} | {name} | {predictions:,} predictions | {device}", file=sys.stderr)
     scores, ranks = score(build(args, model, roots, settings), text.ids, columns, args.per_word)
     loss = -float(scores.mean())
-    texts_lines = text.lines()[1:] - (1 if args.text else 0)
     if args.per_word:
         write_lines(args.per_word, per_word(text, scores, ranks))
     if args.by_line:
-        write_lines(args.by_line, by_line(texts_lines, scores))
+        write_lines(args.by_line, by_line(text.lines()[1:] - int(bool(args.text)), scores))
     kind = "text" if args.text else args.split
     print(DOUBLE_RULE)
     print(f"{title}| {loss_figures(f'{kind} ', loss)}", flush=True)
@@ -217,13 +216,13 @@ def score(
 ) -> tuple[Tensor, Tensor]:
     """Log-probabilities of all words but the first, and their ranks if asked for, (N - 1,)."""
     scores, ranks = [], []
-    with Progress(len(stretches(ids, columns)[0]), description="evaluate") as progress:
+    predictions = len(ids) - 1
+    with Progress(-(-predictions // columns), description="evaluate") as progress:
         for prediction, targets in read(predictor, ids, columns):
             scores.append(prediction.score(targets).double().view(-1, columns))
             if with_ranks:
                 ranks.append(prediction.ranks(targets).view(-1, columns))
             progress.update(len(scores[-1]))
-    predictions = len(ids) - 1
     found = torch.cat(ranks) if ranks else torch.zeros(0, columns)
     return in_text_order(torch.cat(scores), predictions), in_text_order(found, predictions)
 
@@ -249,11 +248,8 @@ def write_lines(path: str, lines: Iterable[str]) -> None:
     """Write a text file, whole or not at all, and name it on stderr.
 
     Raises:
-        RunError: it cannot be written.
+        WriteError: it cannot be written.
     """
-    try:
-        with atomic_write(path, "w") as file:
-            file.writelines(f"{line}\n" for line in lines)
-    except OSError as error:
-        raise RunError(f"{path}: cannot write: {error.strerror or error}") from None
+    with atomic_write(path, "w") as file:
+        file.writelines(f"{line}\n" for line in lines)
     print(f"| {path}", file=sys.stderr)

@@ -4,7 +4,6 @@ import argparse
 import sys
 from collections.abc import Iterable, Iterator, Sequence
 from itertools import chain
-from pathlib import Path
 
 from data.corpus import EOS, UNK, Vocabulary
 from data.errors import DataError
@@ -93,8 +92,5 @@ def write(text: Iterable[str], path: str | None) -> None:
         for line in text:
             print(line, flush=True)
         return
-    try:
-        with atomic_write(Path(path), "w") as file:
-            file.writelines(f"{line}\n" for line in text)
-    except OSError as error:
-        raise RunError(f"{path}: cannot write: {error.strerror or error}") from error
+    with atomic_write(path, "w") as file:
+        file.writelines(f"{line}\n" for line in text)

@@ -6,7 +6,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from engine.ablation.stages import Step, StepState
+from engine.ablation.stages import Job, Step, StepState
 from engine.ablation.table import Row
 from engine.history import read_events, read_json
 
@@ -14,7 +14,7 @@ FINISHED = ("done", "diverged")
 
 
 @dataclass(frozen=True)
-class Run:
+class Run(Job):
     """One row with one seed.
 
     argv: main.py's command line.
@@ -44,16 +44,6 @@ class Run:
     def folder(self) -> Path:
         """The run's folder."""
         return self.save.with_suffix("")
-
-    @property
-    def log_path(self) -> Path:
-        """All that the run printed, over all its starts."""
-        return self.save.with_suffix(".log")
-
-    @property
-    def failure_path(self) -> Path:
-        """The cause, if its last start failed; beside the folder, which may not exist."""
-        return self.save.with_suffix(".failed")
 
 
 @dataclass(frozen=True)

@@ -80,8 +80,24 @@ class StepState:
     flags: list[str] | None = None
 
 
+class Job:
+    """A run of a program, whose log and failure stand beside the model that it saves."""
+
+    save: Path
+
+    @property
+    def log_path(self) -> Path:
+        """All that it printed, over all its starts."""
+        return self.save.with_suffix(".log")
+
+    @property
+    def failure_path(self) -> Path:
+        """The cause, if its last start failed; beside its folder, which may not exist."""
+        return self.save.with_suffix(".failed")
+
+
 @dataclass(frozen=True)
-class Step:
+class Step(Job):
     """One stage on the model of one run.
 
     model: the model it works on.
@@ -109,16 +125,6 @@ class Step:
     def argv(self) -> list[str]:
         """Its command line."""
         return [*self.own_argv, *self.after.flags]
-
-    @property
-    def log_path(self) -> Path:
-        """All that it printed, over all its starts."""
-        return self.save.with_suffix(".log")
-
-    @property
-    def failure_path(self) -> Path:
-        """The cause, if its last start failed."""
-        return self.save.with_suffix(".failed")
 
     @property
     def record_path(self) -> Path:
