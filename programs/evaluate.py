@@ -34,6 +34,7 @@ from flags.evaluation import parse_evaluation
 from model import RNNModel
 
 Settings = dict[str, float]  # lr, lamb, theta and lambdasm
+LISTED = 10  # pairs of the cache's search that are printed, the best first
 
 
 def run(argv: Sequence[str]) -> None:
@@ -186,11 +187,14 @@ def search(
             losses = cache_losses(
                 base, valid, 1, args.window, args.theta, args.lambdasm, progress.update
             )
-        for (row, theta), (column, share) in product(
-            enumerate(args.theta), enumerate(args.lambdasm)
-        ):
-            report(dict(theta=theta, lambdasm=share), float(losses[row, column]))
-        row, column = divmod(int(losses.argmin()), len(args.lambdasm))
+        best_first = losses.flatten().argsort().tolist()
+        for place in best_first[:LISTED]:
+            row, column = divmod(place, len(args.lambdasm))
+            pair = dict(theta=args.theta[row], lambdasm=args.lambdasm[column])
+            report(pair, float(losses[row, column]))
+        if len(best_first) > LISTED:
+            print(f"| and {len(best_first) - LISTED} pairs with larger ones", file=sys.stderr)
+        row, column = divmod(best_first[0], len(args.lambdasm))
         best |= dict(theta=args.theta[row], lambdasm=args.lambdasm[column])
         loss = float(losses.min())
     for name, value in best.items():

@@ -11,6 +11,7 @@ from engine.tracking import warn
 from flags.preparation import parse_preparation
 
 EXAMPLES, WIDTH = 10, 100  # lines shown, and characters of each
+MANY = 0.1  # share of <unk> that is warned about
 
 
 def run(argv: Sequence[str]) -> None:
@@ -44,6 +45,14 @@ def run(argv: Sequence[str]) -> None:
             "train.txt has no <unk>, and valid.txt or test.txt has: a model cannot learn when to "
             "expect it; --min-count 2 or a smaller --vocab-size gives train.txt some"
         )
+    for split in SPLITS:
+        share = record[split]["unknown"] / record[split]["words"]
+        if share > MANY:
+            warn(
+                f"{split}.txt: {share:.0%} of its words are <unk>, which is easy to predict: "
+                "perplexities will look better than they are; a larger --vocab-size, a smaller "
+                "--min-count or more text leaves fewer"
+            )
     print(f"| python main.py --data {output} --dry-run says what training on it takes")
 
 

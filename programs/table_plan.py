@@ -47,7 +47,7 @@ def where(args: argparse.Namespace) -> str:
     jobs, threads = sharing(args)
     if args.ray is not None:
         return "as many at a time as the cluster holds"
-    return f"{jobs} at a time, {threads} CPU threads each"
+    return f"{jobs} at a time, {threads} CPU thread{'s' * (threads > 1)} each"
 
 
 def time_needed(runs: list[Run], corpus: Corpus, args: argparse.Namespace) -> str:

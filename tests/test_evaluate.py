@@ -168,8 +168,10 @@ def test_search(look: Run, trained: Path, tmp_path: Path, dynamic: str | None) -
     grid = [(theta, share) for theta in (0.3, 3) for share in (0, 0.2)]
     mixed = {two: evaluate(Cache(base, 30, *two), valid, 1) for two in grid}
     assert (found["theta"], found["lambdasm"]) == min(mixed, key=mixed.__getitem__)
-    chosen = re.search(r"best on the validation text: (.*) \| valid ppl +([\d.]+)", look(
-        *flags, "--search", *values).out)  # fmt: skip
+    shown = look(*flags, "--search", *values)
+    listed = re.findall(r"^\| --theta .* valid ppl +([\d.]+)$", shown.err, re.MULTILINE)
+    assert listed == [f"{math.exp(loss):.2f}" for loss in sorted(mixed.values())]
+    chosen = re.search(r"best on the validation text: (.*) \| valid ppl +([\d.]+)", shown.out)
     assert chosen is not None
     assert float(chosen[2]) == pytest.approx(math.exp(min(mixed.values())), abs=0.006)
     assert summary_of(look(*flags, *chosen[1].split()), path)["loss"] == found["loss"]

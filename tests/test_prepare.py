@@ -127,6 +127,7 @@ def test_whole_files_by_document(make: Make, tmp_path: Path) -> None:
     flags = ["--by-document", "--min-count", 1, "--split", "0.7,0.15,0.15", "--output"]
     result = make(tmp_path / "texts", *flags, tmp_path / "out")
     assert "warning: train.txt has no <unk>, and valid.txt or test.txt has" in result.err
+    assert "warning: test.txt: 100% of its words are <unk>" in result.err
     found = [
         (tmp_path / "out" / f"{s}.txt").read_text().split() for s in ("train", "valid", "test")
     ]
