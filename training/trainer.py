@@ -2,29 +2,28 @@
 
 import math
 from collections.abc import Sequence
-from contextlib import AbstractContextManager, nullcontext, suppress
+from contextlib import suppress
 from dataclasses import asdict
 from functools import partial
-from pathlib import Path
 from typing import Any
 
 import torch
 
 from bptt import Scheme, Window
 from data.corpus import Corpus
-from engine.checkpoint import model_payload, training_payload
+from engine.checkpoint import training_payload
 from engine.checkpoint_writer import CheckpointWriter
 from engine.errors import DivergenceError
 from engine.interrupt import Interrupt, StopRequested
 from engine.ranks import Ranks
 from engine.run_folder import RunFolder
 from engine.tracking import Tracker, warn
-from evaluation.evaluate import evaluate, perplexity
-from evaluation.plain import Plain
+from evaluation.evaluate import perplexity
 from model import RNNModel, repackage_hidden
 from training.callback import Callback, EpochEnd, StepEnd, UpdateEnd, UpdateStart
 from training.display import Display
 from training.divergence import divergence
+from training.evaluated_model import EvaluatedModel
 from training.recorded import RecordedUpdater
 from training.requests import Requests
 from training.state import Position, Stopwatch, TrainingOptions, Undo
@@ -37,8 +36,7 @@ class Trainer:
 
     Args:
         model: the model, on the training device.
-        optimizer: optimizer of the model's parameters. If it has `averaged_weights`, a context
-            manager, the averaged weights are validated and saved; see nt_asgd.
+        optimizer: optimizer of the model's parameters.
         scheme: which tokens each update sees.
         corpus: texts and vocabulary.
         updater: makes the updates, from this process's columns of the training text.
@@ -88,6 +86,7 @@ class Trainer:
         self.tally = Tally(self.device, self.at, self._end_step, self._describe_divergence)
         self.undo = Undo(self.at, [scheme, *callbacks], optimizer.param_groups, generator)
         self.writer = CheckpointWriter(background=self.device.type == "cuda")
+        self.evaluated = EvaluatedModel(model, optimizer, corpus, folder, self.writer)
         self.requests = Requests(interrupt, options, ranks)
         expected = scheme.expected_windows(self.num_steps)
         self.display = Display(self.at, options, self.num_steps, expected)
@@ -209,7 +208,7 @@ class Trainer:
     def end_epoch(self) -> None:
         """Validate, keep the best model, let the callbacks act, checkpoint."""
         epoch, loss = self.at.epoch, self.validate()
-        save_copy = partial(self._save_copy, loss=loss)
+        save_copy = partial(self.save_model, loss)
         for callback in self.callbacks:
             callback.epoch_ended(EpochEnd(epoch, loss, self.optimizer, save_copy, self._log))
         self.hidden = self.model.init_hidden(self.columns)
@@ -224,7 +223,12 @@ class Trainer:
             DivergenceError: the loss is not finite.
         """
         self.tally.check()
-        loss = self.ranks.from_leader(self._evaluate() if self.ranks.leader else 0.0)
+        loss = -1.0
+        if self.ranks.leader:
+            with suppress(StopRequested):
+                columns = self.options.eval_batch_size
+                loss = self.evaluated.valid_loss(columns, self.interrupt.check)
+        loss = self.ranks.from_leader(loss)
         self._stopwatch.lap()
         if loss < 0:
             self.requests.share()
@@ -241,41 +245,17 @@ class Trainer:
         ) or divergence("training", at.epoch_mean, num_words, early=begun)
         if at.diverged and not before:
             warn(f"epoch {at.epoch} has diverged: {at.diverged}")
-        averaged = getattr(self.optimizer, "num_averaged", 0) > 0
-        figures = dict(loss=loss, ppl=perplexity(loss), averaged=averaged, seconds=at.seconds)
-        self._log("valid", epoch=at.epoch, **figures)
+        figures = dict(loss=loss, ppl=perplexity(loss), averaged=self.evaluated.averaged)
+        self._log("valid", epoch=at.epoch, **figures, seconds=at.seconds)
         if best:
-            self.save_model(self.folder.model_path, loss)
+            self.save_model(loss)
             at.best_loss, at.best_epoch = loss, at.epoch
         return loss
 
-    def _evaluate(self) -> float:
-        """The validation loss; -1 if a stop was requested meanwhile."""
-        valid, batch_size = self.corpus.valid, self.options.eval_batch_size
-        try:
-            with self.evaluated_weights():
-                return evaluate(Plain(self.model), valid, batch_size, check=self.interrupt.check)
-        except StopRequested:
-            return -1.0
-
-    def evaluated_weights(self) -> AbstractContextManager[None]:
-        """A context that gives the model the weights to evaluate and save: the average, if any."""
-        lend = getattr(self.optimizer, "averaged_weights", nullcontext)
-        context: AbstractContextManager[None] = lend()
-        return context
-
-    def save_model(self, path: Path, loss: float | None) -> None:
-        """Write the weights, or their average, to path."""
-        if not self.ranks.leader:
-            return
-        details = dict(epoch=self.at.epoch, update=self.at.update, valid_loss=loss)
-        with self.evaluated_weights():
-            payload = model_payload(self.model, self.corpus.vocabulary, **details)
-            self.writer.write(path, payload, self.folder.kept_path(path))
-
-    def _save_copy(self, suffix: str, loss: float) -> None:
-        path = self.folder.model_path
-        self.save_model(path.with_name(path.name + suffix), loss)
+    def save_model(self, loss: float | None, suffix: str = "") -> None:
+        """Write the weights, or their average, as the best model or beside it."""
+        if self.ranks.leader:
+            self.evaluated.save(self.at, loss, suffix)
 
     def _log(self, event: str, **values: Any) -> None:
         self.tracker.log(event, **{"step": self.at.update, **values})
@@ -309,7 +289,7 @@ class Trainer:
             with suppress(StopRequested):
                 self.validate()
         if self.at.best_epoch is None and not self.interrupt.terminated:
-            self.save_model(self.folder.model_path, None)
+            self.save_model(None)
 
     def checkpoint(self) -> None:
         """Write the state that an exact resume needs."""
