@@ -11,7 +11,7 @@ from typing import Any
 
 from data.errors import DataError
 from data.files import SPLITS, atomic_write
-from data.texts import Texts, find_texts
+from data.raw_texts import Texts, find_texts
 from data.tokenize import TOKENIZERS
 
 EOS, UNK = "<eos>", "<unk>"

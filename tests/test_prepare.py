@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 from conftest import TINY, Result
 
-import data.texts
+import data.raw_texts
 import prepare
 from data.corpus import load_corpus
 from data.tokenize import words
@@ -91,7 +91,7 @@ def test_the_parts_are_those_of_the_definition(
     lower: bool,
 ) -> None:
     """Wherever blocks and parts begin and end, inside a character, a line or between files."""
-    monkeypatch.setattr(data.texts, "BLOCK_BYTES", block)
+    monkeypatch.setattr(data.raw_texts, "BLOCK_BYTES", block)
     draw, compared = random.Random(block), 0
     for number in range(4):
         texts = [some_text(draw, lines) for lines in (30, 1, 25)]
@@ -165,8 +165,8 @@ def test_main_trains_on_it_and_nothing_is_overwritten(make: Make, run: Run, tmp_
 def test_errors_are_one_line_and_leave_nothing(
     make: Make, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(data.texts, "LONGEST_LINE", 64)
-    monkeypatch.setattr(data.texts, "BLOCK_BYTES", 16)
+    monkeypatch.setattr(data.raw_texts, "LONGEST_LINE", 64)
+    monkeypatch.setattr(data.raw_texts, "BLOCK_BYTES", 16)
     monkeypatch.chdir(tmp_path)
     Path("good.txt").write_text("a word\n" * 50)
     Path("latin.txt").write_bytes(b"abc\n" * 10 + "caf\u00e9\n".encode("latin-1"))

@@ -1,4 +1,4 @@
-"""Finds texts, and reads them as one, block by block."""
+"""Finds the raw texts that prepare.py makes a corpus of, and reads them as one, block by block."""
 
 import os
 from collections.abc import Iterable, Iterator
