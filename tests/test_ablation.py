@@ -31,7 +31,7 @@ from engine.ablation.pool import slots
 from engine.ablation.report import markdown
 from engine.ablation.results import collect
 from engine.ablation.runs import Run, read_state
-from engine.ablation.statistics import holm, paired, spread
+from engine.ablation.statistics import agreement, holm, paired, spread
 from engine.ablation.table import Row, Table, load_table
 from engine.errors import RunError
 from engine.run_folder import lock_folder
@@ -441,6 +441,25 @@ def test_holm() -> None:
     assert holm([None]) == [None]
 
 
+def test_agreement_counts_signs_and_pairs_in_order() -> None:
+    """Kendall's tau: pairs in the same order less pairs in the other; exact over all orders."""
+    here, published = [0.2, -0.1, 1.5, 0.9, 0.4], [0.1, 3.9, 6.3, 2.0, 5.1]
+
+    def tau(values: tuple[float, ...]) -> float:
+        pairs = list(itertools.combinations(range(5), 2))
+        rises = ((values[i] < values[j]) == (published[i] < published[j]) for i, j in pairs)
+        return sum(1 if same else -1 for same in rises) / len(pairs)
+
+    found = agreement(here, published)
+    assert (found["n"], found["same_sign"]) == (5, 4)
+    assert found["tau"] == pytest.approx(tau(tuple(here)))
+    orders = list(itertools.permutations(here))
+    as_far = sum(abs(tau(order)) >= abs(found["tau"]) - 1e-12 for order in orders)
+    assert found["p"] == pytest.approx(as_far / len(orders))
+    assert agreement([1.0, -1.0], [1.0, 2.0]) == dict(n=2, same_sign=1, tau=None, p=None)
+    assert agreement([1.0] * 3, [1.0, 2.0, 3.0])["tau"] is None
+
+
 # What is written
 
 
@@ -475,6 +494,22 @@ def test_differences_are_paired_by_seed_and_names_escaped(tmp_path: Path) -> Non
     tex = latex(figures)
     assert "a\\textbar{}b\\_c \\& 50\\% & 3 of 4 $\\dagger$ & 90.00" in tex
     assert "failed: 50% of $HOME_DIR" in tex
+
+
+def test_differences_are_held_against_the_published_ones(tmp_path: Path) -> None:
+    """A row without a published figure, and one without a run, do not count."""
+    test = dict(base=58.8, worse=68.9, better=58.9, alone=None, waiting=70.0)
+    rows = [Row(name, published={"test": p} if p else {}) for name, p in test.items()]
+    table = Table(tmp_path / "t.toml", "A", [], rows, [1])
+    flags = dict(epochs=2, max_updates=None)
+    runs = [Run(row, 1, [], flags, tmp_path / f"{row.slug}1.pt") for row in rows]
+    for run, ppl in zip(runs, (80.0, 85.0, 79.0, 90.0), strict=False):
+        write_summary(run, test_ppl=ppl)
+    figures = collect(table, runs, tmp_path)
+    assert figures["agreement"]["valid"]["n"] == 0
+    assert figures["agreement"]["test"] == dict(n=2, same_sign=1, tau=None, p=None)
+    words = "Differences to “base”, held against the published difference: test: 1 of 2 have its"
+    assert words in markdown(figures)
 
 
 def test_a_curve_has_whole_epochs_only(tmp_path: Path) -> None:

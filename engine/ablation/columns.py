@@ -86,6 +86,20 @@ def compared(row: dict[str, Any]) -> list[dict[str, Any]]:
     return [one for one in (row, *after) if one["published"]]
 
 
+def agreement_in_words(figures: dict[str, Any]) -> str:
+    """How the rows' differences to the base compare with the published ones; empty if none do."""
+    parts = []
+    for split, found in figures["agreement"].items():
+        if not found["n"]:
+            continue
+        part = f"{split}: {found['same_sign']} of {found['n']} have its sign"
+        if found["tau"] is not None:
+            part += f", Kendall's tau {found['tau']:+.2f} (n = {found['n']}, p = {found['p']:.3f})"
+        parts.append(part)
+    start = f"Differences to “{figures['base']}”, held against the published difference"
+    return f"{start}: {'; '.join(parts)}." if parts else ""
+
+
 PUBLISHED: Columns = {
     "valid / test ppl": lambda row, _: row["name"],
     "published": lambda row, digits: _pair(row["published"], digits),

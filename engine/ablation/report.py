@@ -12,6 +12,7 @@ from engine.ablation.columns import (
     FILTER,
     HOW_TO_READ_FILTER,
     PUBLISHED,
+    agreement_in_words,
     aligned,
     compared,
     daggers,
@@ -58,6 +59,7 @@ def markdown(figures: dict[str, Any], curves: str = "") -> str:
         parts.append(on_page("Validation perplexity per epoch", curves))
     if published := [one for row in rows for one in compared(row)]:
         parts += ["## Against the literature", aligned(PUBLISHED, published)]
+        parts.append(agreement_in_words(figures))
         parts.append(f"Published: {figures['source']}" if figures["source"] else "")
     if filtered := [row for row in rows if row["filter"]]:
         parts += ["## What the gradient filter did", aligned(FILTER, filtered), HOW_TO_READ_FILTER]

@@ -7,7 +7,7 @@ from typing import Any
 
 from engine.ablation.runs import Run, State, read_state
 from engine.ablation.stages import SPLITS, STAGES
-from engine.ablation.statistics import holm, paired, spread
+from engine.ablation.statistics import agreement, holm, paired, spread
 from engine.ablation.table import Row, Table
 
 
@@ -17,8 +17,9 @@ def collect(table: Table, runs: list[Run], folder: Path) -> dict[str, Any]:
     Means of perplexities are over the seeds that are done; any other run is listed with its cause
     in its row's "left_out". "after" has the stages of the table and the splits that each measures,
     and in each row and run their figures. Differences to the first row, the base, are paired by
-    seed (see statistics.paired); p_holm is adjusted over the rows. Times are in seconds, without a
-    run's start.
+    seed (see statistics.paired); p_holm is adjusted over the rows. "agreement" compares, by split,
+    the rows' differences to the base with the published ones (see statistics.agreement). Times are
+    in seconds, without a run's start.
 
     Args:
         runs: of each row and seed.
@@ -47,6 +48,7 @@ def collect(table: Table, runs: list[Run], folder: Path) -> dict[str, Any]:
         seeds=sorted({run.seed for run in runs}),
         after={name: list(STAGES[name].keys) for name in table.stages},
         rows=rows,
+        agreement={split: _agreement(base, others, split) for split in SPLITS},
         commits=sorted({run["commit"] for run in ran if run["commit"]}),
         made_with=sorted({run["made_with"] for run in ran if run["made_with"]}),
     )
@@ -183,3 +185,14 @@ def _difference(row: dict[str, Any], base: dict[str, Any], split: str) -> dict[s
     ours, theirs = ({r["seed"]: r[f"{split}_ppl"] for r in x["runs"]} for x in (row, base))
     both = [seed for seed in ours if None not in (ours[seed], theirs.get(seed))]
     return dict(paired([ours[seed] - theirs[seed] for seed in both]), seeds=both)
+
+
+def _agreement(base: dict[str, Any], others: list[dict[str, Any]], split: str) -> dict[str, Any]:
+    published = {row["name"]: row["published"].get(split) for row in (base, *others)}
+    origin = published[base["name"]]
+    found = [
+        (row["difference"][split]["mean"], published[row["name"]] - origin)
+        for row in others
+        if None not in (origin, published[row["name"]], row["difference"][split]["mean"])
+    ]
+    return agreement([here for here, _ in found], [there for _, there in found])

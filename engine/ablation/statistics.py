@@ -41,10 +41,7 @@ def paired(differences: list[float], level: float = 0.95) -> dict[str, Any]:
     result = dict(spread(differences), low=None, high=None, p=None, sign_flip_p=None)
     if n < LEAST_FOR_INTERVAL:
         return result
-    try:
-        student = importlib.import_module("scipy.stats").t(n - 1)
-    except ImportError:
-        raise RunError("scipy, which the table's intervals need, is not installed") from None
+    student = _scipy_stats().t(n - 1)
     error = result["sd"] / math.sqrt(n)
     reach = float(student.ppf(0.5 + level / 2)) * error
     result.update(low=result["mean"] - reach, high=result["mean"] + reach)
@@ -76,3 +73,27 @@ def holm(values: list[float | None]) -> list[float | None]:
         largest = max(largest, min(1.0, (len(known) - rank) * p))
         adjusted[index] = largest
     return adjusted
+
+
+def agreement(here: list[float], published: list[float]) -> dict[str, Any]:
+    """Whether n rows' differences to a base have the published signs and the published order.
+
+    Returns:
+        n; same_sign, how many of the differences have the published one's sign; tau, Kendall's
+        rank correlation of the two lists (tau-b), and p, its two-sided p value (exact if there are
+        no ties). tau and p are None below n = 3, and where a list has only one value.
+    """
+    n = len(here)
+    same_sign = sum(a * b > 0 for a, b in zip(here, published, strict=True))
+    result: dict[str, Any] = dict(n=n, same_sign=same_sign, tau=None, p=None)
+    if n >= LEAST_FOR_TEST and len(set(here)) > 1 and len(set(published)) > 1:
+        found = _scipy_stats().kendalltau(here, published)
+        result.update(tau=float(found.statistic), p=float(found.pvalue))
+    return result
+
+
+def _scipy_stats() -> Any:
+    try:
+        return importlib.import_module("scipy.stats")
+    except ImportError:
+        raise RunError("scipy, which the table's statistics need, is not installed") from None

@@ -9,6 +9,7 @@ from engine.ablation.columns import (
     HOW_TO_READ_FILTER,
     PUBLISHED,
     Columns,
+    agreement_in_words,
     aligned,
     compared,
     daggers,
@@ -38,7 +39,12 @@ def on_terminal(figures: dict[str, Any], width: int, page: Path) -> str:
     published = [one for row in rows for one in compared(row)]
     tables: list[tuple[str, Columns, list[dict[str, Any]], list[str]]] = [
         (figures["title"], main_columns(figures), rows, words),
-        ("Against the literature", PUBLISHED, published, [figures["source"]]),
+        (
+            "Against the literature",
+            PUBLISHED,
+            published,
+            [agreement_in_words(figures), figures["source"]],
+        ),
         ("What the gradient filter did", FILTER, filtered, [HOW_TO_READ_FILTER]),
     ]
     parts, missing = [], ["flags and runs"]
