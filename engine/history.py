@@ -127,6 +127,13 @@ def read_history(path: str | Path) -> History:
     return History(folder, read_json(folder / "config.json"), events)
 
 
+def corpus_of_run(model: str | Path) -> str | None:
+    """The --data of the run that wrote a model; None if its config.json cannot be read."""
+    run = Path(model).with_suffix("")
+    data = History(run, read_json(run / "config.json"), []).flags.get("data")
+    return data if isinstance(data, str) else None
+
+
 def _integers(line: dict[str, Any]) -> set[str]:
     return {name for name, value in line.items() if isinstance(value, int)}
 

@@ -254,16 +254,6 @@ def find_run(path: str | Path) -> Path:
     raise RunError(f"{given}: no such run, or it has no checkpoint yet ({hint})")
 
 
-def corpus_of_run(model: str | Path) -> str | None:
-    """The --data of the run that wrote a model; None if its config.json cannot be read."""
-    path = Path(model).with_suffix("") / "config.json"
-    try:
-        data = json.loads(path.read_text(encoding="utf-8"))["flags"]["data"]
-    except (OSError, ValueError, KeyError, TypeError):
-        return None
-    return data if isinstance(data, str) else None
-
-
 def lock_folder(folder: Path) -> Any:
     """Create a folder if missing, and lock it until the lock's `release`.
 

@@ -21,8 +21,8 @@ from diagnostics.examine import Settings, examine
 from engine.checkpoint import check_vocabulary, load_model
 from engine.device import select_device, use_threads
 from engine.errors import RunError, UsageError
+from engine.history import corpus_of_run
 from engine.launch import local_rank
-from engine.run_folder import corpus_of_run
 from engine.tracking import warn
 from flags.diagnosis import parse_diagnosis
 from layers.lstm import LSTM

@@ -19,10 +19,10 @@ from data.text import Text, read_text
 from engine.checkpoint import load_model
 from engine.device import keep_freed_memory, select_device, use_threads
 from engine.errors import RunError, UsageError
+from engine.history import corpus_of_run
 from engine.launch import local_rank
 from engine.progress import Progress
 from engine.report import DOUBLE_RULE, loss_figures
-from engine.run_folder import corpus_of_run
 from engine.tracking import warn
 from evaluation.cache import Cache
 from evaluation.dynamic import Dynamic, root_mean_squares
