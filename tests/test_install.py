@@ -1,5 +1,6 @@
 """The project installed by pip -e, and used from another folder."""
 
+import re
 import subprocess
 import sys
 import sysconfig
@@ -10,6 +11,8 @@ import pytest
 from conftest import ROOT
 from test_ideas import copy_project
 
+LOCK = (ROOT / "requirements.lock").read_text()
+
 
 def test_everything_is_installed() -> None:
     """Each module and package at the top is listed, and no other."""
@@ -19,6 +22,16 @@ def test_everything_is_installed() -> None:
     outside = {"tests", "benchmarks"}
     for folder in {path.parent for path in ROOT.glob("*/*.py")}:
         assert (folder / "__init__.py").exists() == (folder.name not in outside), folder
+
+
+def test_the_lock_has_the_pinned_versions() -> None:
+    locked = dict(
+        re.findall(r"^([a-z0-9-]+)==(\S+)(?:.*) \\\n    --hash=sha256:[0-9a-f]{64}", LOCK, re.M)
+    )
+    for name in ("requirements.txt", "requirements-dev.txt"):
+        pins = re.findall(r"^(\S+)==(\S+)$", (ROOT / name).read_text(), re.M)
+        assert pins
+        assert [(package, locked.get(package)) for package, _ in pins] == pins
 
 
 def test_the_python_api_from_another_folder(tmp_path: Path) -> None:
