@@ -2,7 +2,7 @@
 
 import copy
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -14,7 +14,7 @@ from diagnostics.unrolled import Unrolled, recurrent_matrices, unroll
 from layers.lstm import LSTM
 from model import Hidden, RNNModel
 from noise import Noise
-from training.objective import Objective, paper_penalties
+from training.objective import Objective, Penalty
 
 WARM_UP = 50  # steps read first, so that the states are those of running text
 SPACING = 5  # steps between the positions that gradients start from
@@ -30,8 +30,6 @@ class Settings:
     masks: int = 3
     bptt: int = 70
     clip: float = 0.25
-    alpha: float = 2.0
-    beta: float = 1.0
     thresholds: tuple[float, ...] = (1.0, 2.0, 5.0, 10.0)
     seed: int = 1111
 
@@ -47,7 +45,11 @@ class Settings:
 
 
 def examine(
-    model: RNNModel, rows: Tensor, settings: Settings, say: Callable[[str], None] = lambda _: None
+    model: RNNModel,
+    rows: Tensor,
+    settings: Settings,
+    penalties: Sequence[Penalty],
+    say: Callable[[str], None] = lambda _: None,
 ) -> dict[str, Any]:
     """Diagnose a model on a text, in float64, leaving the model and the random state alone.
 
@@ -59,6 +61,7 @@ def examine(
         model: on the device to compute on.
         rows: word ids, (settings.rows, B).
         settings: see Settings.
+        penalties: training's, see training.objective.
         say: called with each step's name, to show progress.
 
     Returns:
@@ -76,7 +79,8 @@ def examine(
     layers = _layers(model, rows, hidden, settings, generator, say)
     say("gradients of whole windows")
     model.train()
-    gradient, batch = _windows(model, rows, hidden, settings, generator)
+    objective = Objective(model, penalties)
+    gradient, batch = _windows(objective, rows, hidden, settings, generator)
     result = dict(layers=layers, gradient=gradient, filters=_filters(batch, settings))
     plain_result: dict[str, Any] = plain(result)
     return plain_result
@@ -160,14 +164,13 @@ def _spectrum(found: dict[str, Tensor]) -> dict[str, Any]:
 
 
 def _windows(
-    model: RNNModel,
+    objective: Objective,
     rows: Tensor,
     hidden: Hidden,
     settings: Settings,
     generator: torch.Generator,
 ) -> tuple[dict[str, Any], gradients.WindowGradient]:
     """The gradients of several windows in a row; also the first of them as it is."""
-    objective = Objective(model, paper_penalties(settings.alpha, settings.beta))
     found = []
     for start in range(0, settings.windows * settings.bptt, settings.bptt):
         part = rows[start : start + settings.bptt + 1]

@@ -129,9 +129,14 @@ def read_history(path: str | Path) -> History:
 
 def corpus_of_run(model: str | Path) -> str | None:
     """The --data of the run that wrote a model; None if its config.json cannot be read."""
-    run = Path(model).with_suffix("")
-    data = History(run, read_json(run / "config.json"), []).flags.get("data")
+    data = flags_of_run(model).get("data")
     return data if isinstance(data, str) else None
+
+
+def flags_of_run(model: str | Path) -> dict[str, Any]:
+    """The flags of the run that wrote a model; empty if its config.json cannot be read."""
+    run = Path(model).with_suffix("")
+    return History(run, read_json(run / "config.json"), []).flags
 
 
 def _integers(line: dict[str, Any]) -> set[str]:

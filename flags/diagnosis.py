@@ -12,6 +12,14 @@ from flags.training import TRAINING
 from flags.values import natural, positive, positive_int
 
 _SHARED = by_name(TRAINING)
+# As the model's own run has them, if not given.
+TRAINED = ("bptt", "clip", "alpha", "beta")
+
+
+def _of_the_run(flag: Flag) -> Flag:
+    what = flag.help.partition(", k2")[0]
+    return replace(flag, default=None, help=f"{what} (that of the model's run, if not given)")
+
 
 DIAGNOSIS: Sections = {
     "": (
@@ -61,10 +69,7 @@ DIAGNOSIS: Sections = {
     ),
     "how it is trained": (
         replace(_SHARED["batch_size"], default=20),
-        replace(_SHARED["bptt"], help="time steps of a window"),
-        _SHARED["clip"],
-        _SHARED["alpha"],
-        _SHARED["beta"],
+        *(_of_the_run(_SHARED[name]) for name in TRAINED),
         _SHARED["seed"],
     ),
 }

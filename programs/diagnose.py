@@ -13,6 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from assembly import build_penalties
 from data.corpus import Corpus, batchify, load_corpus
 from data.download import ensure_corpus
 from data.files import atomic_write
@@ -21,10 +22,12 @@ from diagnostics.examine import Settings, examine
 from engine.checkpoint import check_vocabulary, load_model
 from engine.device import select_device, use_threads
 from engine.errors import RunError, UsageError
-from engine.history import corpus_of_run
+from engine.history import corpus_of_run, flags_of_run
 from engine.launch import local_rank
 from engine.tracking import warn
-from flags.diagnosis import parse_diagnosis
+from flags.diagnosis import TRAINED, parse_diagnosis
+from flags.flag import defaults
+from flags.training import TRAINING
 from layers.lstm import LSTM
 from model import RNNModel, count_parameters
 from pictures.canvas import FORMATS, write_figure
@@ -47,16 +50,21 @@ def run(argv: Sequence[str]) -> None:
     if args.fresh:
         models[-1] = fresh(models[-1], args.seed)
     names = names_of(paths, args.fresh)
+    own = training_flags(paths[0])
+    own.update({name: vars(args)[name] for name in TRAINED if vars(args)[name] is not None})
+    vars(args).update({name: own[name] for name in TRAINED})
     settings = settings_of(args)
+    penalties = build_penalties(argparse.Namespace(**own))
     rows = read_rows(corpus, args, settings).to(device).long()
     folder = make_folder(args.output or default_folder(paths, args.fresh))
     told = dict(asdict(settings), data=args.data, split=args.split, sequences=args.batch_size)
+    told |= dict(alpha=args.alpha, beta=args.beta)
     told["samples"] = args.batch_size * settings.positions
     diagnosis: dict[str, Any] = dict(settings=told, models=[])
     for path, name, model in zip(paths, names, models, strict=True):
         print(f"| {name} | {count_parameters(model):,} parameters | {device}", file=sys.stderr)
         try:
-            figures = examine(model.to(device), rows, settings, say)
+            figures = examine(model.to(device), rows, settings, penalties, say)
         except OverflowError as error:
             raise RunError(f"{path}: {error}") from None
         found = words.findings(figures, told)
@@ -67,6 +75,12 @@ def run(argv: Sequence[str]) -> None:
         both = [model["figures"] for model in diagnosis["models"]]
         diagnosis["comparison"] = words.comparison(names, both, told)
     write(folder, diagnosis, FORMATS[args.format])
+
+
+def training_flags(model: Path) -> dict[str, Any]:
+    """The flags that a model was trained with; main.py's defaults without its run's config.json."""
+    known = defaults(TRAINING)
+    return known | {k: value for k, value in flags_of_run(model).items() if k in known}
 
 
 def own_corpus(path: Path) -> str:

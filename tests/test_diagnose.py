@@ -93,6 +93,30 @@ def test_a_run_s_own_corpus_and_its_training_state(
     assert "argument --data: which corpus?" in only_line(look(tmp_path / "alone.pt"), 2)
 
 
+def test_the_objective_is_that_of_the_model_s_run(
+    run: Run, look: Run, no_plots: None, corpus_folder: Path, tmp_path: Path
+) -> None:
+    """Its penalties too; what is given on the command line wins, and other models have defaults."""
+    save = tmp_path / "run.pt"
+    flags = ["--alpha", 500, "--beta", 3, "--clip", 0.5]
+    data = ["--data", corpus_folder]
+    assert run(*TINY, *data, "--save", save, "--max-updates", 1, *flags).code == 0
+
+    def gradient(path: Path, *argv: object) -> tuple[dict[str, Any], list[float]]:
+        assert look(path, *data, *argv, "--output", tmp_path / "out").code == 0
+        found = read(tmp_path / "out")
+        [model] = found["models"]
+        return found["settings"], model["figures"]["gradient"]["norms"]
+
+    settings, norms = gradient(save)
+    assert [settings[name] for name in ("alpha", "beta", "clip", "bptt")] == [500, 3, 0.5, 8]
+    alone = save.rename(tmp_path / "alone.pt")
+    settings, plain = gradient(alone)
+    assert [settings[name] for name in ("alpha", "beta", "clip")] == [2, 1, 0.25]
+    assert norms[0] > 2 * plain[0]
+    assert gradient(alone, *flags)[1] == norms
+
+
 def test_two_models_with_everything(
     look: Run, corpus: Corpus, corpus_folder: Path, tmp_path: Path
 ) -> None:

@@ -30,6 +30,7 @@ from training.update import Updater
 
 Array = NDArray[np.float64]
 STEPS, BATCH, WORDS = 7, 3, 11
+PENALTIES = paper_penalties(2.0, 1.0)
 
 
 def make(**changes: Any) -> RNNModel:
@@ -58,7 +59,7 @@ def noise() -> Noise:
 
 
 def objective_of(model: RNNModel) -> Objective:
-    return Objective(model, paper_penalties(2.0, 1.0))
+    return Objective(model, PENALTIES)
 
 
 # Norms by lag, against products of Jacobians that are written out
@@ -381,12 +382,12 @@ def test_examining_leaves_no_trace_and_sees_no_filter() -> None:
     rows = text(settings.rows)
     weights = {name: value.clone() for name, value in model.state_dict().items()}
     state = torch.get_rng_state()
-    found = examine(model, rows[: settings.rows], settings)
+    found = examine(model, rows[: settings.rows], settings, PENALTIES)
     assert torch.equal(torch.get_rng_state(), state)
     assert all(torch.equal(weights[name], value) for name, value in model.state_dict().items())
     assert all(p.grad is None and p.dtype == torch.float32 for p in model.parameters())
     torch.manual_seed(99)
-    assert examine(filtering, rows[: settings.rows], settings) == found
+    assert examine(filtering, rows[: settings.rows], settings, PENALTIES) == found
     assert all(layer.gradient_filter is not None for layer in filtering.layers)
     assert json.dumps(found, allow_nan=False)
 
@@ -396,8 +397,9 @@ def test_a_gpu_finds_the_same() -> None:
     settings = Settings(lags=5, positions=2, windows=2, bptt=4)
     model = make(wdrop=0, dropout=0, dropouth=0, dropouti=0, dropoute=0)
     rows = text(settings.rows)[: settings.rows]
-    here = examine(model, rows, settings)
-    assert_close(examine(model.cuda(), rows.cuda(), settings), here)
+    here = examine(model, rows, settings, PENALTIES)
+    found = examine(model.cuda(), rows.cuda(), settings, PENALTIES)
+    assert_close(found, here)
     for parameter in model.parameters():
         parameter.grad = torch.ones_like(parameter)
     assert probe(model, torch.ones((), device="cuda"))["grad_norm"] == 1

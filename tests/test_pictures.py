@@ -82,7 +82,7 @@ def diagnosis(layers: int, names: list[str]) -> dict[str, Any]:
     for n, name in enumerate(names):
         model = RNNModel("LSTM", 12, 8, 8, max(1, layers - n), 0.2, 0.1, 0.1, 0.1, 0.3)
         rows = torch.randint(12, (settings.rows, 3))
-        models.append(dict(name=name, figures=examine(model, rows, settings)))
+        models.append(dict(name=name, figures=examine(model, rows, settings, [])))
     return dict(settings=asdict(settings), models=models)
 
 
