@@ -109,7 +109,7 @@ def test_where_the_time_goes(
     monkeypatch.setattr(training.state, "time", clock)
     monkeypatch.setattr(training.requests, "time", clock)
     monkeypatch.setattr(Updater, "__call__", taking(25, Updater.__call__))
-    monkeypatch.setattr("training.trainer.evaluate", taking(10, evaluate))
+    monkeypatch.setattr("training.evaluated_model.evaluate", taking(10, evaluate))
     monkeypatch.setattr(CheckpointWriter, "write", taking(100, write))
     flags = [*TINY, "--data", corpus_folder, "--save", tmp_path / "run.pt", "--epochs", 2]
     result = run(*flags, "--bptt-scheme", "fixed", "--checkpoint-minutes", 1, "--log-interval", 1)
