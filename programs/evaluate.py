@@ -174,29 +174,30 @@ def search(
     """The settings of the smallest validation loss: first --lr and --lamb, then the cache's."""
     best: Settings = {}
     loss = math.inf
-    if args.dynamic:
+    rates = [dict(lr=lr, lamb=lamb) for lr, lamb in product(args.lr or [], args.lamb)]
+    if args.dynamic and args.cache and len(rates) == 1:
+        best = rates[0]  # nothing to choose from
+    elif args.dynamic:
         part = valid[: (args.search_tokens or len(valid) - 1) + 1]
-        for lr, lamb in product(args.lr, args.lamb):
-            found = evaluate(build(args, model, roots, dict(lr=lr, lamb=lamb)), part, 1)
-            report(dict(lr=lr, lamb=lamb), found)
+        for settings in rates:
+            found = evaluate(build(args, model, roots, settings), part, 1)
+            report(settings, found)
             if not best or found < loss:
-                best, loss = dict(lr=lr, lamb=lamb), found
+                best, loss = settings, found
     if args.cache:
         base = build(args, model, roots, best)
         with Progress(len(valid) - 1, description="search") as progress:
             losses = cache_losses(
                 base, valid, 1, args.window, args.theta, args.lambdasm, progress.update
             )
-        best_first = losses.flatten().argsort().tolist()
-        for place in best_first[:LISTED]:
-            row, column = divmod(place, len(args.lambdasm))
-            pair = dict(theta=args.theta[row], lambdasm=args.lambdasm[column])
-            report(pair, float(losses[row, column]))
-        if len(best_first) > LISTED:
-            print(f"| and {len(best_first) - LISTED} pairs with larger ones", file=sys.stderr)
-        row, column = divmod(best_first[0], len(args.lambdasm))
-        best |= dict(theta=args.theta[row], lambdasm=args.lambdasm[column])
-        loss = float(losses.min())
+        pairs = [dict(theta=t, lambdasm=share) for t, share in product(args.theta, args.lambdasm)]
+        ordered, places = losses.flatten().sort()  # nan comes last
+        for value, place in zip(ordered[:LISTED].tolist(), places.tolist(), strict=False):
+            report(pairs[place], value)
+        if len(pairs) > LISTED:
+            print(f"| and {len(pairs) - LISTED} pairs with larger ones", file=sys.stderr)
+        loss = float(ordered[0])
+        best |= pairs[int(places[0])]
     for name, value in best.items():
         values = sorted(getattr(args, name))
         if len(values) > 1 and value in (values[0], values[-1]):

@@ -271,6 +271,10 @@ def test_the_paper_s_rows_carry_its_numbers() -> None:
         [(69.1, 66.0), (73.3, 69.7), (69.3, 66.2), (71.1, 68.1), (71.9, 68.7), (73.2, 70.1),
          (73.7, 70.7), (78.4, 74.9)],
     ]  # fmt: skip
+    tenth = load_table(ROOT / "ablations/paper-penn-tenth.toml")
+    assert [(r.name, r.published, r.published_after) for r in tenth.rows] == [
+        (r.name, r.published, r.published_after) for r in penn.rows
+    ]
 
 
 GOOD = 'title = "x"\nseeds = [1]\nrows = [{name = "a"}]\n'

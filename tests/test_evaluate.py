@@ -175,6 +175,11 @@ def test_search(look: Run, trained: Path, tmp_path: Path, dynamic: str | None) -
     assert chosen is not None
     assert float(chosen[2]) == pytest.approx(math.exp(min(mixed.values())), abs=0.006)
     assert summary_of(look(*flags, *chosen[1].split()), path)["loss"] == found["loss"]
+    if dynamic:  # one pair of rates is not searched
+        rates = ["--lr", rate, "--lamb", 0.01]
+        shown = look(*flags, "--search", *values, *rates)
+        assert "| --lr" not in shown.err
+        assert summary_of(shown, path)["loss"] == found["loss"]
 
 
 ERRORS = {
