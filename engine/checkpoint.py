@@ -16,7 +16,7 @@ from typing import IO, Any
 import torch
 
 from data.corpus import Corpus, Vocabulary
-from data.files import atomic_write, file_version
+from data.files import atomic_write
 from engine.errors import CheckpointError, RunError
 from engine.launch import is_follower
 from engine.model_folder import read_model_folder
@@ -25,19 +25,6 @@ from model import RNNModel
 
 MODEL_FORMAT = "awd-lstm model 1"
 TRAINING_FORMAT = "awd-lstm training state 2"
-OLD_TRAINING_FORMAT = "awd-lstm training state 1"
-TRAINING_PARTS: dict[str, type] = {
-    "flags": dict,
-    "fingerprint": str,
-    "model": dict,
-    "optimizer": dict,
-    "scheme": dict,
-    "hidden": list,
-    "position": dict,
-    "callbacks": dict,
-    "random": dict,
-    "tracking": dict,
-}
 
 
 def model_payload(model: RNNModel, vocabulary: Vocabulary, **details: Any) -> dict[str, Any]:
@@ -113,7 +100,7 @@ def _read_model(path: Path) -> dict[str, Any]:
 
 
 def training_payload(state: dict[str, Any]) -> dict[str, Any]:
-    """The contents of a training state's file: TRAINING_PARTS and the format."""
+    """The contents of a training state's file: what Trainer.state_dict returns, and the format."""
     return dict(state, format=TRAINING_FORMAT)
 
 
@@ -128,32 +115,14 @@ def load_training_state(path: Path) -> dict[str, Any]:
     """
     before = previous_path(path)
     try:
-        state = _read(path, TRAINING_FORMAT)
+        return _read(path, TRAINING_FORMAT)
     except CheckpointError as error:
         if not before.exists() or not path.exists():
             raise
-        path, state = before, _read(before, TRAINING_FORMAT)
+        state = _read(before, TRAINING_FORMAT)
         if not is_follower():
             warn(f"{error}; going on from the state before it, {before}")
-    with damage_reported(path):
-        for part, kind in TRAINING_PARTS.items():
-            if not isinstance(state[part], kind):
-                raise TypeError(f"its {part} is not a {kind.__name__}")
-    return state
-
-
-def check_unchanged(path: Path, version: tuple[int, int] | None) -> None:
-    """Check, once the run's folder is locked, that the state is still the one that was read.
-
-    Args:
-        path: the training state.
-        version: its file_version before it was read; None: it did not exist.
-
-    Raises:
-        RunError: another process has meanwhile begun the run or continued it.
-    """
-    if file_version(path) != version:
-        raise RunError(f"{path}: another process has just replaced it; the same command goes on")
+        return state
 
 
 def previous_path(path: Path) -> Path:
@@ -177,13 +146,11 @@ def write_checkpoint(path: Path, payload: dict[str, Any], keep: Path | None = No
     Args:
         path: file to write; the old file is replaced once the new one is complete.
         payload: from model_payload or training_payload.
-        keep: where to move the old file, unless it is damaged; None: it is not kept.
+        keep: where to move the old file; None: it is not kept.
 
     Raises:
         WriteError: the file could not be written; the old one is unchanged.
     """
-    if keep is not None and not _is_intact(path):
-        keep = None
     with atomic_write(path, keep=keep) as file:
         torch.save(payload, file)
 
@@ -228,11 +195,6 @@ def load_plain(file: IO[bytes]) -> Any:
 def _read(path: Path, expected: str) -> dict[str, Any]:
     payload = read_pickle(path, load_plain)
     found = payload.get("format") if isinstance(payload, dict) else None
-    if found == OLD_TRAINING_FORMAT:
-        raise CheckpointError(
-            f"{path}: a run of an earlier version of this code, which drew other random numbers; "
-            "resume it with the commit that its config.json names (its best model still loads)"
-        )
     if found != expected:
         if found == TRAINING_FORMAT and isinstance(flags := payload.get("flags"), dict):
             model = f"{path.parent}{Path(str(flags.get('save'))).suffix}"
@@ -259,14 +221,6 @@ def _damaged_part(file: IO[bytes]) -> str | None:
         part = archive.testzip()
     file.seek(0)
     return part
-
-
-def _is_intact(path: Path) -> bool:
-    try:
-        with path.open("rb") as file:
-            return _damaged_part(file) is None
-    except Exception:  # missing or damaged
-        return False
 
 
 def _refusal(message: str) -> str:

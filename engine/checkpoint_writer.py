@@ -1,10 +1,8 @@
 """Writes checkpoints, in the background on a GPU."""
 
-import copy
-from collections import deque
 from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import wait as wait_for
 from pathlib import Path
-from types import TracebackType
 from typing import Any
 
 from torch import Tensor
@@ -20,8 +18,8 @@ class CheckpointWriter:
     """Writes checkpoints in order, on a GPU in the background during training.
 
     In the background, `write` first copies the tensors to the CPU, so that later updates do not
-    change them; at most MOST_PENDING files are pending. If a file cannot be written, the pending
-    ones are dropped, since a run's files must be consistent.
+    change them. A file is written only if the pending one before it was: a training state belongs
+    to its best model.
 
     Leaving the context waits until all files are written. If an exception ends it, a file that
     could not be written is a warning.
@@ -32,24 +30,19 @@ class CheckpointWriter:
 
     def __init__(self, background: bool) -> None:
         self._pool = ThreadPoolExecutor(1, "checkpoints") if background else None
-        self._pending: deque[Future[None]] = deque()
-        self._error: BaseException | None = None
+        self._pending: list[Future[None]] = []
 
     def __enter__(self) -> "CheckpointWriter":
         return self
 
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        traceback: TracebackType | None,
-    ) -> None:
+    def __exit__(self, kind: object, error: BaseException | None, traceback: object) -> None:
         try:
             self.wait()
         except WriteError as late:
             if error is None:
                 raise
-            warn(str(late))
+            if late is not error:
+                warn(str(late))
 
     def write(self, path: Path, payload: dict[str, Any], keep: Path | None = None) -> None:
         """Write a checkpoint; see write_checkpoint.
@@ -60,45 +53,27 @@ class CheckpointWriter:
         if self._pool is None:
             write_checkpoint(path, payload, keep)
             return
-        self._finish(MOST_PENDING - 1)
-        self._raise()
+        self.wait(MOST_PENDING - 1)
+        before = self._pending[-1] if self._pending else None
         copied = _copied(payload, {})
-        self._pending.append(self._pool.submit(self._write, path, copied, keep))
+        self._pending.append(self._pool.submit(_write_after, before, path, copied, keep))
 
-    def wait(self) -> None:
-        """Wait until all files are written.
+    def wait(self, most: int = 0) -> None:
+        """Wait until at most this many files are pending.
 
         Raises:
             WriteError: a file could not be written.
         """
-        self._finish()
-        self._raise()
+        while len(self._pending) > most:
+            wait_for(self._pending[:1])  # Ctrl-C leaves the file pending
+            self._pending.pop(0).result()
 
-    def _write(self, path: Path, payload: dict[str, Any], keep: Path | None) -> None:
-        """Write in the pool's thread; no-op after a failure, to keep the files consistent."""
-        if self._error is None:
-            try:
-                write_checkpoint(path, payload, keep)
-            except BaseException as error:
-                self._error = error
 
-    def _finish(self, left: int = 0) -> None:
-        """Wait until at most `left` files are pending."""
-        try:
-            while len(self._pending) > left:
-                self._pending[0].result()
-                self._pending.popleft()
-        except BaseException as error:  # Ctrl-C: finish the file being written, drop the others
-            self._error = self._error or error
-            while self._pending:
-                self._pending.popleft().result()
-            raise
-
-    def _raise(self) -> None:
-        if self._error is not None:
-            self._finish()
-            error, self._error = self._error, None
-            raise error
+def _write_after(before: Future[None] | None, *checkpoint: Any) -> None:
+    """Write a checkpoint; raises the error of the one before it, if that failed."""
+    if before is not None:
+        before.result()
+    write_checkpoint(*checkpoint)
 
 
 def _copied(value: Any, known: dict[Any, Tensor]) -> Any:
@@ -109,9 +84,7 @@ def _copied(value: Any, known: dict[Any, Tensor]) -> Any:
             known[key] = value.detach().to("cpu", copy=True)
         return known[key]
     if isinstance(value, dict):
-        copied = copy.copy(value)
-        copied.update((name, _copied(item, known)) for name, item in value.items())
-        return copied
+        return {name: _copied(item, known) for name, item in value.items()}
     if isinstance(value, list | tuple):
         return type(value)([_copied(item, known) for item in value])
     return value

@@ -1,4 +1,4 @@
-"""Shows progress. The only module that imports tqdm, which is optional, on first use."""
+"""Shows progress. The only module that imports tqdm, on first use."""
 
 import importlib
 import os
@@ -26,8 +26,8 @@ class Progress:
         timed: bool = True,
     ) -> None:
         self._bar: Any = None
-        tqdm = _tqdm() if sys.stderr.isatty() else None
-        if tqdm is not None:
+        if sys.stderr.isatty():
+            tqdm = importlib.import_module("tqdm").tqdm
             columns: dict[str, Any] = {"dynamic_ncols": True}
             if os.get_terminal_size(sys.stderr.fileno()).columns == 0:
                 columns = {"ncols": 80}  # unknown width, for which tqdm shows nothing
@@ -65,11 +65,3 @@ class Progress:
 
     def __exit__(self, *exception: object) -> None:
         self.close()
-
-
-def _tqdm() -> Any:
-    """The class tqdm; None if it is not installed."""
-    try:
-        return importlib.import_module("tqdm").tqdm
-    except ImportError:
-        return None

@@ -2,20 +2,18 @@
 
 import glob
 import json
-import math
 import shutil
 from contextlib import suppress
 from pathlib import Path
-from types import TracebackType
 from typing import Any
 
 from data.errors import WriteError
 from data.files import FULL, atomic_write, sync_directory
 from engine.checkpoint import model_details, previous_path
 from engine.errors import CheckpointError, RunError
+from engine.metrics_file import to_json
 
 LOCK = ".lock"
-MOVING = ".moving"  # has the number that the run in its folder is being renamed to
 PREVIOUS_BEST = "best.previous.pt"
 
 
@@ -47,29 +45,24 @@ class RunFolder:
 
     def _take(self) -> None:
         """Check, create and lock the folder; remove what a killed process left there."""
-        save = self.model_path
-        if self.folder == self.model_path:
+        save, parent = self.model_path, self.model_path.parent
+        if self.folder == save:
             raise RunError(f"{save}: the name of a model needs a suffix such as .pt")
-        if not self.model_path.parent.is_dir():
-            raise RunError(f"{self.model_path.parent}: no such folder (for --save {save})")
-        if self.model_path.is_dir():
-            raise RunError(f"{self.model_path}: is a folder, and --save names a file")
+        if not parent.is_dir():
+            raise RunError(f"{parent}: no such folder (for --save {save})")
+        if save.is_dir():
+            raise RunError(f"{save}: is a folder, and --save names a file")
         if self.folder.is_dir() and self._is_foreign():
             raise RunError(f"{self.folder}: has files that are no run's; give --save another name")
         self._lock = lock_folder(self.folder)
-        for path in [*self.folder.glob(".*.tmp"), *self._model_leftovers()]:
+        temporary_models = parent.glob(f".{glob.escape(save.name)}.*.tmp")
+        for path in [*self.folder.glob(".*.tmp"), *temporary_models]:
             path.unlink(missing_ok=True)
-        if (self.folder / MOVING).exists():
-            self.set_aside()
 
     def _is_foreign(self) -> bool:
         """True if the folder has files, but none of a run."""
         names = {path.name for path in self.folder.iterdir()} - {LOCK}
-        return bool(names) and not names & {"metrics.jsonl", "config.json", "last.pt", MOVING}
-
-    def _model_leftovers(self) -> list[Path]:
-        """Temporary files of a process that was killed while writing the best model."""
-        return list(self.model_path.parent.glob(f".{glob.escape(self.model_path.name)}.*.tmp"))
+        return bool(names) and not names & {"metrics.jsonl", "config.json", "last.pt"}
 
     @property
     def last_path(self) -> Path:
@@ -79,19 +72,14 @@ class RunFolder:
     def kept_path(self, path: Path) -> Path | None:
         """Where to keep the old file when a checkpoint at path is replaced; None: nowhere.
 
-        A resumed run needs it if last.pt is damaged, or if the run ended between the writes of the
-        best model and of last.pt: last.pt then belongs to the previous best model.
+        A resumed run needs it if last.pt is damaged, or if last.pt is older than the best model:
+        the run ended between their writes, or validated within an epoch as it stopped.
         """
         if path == self.model_path:
             return self.folder / PREVIOUS_BEST
         return previous_path(path) if path == self.last_path else None
 
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        traceback: TracebackType | None,
-    ) -> None:
+    def __exit__(self, kind: object, error: BaseException | None, traceback: object) -> None:
         if self._lock is not None:
             self._lock.release()
         if isinstance(error, WriteError) and error.errno in FULL:
@@ -108,38 +96,20 @@ class RunFolder:
         )
 
     def set_aside(self) -> Path:
-        """Rename an earlier run to NAME.1.pt and NAME.1/ (or .2, …).
-
-        A move that was cut short is finished, under its number.
-
-        Returns:
-            Its new folder.
-        """
-        number, marker = 1, self.folder / MOVING
-        if marker.exists():
-            number = int(marker.read_text(encoding="utf-8"))
-        else:
-            suffix = self.model_path.suffix
-            while self._numbered(number).exists() or self._numbered(number, suffix).exists():
-                number += 1
-            with atomic_write(marker, "w") as file:
-                file.write(str(number))
-        aside = self._numbered(number)
-        aside.mkdir(exist_ok=True)
-        for path in [*self.folder.iterdir()]:
-            if path.name not in (LOCK, MOVING):
-                path.rename(aside / path.name)
+        """Rename an earlier run to NAME.1.pt and NAME.1/ (or .2, …); returns its new folder."""
+        name, suffix, number = self.folder.name, self.model_path.suffix, 1
+        while any(self.folder.with_name(f"{name}.{number}{end}").exists() for end in ("", suffix)):
+            number += 1
+        aside = self.folder.with_name(f"{name}.{number}")
+        self.folder.rename(aside)
         # The best model and the copies of --when: PTB.pt, PTB.pt.e25, …
-        name = glob.escape(self.model_path.name)
-        for path in [self.model_path, *self.model_path.parent.glob(f"{name}.e*")]:
+        copies = self.model_path.parent.glob(f"{glob.escape(self.model_path.name)}.e*")
+        for path in [self.model_path, *copies]:
             if path.exists():
-                tail = path.name.removeprefix(self.folder.name)
-                path.rename(self._numbered(number, tail))
-        marker.unlink()
+                path.rename(path.with_name(aside.name + path.name.removeprefix(name)))
+        self._lock.release()  # of the renamed folder
+        self._lock = lock_folder(self.folder)
         return aside
-
-    def _numbered(self, number: int, suffix: str = "") -> Path:
-        return self.folder.with_name(f"{self.folder.name}.{number}{suffix}")
 
     def begin(
         self,
@@ -177,13 +147,11 @@ class RunFolder:
             _copy(best, self.model_path)
         return aside
 
-    def write_config(
-        self, flags: dict[str, Any], session: dict[str, Any], resumed: bool = False
-    ) -> None:
+    def write_config(self, flags: dict[str, Any], session: dict[str, Any]) -> None:
         """Write config.json: the flags in force, and each session's command line and versions."""
         path = self.folder / "config.json"
         sessions: list[dict[str, Any]] = []
-        if resumed and path.exists():
+        if path.exists():  # of the sessions before
             with suppress(ValueError, KeyError, TypeError):  # edited by hand: start a new list
                 sessions = [*json.loads(path.read_text(encoding="utf-8"))["sessions"]]
         sessions.append(session)
@@ -191,13 +159,8 @@ class RunFolder:
 
     def write_json(self, name: str, values: dict[str, Any]) -> None:
         """Write a JSON file into the folder, atomically; nan and inf become null."""
-        finite = {key: None if _not_finite(value) else value for key, value in values.items()}
         with atomic_write(self.folder / name) as file:
-            file.write((json.dumps(finite, indent=2, allow_nan=False) + "\n").encode())
-
-
-def _not_finite(value: object) -> bool:
-    return isinstance(value, float) and not math.isfinite(value)
+            file.write(to_json(values, indent=2))
 
 
 def _copy(source: Path, target: Path) -> None:
@@ -217,20 +180,18 @@ def find_best(model: Path, folder: Path, epoch: int, loss: float | None) -> Path
     Raises:
         RunError: the model is missing or damaged.
     """
-    before = folder / PREVIOUS_BEST
     reasons = []
-    for path in [model, before] if before.exists() else [model]:
+    for path in (model, folder / PREVIOUS_BEST):
         try:
             details = model_details(path)
         except CheckpointError as error:
             reasons.append(str(error))
             continue
-        if (details.get("epoch"), details.get("valid_loss")) == (epoch, loss):
+        found = details.get("epoch"), details.get("valid_loss")
+        if found == (epoch, loss):
             return path
-        reasons.append(
-            f"{path}: another model, of epoch {details.get('epoch')} with a validation loss of "
-            f"{details.get('valid_loss')}"
-        )
+        what = "another model, of epoch {} with a validation loss of {}".format(*found)
+        reasons.append(f"{path}: {what}")
     raise RunError(
         f"{reasons[0]}, where the run to be resumed has its best model, of epoch {epoch} with a "
         f"validation loss of {loss}"

@@ -4,7 +4,6 @@ The only module that imports wandb, which is optional, on first use.
 """
 
 import importlib
-import json
 import shlex
 import sys
 import threading
@@ -14,7 +13,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
-from data.files import FULL
 from engine.metrics_file import MetricsFile
 from engine.output import one_line
 
@@ -53,15 +51,18 @@ class WandbOptions:
 class Tracker:
     """Logs a run's events to metrics.jsonl and, optionally, to W&B.
 
-    A resumed run continues its W&B run. If it has none in this folder, it starts a new one and
-    sends it the history in metrics.jsonl. After a crash the events since the last checkpoint are
-    logged again, and appear twice in W&B, with the same `step`.
+    A resumed run continues its W&B run, or starts a new one in another folder. After a crash the
+    events since the last checkpoint are logged again, and appear twice in W&B, with the same
+    `step`.
 
     Args:
         folder: the run's folder, created if missing; also holds W&B's files.
         config: the run's configuration, for W&B.
         wandb: whether and how to use W&B.
         state: when resuming, the checkpoint's `state_dict`.
+
+    Attributes:
+        damage: describes what is missing in a resumed run's metrics.jsonl; None: nothing.
 
     Raises:
         WriteError: metrics.jsonl cannot be written.
@@ -76,16 +77,11 @@ class Tracker:
     ) -> None:
         folder, state = Path(folder), state or {}
         folder.mkdir(parents=True, exist_ok=True)
-        path = folder / "metrics.jsonl"
-        self._metrics = MetricsFile(path, state.get("metrics_bytes"))
-        if self._metrics.damage is not None:
-            warn(f"{path}: {self._metrics.damage}; what is missing is marked as a gap")
+        self._metrics = MetricsFile(folder / "metrics.jsonl", state.get("metrics_bytes"))
+        self.damage = self._metrics.damage
         # A run resumed in another folder must not write to the W&B run of the old folder.
         known = state.get("wandb_id") if (folder / "wandb").is_dir() else None
         self._wandb = WandbRun(folder, config, wandb, known)
-        if known is None:
-            for line in path.read_text(encoding="utf-8").splitlines():
-                self._wandb.log(json.loads(line))
 
     @property
     def wandb_url(self) -> str | None:
@@ -136,17 +132,9 @@ class Silence(Tracker):
     """A tracker that logs nothing, for the ranks other than 0."""
 
     def __init__(self) -> None:
-        pass
-
-    wandb_url = None
+        self._wandb = WandbRun(Path(), {}, WandbOptions(), None)  # none
 
     def log(self, event: str, *, step: int, **fields: Any) -> None:
-        """No-op."""
-
-    def log_samples(self, sentences: list[str], *, step: int) -> None:
-        """No-op."""
-
-    def summarize(self, **fields: Any) -> None:
         """No-op."""
 
     def state_dict(self) -> dict[str, Any]:
@@ -171,7 +159,6 @@ class WandbRun:
         self, folder: Path, config: dict[str, object], options: WandbOptions, run_id: str | None
     ) -> None:
         self.id = run_id
-        self._folder = folder
         self.url: str | None = None
         self._run: Any = None
         self._failed = False
@@ -192,8 +179,6 @@ class WandbRun:
     def _fail(self, error: BaseException) -> None:
         self._run, self._failed = None, True
         reason = str(error) or type(error).__name__
-        if isinstance(error, OSError) and error.errno in FULL:
-            reason = f"{self._folder}: {reason}"
         warn(f"Weights & Biases is off from here on, metrics.jsonl is not: {reason}")
 
     def log(self, record: dict[str, Any]) -> None:

@@ -1,11 +1,10 @@
 """The parser of command lines and recipes."""
 
 import argparse
-import difflib
 import os
 import shlex
-import stat
 from collections.abc import Iterable, Sequence
+from difflib import get_close_matches
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -51,24 +50,15 @@ class Parser(argparse.ArgumentParser):
 
     def error(self, message: str) -> NoReturn:
         """Raise argparse's error as a UsageError, without the usage before it."""
-        if message.startswith("unrecognized arguments") and ".txt" in message:
-            message += " (a recipe is given as @FILE)"
-        elif message.startswith("unrecognized arguments") and self._is_corpus(message.split()[2]):
-            message += " (a corpus is given as --data FOLDER)"
-        elif message.startswith("unrecognized arguments"):
+        if message.startswith("unrecognized arguments"):
             words = [word.partition("=")[0] for word in message.split() if word.startswith("--")]
-            known = [close for word in words for close in self._close_to(word)]
-            message += f" (did you mean {', '.join(known)}?)" if known else ""
+            flags = list(self._option_string_actions)
+            known = [close for word in words for close in get_close_matches(word, flags, n=1)]
+            if ".txt" in message:
+                message += " (a recipe is given as @FILE)"
+            elif known:
+                message += f" (did you mean {', '.join(known)}?)"
         raise UsageError(" ".join(message.split()))
-
-    def _is_corpus(self, word: str) -> bool:
-        """Whether a word is a folder, and the program takes a corpus."""
-        # Path.is_dir raises for a name that is too long.
-        return "--data" in self._option_string_actions and os.path.isdir(word)  # noqa: PTH112
-
-    def _close_to(self, word: str) -> list[str]:
-        """The flag whose name is most like a word; empty if none is."""
-        return difflib.get_close_matches(word, self._option_string_actions, n=1)
 
 
 def expand_recipes(argv: Iterable[str], within: tuple[str, ...] = ()) -> list[str]:
@@ -79,7 +69,7 @@ def expand_recipes(argv: Iterable[str], within: tuple[str, ...] = ()) -> list[st
         within: real paths of the recipes that are being expanded.
 
     Raises:
-        UsageError: a recipe cannot be read, is not a regular file, or includes itself.
+        UsageError: a recipe cannot be read, or includes itself.
     """
     words = []
     for word in argv:
@@ -87,8 +77,7 @@ def expand_recipes(argv: Iterable[str], within: tuple[str, ...] = ()) -> list[st
             words.append(word)
             continue
         path = Path(word[1:])
-        inner = _read_recipe(path)
-        real = os.path.realpath(path)
+        inner, real = _read_recipe(path), os.path.realpath(path)
         if real in within:
             raise UsageError(f"@{path}: a recipe that includes itself")
         words += expand_recipes(inner, (*within, real))
@@ -98,8 +87,6 @@ def expand_recipes(argv: Iterable[str], within: tuple[str, ...] = ()) -> list[st
 def _read_recipe(path: Path) -> list[str]:
     words: list[str] = []
     try:
-        if not stat.S_ISREG(path.stat().st_mode):  # reading a FIFO may never end
-            raise UsageError(f"@{path}: a recipe has to be a regular file")
         lines = path.read_text(encoding="utf-8").splitlines()
     except OSError as error:
         raise UsageError(f"@{path}: {error.strerror or error}") from None

@@ -11,12 +11,7 @@ from typing import Any
 import torch
 
 from assembly import build_model, build_trainer, read_corpus
-from data.files import file_version
-from engine.checkpoint import (
-    check_unchanged,
-    damage_reported,
-    load_training_state,
-)
+from engine.checkpoint import damage_reported, load_training_state
 from engine.device import keep_freed_memory, select_device, use_threads
 from engine.errors import CheckpointError, DivergenceError, RunError, UsageError
 from engine.launch import local_rank
@@ -24,7 +19,7 @@ from engine.origin import Origin
 from engine.provenance import cpu_name, git_commit, versions
 from engine.ranks import Ranks, launched_ranks
 from engine.report import DOUBLE_RULE
-from engine.run_folder import RunFolder, find_run
+from engine.run_folder import find_run
 from engine.tracking import Silence, Tracker, WandbOptions, sync_command, warn
 from flags.resume import resume_flags
 from flags.training import parse_training, settle_scheme
@@ -89,7 +84,7 @@ def start(
     """Build the objects of a run, and run it."""
     use_threads(args.threads)
     corpus = read_corpus(args, ranks)
-    if state is not None and state["fingerprint"] != corpus.fingerprint:
+    if state is not None and state.get("fingerprint") != corpus.fingerprint:
         raise CheckpointError(f"{args.data}: its text is not that of the run to be resumed")
     if origin is not None:
         origin.check(args.data, corpus)
@@ -107,9 +102,6 @@ def start(
     named = (state or {}).get("origin") if origin is None else origin.named()
     trainer, precision, kernels = build_trainer(args, corpus, device, ranks, origin, named)
     with trainer.folder, trainer.interrupt:
-        if state is not None or args.resume == "auto":
-            last = trainer.folder.last_path if state is None else Path(args.resume)
-            check_unchanged(last, (state or {}).get("version"))
         if state is not None:  # before any file changes, since the state may be damaged
             with damage_reported(Path(args.resume)):
                 trainer.load_state_dict(state)
@@ -151,10 +143,10 @@ def lead(
         versions=versions(),
         git_commit=commit,
     )
-    tracker = open_tracker(args, folder, dict(flags, git_commit=commit), state)
+    tracker = open_tracker(args, trainer, dict(flags, git_commit=commit), state)
     exit_code = 1
     try:
-        folder.write_config(flags, session, resumed=state is not None)
+        folder.write_config(flags, session)
         print(f"| precision {precision} | {in_words(kernels)}", file=sys.stderr)
         train_and_test(args, trainer, tracker)
         exit_code = 0
@@ -166,7 +158,7 @@ def lead(
 
 def open_tracker(
     args: argparse.Namespace,
-    folder: RunFolder,
+    trainer: Trainer,
     config: dict[str, Any],
     state: dict[str, Any] | None,
 ) -> Tracker:
@@ -179,10 +171,15 @@ def open_tracker(
         job_type=args.wandb_job_type,
         tags=None if args.wandb_tags is None else tuple(args.wandb_tags),
     )
+    folder = trainer.folder.folder
     if state is None:
-        return Tracker(folder.folder, config, wandb)
+        return Tracker(folder, config, wandb)
     with damage_reported(Path(args.resume)):
-        return Tracker(folder.folder, config, wandb, state["tracking"])
+        tracker = Tracker(folder, config, wandb, state["tracking"])
+    if tracker.damage is not None:
+        warn(f"{tracker.damage}; a gap marks what is missing")
+        tracker.log("gap", step=trainer.at.update)
+    return tracker
 
 
 def train_and_test(args: argparse.Namespace, trainer: Trainer, tracker: Tracker) -> None:
@@ -238,7 +235,7 @@ def find_state(
             return args, None
     else:
         path = find_run(args.resume)
-    state = {"version": file_version(path), **load_training_state(path)}
+    state = load_training_state(path)
     with damage_reported(path):
         args = resume_flags(args, given, state["flags"])
         if "save" not in given:
