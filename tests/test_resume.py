@@ -3,20 +3,17 @@
 import json
 import os
 import signal
-import subprocess
-import sys
-import time
 from collections.abc import Callable
-from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from conftest import ROOT, TINY, Result, read_events, write_corpus
+from conftest import TINY, Result, read_events, write_corpus
+from forked import Child
 
-import assembly
-import programs.train
+import main
+from engine.interrupt import Interrupt
 from engine.run_folder import RunFolder
 
 Run = Callable[..., Result]
@@ -65,155 +62,73 @@ def whole(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def start(save: Path, corpus: Path, *more: object) -> int:
-    import main
-
     return main.main(
         [*FLAGS, "--data", str(corpus), "--save", str(save), "--resume", "auto", *map(str, more)]
     )
 
 
-PLACES = [
-    "epoch's end",
-    "just before the switch",
-    "at the switch",
-    "just after the switch",
-    "after the learning rate fell",
-    "the end",
-]
-
-
-def update_of(place: str, whole: Path) -> int:
-    """The update to stop after."""
-    events = read_events(whole / "whole")
+def test_stopped_at_every_turn(whole: Path, tmp_path: Path) -> None:
+    """Every four updates, and around an epoch's end, the switch and the fall of the rate."""
+    save, events = tmp_path / "whole.pt", read_events(whole / "whole")
     ends = [e["step"] for e in events if e["event"] == "valid"]
     switch = next(e["step"] for e in events if e["event"] == "averaging")
-    updates: list[int] = [ends[0], switch - 1, switch, switch + 1, ends[3] + 2, ends[-1]]
-    return updates[PLACES.index(place)]
-
-
-@pytest.mark.parametrize("place", PLACES)
-def test_stopped_and_resumed(whole: Path, tmp_path: Path, place: str) -> None:
-    save = tmp_path / "whole.pt"
-    assert start(save, whole / "corpus", "--max-updates", update_of(place, whole)) == 0
-    assert start(save, whole / "corpus") == 0
-    assert_same_run(whole / "whole.pt", save)
-
-
-def test_stopped_at_every_turn(whole: Path, tmp_path: Path) -> None:
-    """Sessions of four updates each."""
-    save = tmp_path / "whole.pt"
-    total = read_events(whole / "whole")[-1]["step"]
-    for updates in range(4, total, 4):
+    places = {ends[0], switch - 1, switch, switch + 1, ends[3] + 2, ends[-1]}
+    for updates in sorted(places | {*range(4, ends[-1], 4)}):
         assert start(save, whole / "corpus", "--max-updates", updates) == 0
     assert start(save, whole / "corpus") == 0
     assert_same_run(whole / "whole.pt", save)
 
 
-def test_more_epochs_than_planned(whole: Path, tmp_path: Path) -> None:
+def test_more_epochs_than_planned_and_other_checkpoints(whole: Path, tmp_path: Path) -> None:
     save = tmp_path / "whole.pt"
-    assert start(save, whole / "corpus", "--epochs", 2) == 0
+    assert start(save, whole / "corpus", "--epochs", 1, "--checkpoint-every", 2) == 0
+    assert start(save, whole / "corpus", "--checkpoint-minutes", 1e-6, "--max-updates", 40) == 0
     assert start(save, whole / "corpus", "--epochs", 5) == 0
     assert_same_run(whole / "whole.pt", save)
 
 
-def test_checkpoint_flags_change_nothing(whole: Path, tmp_path: Path) -> None:
-    save = tmp_path / "whole.pt"
-    assert start(save, whole / "corpus", "--checkpoint-every", 2, "--max-updates", 9) == 0
-    assert start(save, whole / "corpus", "--checkpoint-minutes", 1e-6) == 0
-    assert_same_run(whole / "whole.pt", save)
-
-
-def test_adam_resumes_too(whole: Path, tmp_path: Path) -> None:
-    flags = ["--optimizer", "adam", "--lr", "0.01", "--when", "2", "3"]
-    for name in ("one", "two"):
-        save = tmp_path / name / "run.pt"
-        save.parent.mkdir()
-        if name == "two":
-            assert start(save, whole / "corpus", *flags, "--max-updates", 17) == 0
-        assert start(save, whole / "corpus", *flags) == 0
-        assert (tmp_path / name / "run.pt.e2").exists()
-    assert_same_run(tmp_path / "one" / "run.pt", tmp_path / "two" / "run.pt")
-
-
 KINDS = {
-    "1, 1": "--bptt-scheme fixed --bptt 1",
-    "4, 10": "--bptt-scheme fixed --k1 4",
-    "25, 10": "--bptt-scheme fixed --k1 25",
-    "randomized": "--bptt-scheme randomized --keep-prob 0.6 --bptt 5 --lr 2",
-    "full": "--bptt-scheme full --lr 0.5",
-    "GRU": "--model GRU --untied",
-    "bf16": "--precision bf16 --loss-scale dynamic --loss-scale-window 5",
+    "adam": "--optimizer adam --lr 0.01 --when 1 2",
+    "GRU": "--model GRU --untied --grad-filter 2",
 }
 
 
 @pytest.mark.parametrize("name", KINDS)
-def test_every_kind_of_run_resumes(whole: Path, tmp_path: Path, name: str) -> None:
-    """Stopped twice within an epoch (full: at its ends), with the gradient filter where it may."""
+def test_other_kinds_of_runs_resume(whole: Path, tmp_path: Path, name: str) -> None:
+    """Stopped twice within an epoch; tests/test_stop.py has more kinds."""
     flags = [*KINDS[name].split(), "--epochs", "3"]
-    flags += [] if name == "bf16" else ["--grad-filter", "2"]
-    for part in ("one", "two"):
-        save = tmp_path / part / "run.pt"
-        save.parent.mkdir()
-        if part == "two":
-            steps = [
-                e["step"] for e in read_events(tmp_path / "one" / "run") if e["event"] == "valid"
-            ]
-            for stop in (1 + steps[0] // 2, (steps[1] + steps[2]) // 2):
-                assert start(save, whole / "corpus", *flags, "--max-updates", stop) == 0
-                last = torch.load(save.with_suffix("") / "last.pt", weights_only=True)
-                assert (last["position"]["row"] > 0) == (name != "full")
-        assert start(save, whole / "corpus", *flags) == 0
-    assert_same_run(tmp_path / "one" / "run.pt", tmp_path / "two" / "run.pt")
-    [test] = [e for e in read_events(tmp_path / "one" / "run") if e["event"] == "test"]
-    tokens = torch.load(tmp_path / "one" / "run" / "last.pt", weights_only=True)["position"]
-    words = len((whole / "corpus" / "train.txt").read_text().replace("\n", " <eos> ").split())
-    assert tokens["tokens"] == 3 * (words // 4 - 1) * 4
-    assert test["ppl"] < 60
+    one, two = tmp_path / "one.pt", tmp_path / "two.pt"
+    assert start(one, whole / "corpus", *flags) == 0
+    steps = [e["step"] for e in read_events(one) if e["event"] == "valid"]
+    for stop in (1 + steps[0] // 2, (steps[1] + steps[2]) // 2):
+        assert start(two, whole / "corpus", *flags, "--max-updates", stop) == 0
+        last = torch.load(tmp_path / "two" / "last.pt", weights_only=True)
+        assert last["position"]["row"] > 0
+    assert start(two, whole / "corpus", *flags) == 0
+    assert_same_run(one, two)
+    assert two.with_name("two.pt.e2").exists() == (name == "adam")
 
 
-def test_flags_of_a_scheme_on_resume(whole: Path, tmp_path: Path, run: Run) -> None:
-    save = tmp_path / "run.pt"
-    flags = ["--bptt-scheme", "fixed", "--max-updates", 3]
-    assert start(save, whole / "corpus", *flags) == 0
-    assert run("--resume", save, "--k1", 10, "--max-updates", 4).code == 0  # what it was anyway
-    result = run("--resume", save, "--k1", 5)
-    assert (result.code, result.err.count("\n")) == (2, 1)
-    assert "--k1 5 (was 10)" in result.err
-    result = run("--resume", save, "--keep-prob", 0.5)
-    assert (result.code, result.err.count("\n")) == (2, 1)
-    assert "--keep-prob 0.5 (was None)" in result.err
-
-
-@pytest.mark.parametrize("what", ["last.pt", "folder", "best model"])
 def test_resume_by_path_under_the_same_or_another_name(
-    whole: Path, tmp_path: Path, run: Run, what: str
-) -> None:
-    save = tmp_path / "run.pt"
-    assert start(save, whole / "corpus", "--max-updates", 20) == 0
-    path = {"last.pt": tmp_path / "run" / "last.pt", "folder": tmp_path / "run"}.get(what, save)
-    before = {p.name: p.read_bytes() for p in (tmp_path / "run").iterdir()}
-    elsewhere = tmp_path / "elsewhere.pt"
-    assert run("--resume", path, "--save", elsewhere).code == 0
-    assert_same_run(whole / "whole.pt", elsewhere)
-    assert before == {p.name: p.read_bytes() for p in (tmp_path / "run").iterdir()}
-    assert run("--resume", path).code == 0  # every flag is the run's own
-    assert_same_run(whole / "whole.pt", save)
-    for place in ("run", "elsewhere"):
-        config = json.loads((tmp_path / place / "config.json").read_text())
-        first, second = config["sessions"]
-        assert config["argv"] == first["argv"] != second["argv"]
-        assert (first["from_update"], second["from_update"]) == (0, 20)
-
-
-def test_resume_from_inside_the_run_s_folder(
     whole: Path, tmp_path: Path, run: Run, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    save = tmp_path / "run.pt"
+    """By the model, by the folder, and from inside it."""
+    save, folder = tmp_path / "run.pt", tmp_path / "run"
     assert start(save, whole / "corpus", "--max-updates", 20) == 0
-    monkeypatch.chdir(tmp_path / "run")
+    before = {p.name: p.read_bytes() for p in folder.iterdir()}
+    for path, name in ((save, "one"), (folder, "two")):
+        assert run("--resume", path, "--save", tmp_path / f"{name}.pt").code == 0
+        assert_same_run(whole / "whole.pt", tmp_path / f"{name}.pt")
+        assert before == {p.name: p.read_bytes() for p in folder.iterdir()}
+    monkeypatch.chdir(folder)
     for path in ("last.pt", "."):
-        assert run("--resume", path).code == 0
+        assert run("--resume", path).code == 0  # every flag is the run's own
         assert_same_run(whole / "whole.pt", save)
+    for place in ("one", "run"):
+        config = json.loads((tmp_path / place / "config.json").read_text())
+        first, second = config["sessions"][:2]
+        assert config["argv"] == first["argv"] != second["argv"]
+        assert (first["from_update"], second["from_update"]) == (0, 20)
 
 
 def test_another_run_is_refused_with_a_list_of_the_differences(
@@ -235,30 +150,18 @@ def test_another_run_is_refused_with_a_list_of_the_differences(
     assert (tmp_path / "run" / "last.pt").read_bytes() == before
 
 
-def spawn(save: Path, corpus: Path, *more: str, new_session: bool = False) -> subprocess.Popen:
-    command = [sys.executable, str(ROOT / "main.py"), *FLAGS, "--epochs", "100000"]
-    command += ["--data", str(corpus), "--save", str(save), "--resume", "auto", *more]
-    return subprocess.Popen(
-        command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
-        start_new_session=new_session,
-    )  # fmt: skip
-
-
-def wait_for(path: Path, process: subprocess.Popen, text: str = "") -> None:
-    deadline = time.monotonic() + 60
-    while time.monotonic() < deadline and process.poll() is None:
-        if path.exists() and text in path.read_text(errors="replace"):
-            return
-        time.sleep(0.01)
-    raise AssertionError(f"{path} did not come: {process.communicate()}")
+def spawn(save: Path, corpus: Path, *more: object) -> Child:
+    """A run without an end."""
+    flags = [*FLAGS, "--epochs", "100000", "--data", corpus, "--save", save, "--resume", "auto"]
+    return Child([*flags, *more])
 
 
 def test_killed_in_the_middle(whole: Path, tmp_path: Path) -> None:
     save = tmp_path / "killed.pt"
-    process = spawn(save, whole / "corpus", "--checkpoint-every", "1")
-    wait_for(tmp_path / "killed" / "metrics.jsonl", process, '"valid"')
-    process.kill()
-    process.communicate()
+    child = spawn(save, whole / "corpus", "--checkpoint-every", 1)
+    child.wait_for(tmp_path / "killed" / "metrics.jsonl", '"valid"')
+    child.send(signal.SIGKILL)
+    child.wait()
     last = torch.load(tmp_path / "killed" / "last.pt", weights_only=True)
     epochs = last["position"]["epoch"] + 1
     assert start(save, whole / "corpus", "--epochs", epochs) == 0
@@ -267,49 +170,35 @@ def test_killed_in_the_middle(whole: Path, tmp_path: Path) -> None:
     assert not list(tmp_path.rglob("*.tmp"))
 
 
-def test_control_c_once_tests_the_best_model(whole: Path, tmp_path: Path) -> None:
-    process = spawn(tmp_path / "run.pt", whole / "corpus")
-    wait_for(tmp_path / "run" / "metrics.jsonl", process, '"valid"')
-    process.send_signal(signal.SIGINT)
-    out, err = process.communicate(timeout=60)
-    assert process.returncode == 0, err
+def test_control_c_once_tests_the_best_model_and_twice_stops_at_once(tmp_path: Path) -> None:
+    corpus, save = write_corpus(tmp_path / "corpus"), tmp_path / "run.pt"
+    child = spawn(save, corpus)
+    child.wait_for(tmp_path / "run" / "metrics.jsonl", '"valid"')
+    child.send(signal.SIGINT)
+    code, out, err = child.wait()
+    assert code == 0, err
     assert "Exiting from training early: the best model is of epoch" in out
     assert out.splitlines()[-1].startswith("| End of training | test loss")
     assert json.loads((tmp_path / "run" / "summary.json").read_text())["test_ppl"] > 1
 
-
-@pytest.fixture
-def long_test(tmp_path: Path) -> Path:
-    """A corpus whose test text takes long, so that a signal comes while it is read."""
-    corpus = write_corpus(tmp_path / "long")
+    # a text that takes long, so that the second signal comes while it is read
     (corpus / "test.txt").write_text((corpus / "test.txt").read_text() * 12000)
-    return corpus
-
-
-def test_control_c_twice_stops_at_once(long_test: Path, tmp_path: Path) -> None:
-    process = spawn(tmp_path / "run.pt", long_test)
-    wait_for(tmp_path / "run" / "metrics.jsonl", process, '"valid"')
-    process.send_signal(signal.SIGINT)
-    assert process.stdout is not None
-    for line in process.stdout:
-        if line.startswith("Exiting from training early"):
-            break
-    process.send_signal(signal.SIGINT)
-    out, err = process.communicate(timeout=20)
-    assert process.returncode == 1
-    assert err.splitlines()[-1] == "error: interrupted"
+    child = spawn(tmp_path / "twice.pt", corpus)
+    child.wait_for(tmp_path / "twice" / "metrics.jsonl", '"valid"')
+    child.send(signal.SIGINT)
+    child.wait_until(lambda: "Exiting from training early" in child.printed()[0])
+    child.send(signal.SIGINT)
+    code, out, err = child.wait()
+    assert (code, err.splitlines()[-1]) == (1, "error: interrupted")
     assert "End of training" not in out
 
 
-def test_once_is_enough_when_training_is_over(long_test: Path, tmp_path: Path) -> None:
-    process = spawn(tmp_path / "run.pt", long_test, "--epochs", "1")
-    wait_for(tmp_path / "run" / "last.pt", process)
-    time.sleep(0.3)
-    process.send_signal(signal.SIGINT)
-    out, err = process.communicate(timeout=20)
-    assert process.returncode == 1
-    assert err.splitlines()[-1] == "error: interrupted"
-    assert "End of training" not in out
+def test_once_is_enough_when_training_is_over() -> None:
+    with Interrupt() as interrupt:
+        interrupt.release()
+        for number in (signal.SIGINT, signal.SIGTERM):
+            with pytest.raises(KeyboardInterrupt):
+                os.kill(os.getpid(), number)
 
 
 def test_a_folder_belongs_to_one_run(whole: Path, tmp_path: Path, run: Run) -> None:
@@ -320,57 +209,3 @@ def test_a_folder_belongs_to_one_run(whole: Path, tmp_path: Path, run: Run) -> N
         holder = f"{tmp_path / 'run'}: another process is running there (process {os.getpid()}: "
         assert result.err.startswith(f"error: {holder}")
     assert start(save, whole / "corpus", "--max-updates", 1) == 0
-
-
-def test_a_run_that_goes_on_between_reading_and_locking_is_not_resumed_from_the_old_state(
-    whole: Path, tmp_path: Path, run: Run, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    save, build = tmp_path / "whole.pt", assembly.build_trainer
-    flags = [*FLAGS, "--data", whole / "corpus", "--save", save, "--resume", "auto"]
-    for updates in (9, 20):  # no state was there yet; a state was
-
-        def meanwhile(*args: Any, updates: int = updates) -> Any:
-            monkeypatch.setattr(programs.train, "build_trainer", build)
-            assert start(save, whole / "corpus", "--max-updates", updates) == 0
-            return build(*args)
-
-        monkeypatch.setattr(programs.train, "build_trainer", meanwhile)
-        result = run(*flags, "--max-updates", 30)
-        last = tmp_path / "whole" / "last.pt"
-        message = f"{last}: another process has just replaced it; the same command goes on"
-        assert (result.code, result.err.splitlines()[-1]) == (1, f"error: {message}")
-    assert start(save, whole / "corpus") == 0
-    assert_same_run(whole / "whole.pt", save)
-
-
-def test_a_run_that_is_moved_aside_stays_together(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """Killed before each of the renamings."""
-    rename, calls = Path.rename, 0
-
-    def killed(path: Path, target: Path) -> None:
-        nonlocal calls
-        calls -= 1
-        if calls < 0:
-            raise KeyboardInterrupt
-        rename(path, target)
-
-    names = ["config.json", "metrics.jsonl", "last.pt", "summary.json", "last.previous.pt"]
-    for number in range(8):
-        folder = tmp_path / str(number) / "run"
-        folder.mkdir(parents=True)
-        expected = {f"run.1/{name}" for name in names} | {"run.1.pt", "run.1.pt.e3"}
-        for name in expected:
-            (folder.parent / name.replace(".1", "")).write_text(name)
-        with monkeypatch.context() as patch, suppress(KeyboardInterrupt):
-            patch.setattr(Path, "rename", killed)
-            calls = number
-            with RunFolder(f"{folder}.pt") as begun:
-                begun.begin()
-        with RunFolder(f"{folder}.pt") as begun:
-            begun.begin()
-        files = [path for path in folder.parent.rglob("*") if path.is_file()]
-        found = {str(path.relative_to(folder.parent)): path.read_text() for path in files}
-        assert found.pop("run/.lock") == ""
-        assert found == {name: name for name in expected}

@@ -1,0 +1,104 @@
+"""main.py in a forked process, which need not import torch again."""
+
+import os
+import pty
+import signal
+import sys
+import tempfile
+import time
+import traceback
+import warnings
+from collections.abc import Callable, Iterable
+from pathlib import Path
+
+from conftest import Result
+
+import main
+
+PATIENCE = 120.0  # seconds until a process counts as hung
+
+
+class Child:
+    """A process that runs main.py and writes what it prints into files.
+
+    Args:
+        argv: the command line.
+        prepare: called in the process beforehand.
+        terminal: it has a terminal of its own, whose other end is `terminal`, as stdin, stdout and
+            stderr.
+    """
+
+    def __init__(
+        self,
+        argv: Iterable[object],
+        prepare: Callable[[], object] = lambda: None,
+        terminal: bool = False,
+    ) -> None:
+        # "a": what the process writes goes to the end, wherever this process reads
+        self._printed = [tempfile.TemporaryFile("a+", errors="replace") for _ in range(2)]  # noqa: SIM115
+        self._code: int | None = None
+        self.terminal = -1
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", DeprecationWarning)  # forks where threads are
+            if terminal:
+                self.pid, self.terminal = pty.fork()
+            else:
+                self.pid = os.fork()
+        if self.pid == 0:
+            code = 70
+            try:
+                for number, file in enumerate(self._printed, start=1):
+                    if not terminal:
+                        os.dup2(file.fileno(), number)
+                sys.stdout, sys.stderr = (open(n, "w", 1, closefd=False) for n in (1, 2))  # noqa: SIM115
+                prepare()
+                code = main.main([str(arg) for arg in argv])
+            except BaseException:
+                traceback.print_exc()
+            os._exit(code)
+
+    def send(self, number: int) -> None:
+        """Send a signal."""
+        os.kill(self.pid, number)
+
+    def ended(self) -> bool:
+        """True once the process has ended."""
+        if self._code is None:
+            pid, status = os.waitpid(self.pid, os.WNOHANG)
+            if pid:
+                self._code = os.waitstatus_to_exitcode(status)
+        return self._code is not None
+
+    def printed(self) -> list[str]:
+        """What it has written to stdout and stderr so far."""
+        texts = []
+        for file in self._printed:
+            file.seek(0)
+            texts.append(file.read())
+        return texts
+
+    def wait_until(self, holds: Callable[[], object]) -> None:
+        """Wait until a condition holds; fails if the process ends before, or hangs."""
+        deadline = time.monotonic() + PATIENCE
+        while not holds():
+            assert not self.ended(), self.printed()
+            assert time.monotonic() < deadline, self.printed()
+            time.sleep(0.01)
+
+    def wait_for(self, path: Path, text: str = "") -> None:
+        """Wait until a file is there and has a text."""
+        self.wait_until(lambda: path.exists() and text in path.read_text(errors="replace"))
+
+    def wait(self) -> Result:
+        """Wait for the end."""
+        deadline = time.monotonic() + PATIENCE
+        while not self.ended():
+            if time.monotonic() > deadline:
+                self.send(signal.SIGKILL)
+                raise AssertionError(f"it hangs: {self.printed()}")
+            time.sleep(0.01)
+        assert self._code is not None
+        result = Result(self._code, *self.printed())
+        for file in self._printed:
+            file.close()
+        return result
