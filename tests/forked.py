@@ -1,5 +1,6 @@
 """main.py in a forked process, which need not import torch again."""
 
+import importlib
 import os
 import pty
 import signal
@@ -14,6 +15,9 @@ from pathlib import Path
 from conftest import Result
 
 import main
+
+# Each process's first update would import it.
+importlib.import_module("torch._dynamo")
 
 PATIENCE = 120.0  # seconds until a process counts as hung
 

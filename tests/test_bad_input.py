@@ -5,14 +5,12 @@ import math
 import os
 import re
 import shlex
-import subprocess
-import sys
 from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 import torch
-from conftest import ROOT, TINY, Result, read_summary, write_corpus
+from conftest import TINY, Result, read_summary, write_corpus
 from test_checkpoint import bad_file
 
 from engine.ablation import runs as ablation_runs
@@ -70,29 +68,9 @@ def test_a_run_that_is_not_there_is_named_as_given(run: Run) -> None:
 def test_recipe_that_is_missing_or_not_text(run: Run, tmp_path: Path) -> None:
     assert only_line(run("@no.txt"), 2) == "@no.txt: No such file or directory"
     assert "a recipe is given as @FILE" in only_line(run("recipes/demo.txt"), 2)
-    assert "a corpus is given as --data FOLDER" in only_line(run(tmp_path), 2)
     assert "did you mean --data?" in only_line(run("--dataa", tmp_path), 2)
     (tmp_path / "recipe").write_bytes(b"\xff\xfe\x00")
     assert only_line(run(f"@{tmp_path / 'recipe'}"), 2) == f"@{tmp_path / 'recipe'}: not UTF-8 text"
-
-
-def test_a_run_that_is_older_or_newer_than_a_flag(
-    run: Run, corpus_folder: Path, tmp_path: Path
-) -> None:
-    flags = ["--data", corpus_folder, "--save", tmp_path / "run.pt", "--resume", "auto"]
-    last = tmp_path / "run" / "last.pt"
-    assert run(*TINY, *flags, "--max-updates", 2).code == 0
-    state = torch.load(last, weights_only=True)
-    del state["flags"]["grad_filter"]
-    torch.save(state, last)
-    line = only_line(run(*TINY, *flags, "--grad-filter"), 2)
-    assert line.endswith("was started with other flags: --grad-filter 10.0 (was 0.0)")
-    assert run(*TINY, *flags, "--max-updates", 4, "--grad-filter", 0).code == 0
-    state["flags"]["wavefront"] = 3
-    torch.save(state, last)
-    assert only_line(run("--resume", last), 2).endswith(
-        "--wavefront 3, which this version does not have"
-    )
 
 
 BAD_TEXTS = {
@@ -150,7 +128,7 @@ def test_a_model_that_cannot_fit(run: Run, corpus_folder: Path, tmp_path: Path) 
     assert not (tmp_path / "run").exists()
 
 
-@pytest.mark.parametrize("scheme", ["variable", "fixed", "randomized", "full"])
+@pytest.mark.parametrize("scheme", ["variable", "full"])
 def test_a_window_that_cannot_fit(
     run: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, scheme: str
 ) -> None:
@@ -195,35 +173,6 @@ def test_unwritable_output(run: Run, corpus_folder: Path) -> None:
     assert "/proc/run: cannot write" in only_line(result, 1)
 
 
-def limited(kilobytes: int, *argv: object) -> subprocess.CompletedProcess:
-    """main.py in a process whose files cannot grow beyond a size, as on a full disk."""
-    code = (
-        "import resource, signal, sys, main\n"
-        "signal.signal(signal.SIGXFSZ, signal.SIG_IGN)\n"
-        f"resource.setrlimit(resource.RLIMIT_FSIZE, ({kilobytes} * 1024,) * 2)\n"
-        "sys.exit(main.main(sys.argv[1:]))"
-    )
-    command = [sys.executable, "-c", code, *map(str, argv)]
-    return subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
-
-
-def test_full_disk(run: Run, corpus_folder: Path, tmp_path: Path) -> None:
-    flags = [*TINY, "--data", corpus_folder, "--save", tmp_path / "run.pt", "--resume", "auto"]
-    assert run(*flags, "--max-updates", 5).code == 0
-    before = {p: p.read_bytes() for p in [tmp_path / "run.pt", tmp_path / "run" / "last.pt"]}
-    result = limited(6, *flags, "--epochs", 2)
-    assert result.returncode == 1
-    last = tmp_path / "run" / "last.pt"
-    line = result.stderr.splitlines()[-1]
-    assert line.startswith(f"error: {tmp_path / 'run'}")
-    assert "cannot write: File too large (at least " in line
-    assert line.endswith(f"{last} is safe, and with more room --resume {last} goes on from there")
-    assert "Traceback" not in result.stderr
-    assert {p: p.read_bytes() for p in before} == before
-    assert not list(tmp_path.rglob("*.tmp"))
-    assert run(*flags, "--epochs", 2).code == 0  # and with room again, it goes on
-
-
 @pytest.mark.parametrize(
     "kind", ["missing", "empty", "truncated", "text", "malicious", "original", "foreign"]
 )
@@ -234,29 +183,6 @@ def test_checkpoints(run: Run, tmp_path: Path, kind: str) -> None:
     assert str(path) in line
     assert not (tmp_path / "ran").exists()
     assert (path.read_bytes() if path.exists() else b"") == before
-
-
-def test_damaged_training_states(run: Run, corpus_folder: Path, tmp_path: Path) -> None:
-    flags = [*TINY, "--data", corpus_folder, "--save", tmp_path / "run.pt"]
-    assert run(*flags, "--max-updates", 5).code == 0
-    last = tmp_path / "run" / "last.pt"
-    state = torch.load(last, weights_only=True)
-    files = [tmp_path / "run.pt", *(tmp_path / "run" / f for f in ("metrics.jsonl", "config.json"))]
-    before = [path.read_bytes() for path in files]
-    for key in state.keys() - {"format"}:
-        torch.save({name: value for name, value in state.items() if name != key}, last)
-        assert str(last) in only_line(run("--resume", last), 1)
-        torch.save({**state, key: 3}, last)
-        assert str(last) in only_line(run("--resume", last), 1)
-        assert [path.read_bytes() for path in files] == before
-
-
-def test_best_model_missing_on_resume(run: Run, corpus_folder: Path, tmp_path: Path) -> None:
-    flags = [*TINY, "--data", corpus_folder, "--save", tmp_path / "run.pt"]
-    assert run(*flags, "--epochs", 1).code == 0
-    (tmp_path / "run.pt").unlink()
-    line = only_line(run("--resume", tmp_path / "run" / "last.pt"), 1)
-    assert line.startswith(f"{tmp_path / 'run.pt'}: no such file")
 
 
 def test_divergence(run: Run, corpus_folder: Path, tmp_path: Path) -> None:
@@ -315,13 +241,9 @@ def test_what_divergence_is() -> None:
         assert bool(divergence("test", loss, 1000, early)) == whether
 
 
-@pytest.mark.parametrize("clip", [0, 0.25])
-def test_divergence_by_learning_rate(
-    run: Run, corpus_folder: Path, tmp_path: Path, clip: float
-) -> None:
+def test_divergence_by_learning_rate(run: Run, corpus_folder: Path, tmp_path: Path) -> None:
     flags = [*TINY, "--data", corpus_folder, "--save", tmp_path / "run.pt", "--epochs", 50]
-    result = run(*flags, "--lr", 1e38, "--clip", clip)
+    result = run(*flags, "--lr", 1e38)
     assert result.code == 1
-    assert "not" not in result.err or "Traceback" not in result.err
     assert " at update " in result.err.splitlines()[-1]
     assert not (tmp_path / "run.pt").exists()

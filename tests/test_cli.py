@@ -4,7 +4,6 @@ import importlib
 import json
 import os
 import re
-import shutil
 import subprocess
 import sys
 from collections.abc import Callable
@@ -164,33 +163,6 @@ def test_an_earlier_run_is_kept(run: Run, corpus_folder: Path, tmp_path: Path) -
     assert json.loads((tmp_path / "run" / "summary.json").read_text())["updates"] == 3
 
 
-@pytest.mark.parametrize("regulariser", ["dropout", "dropouth", "dropouti", "dropoute", "wdrop"])
-def test_each_dropout_is_switched_off_by_its_flag_alone(
-    run: Run, corpus_folder: Path, tmp_path: Path, regulariser: str
-) -> None:
-    base = [*TINY, "--data", corpus_folder, "--max-updates", 4]
-    zero = [
-        f
-        for name in ("dropout", "dropouth", "dropouti", "dropoute", "wdrop")
-        for f in (f"--{name}", "0")
-        if name != regulariser
-    ]
-    losses = {}
-    for name, flags in {"on": [], "off": [f"--{regulariser}", "0"]}.items():
-        run(*base, *zero, *flags, "--save", tmp_path / f"{name}.pt")
-        losses[name] = (tmp_path / name / "metrics.jsonl").read_text().split('"lr"')[0]
-    assert losses["on"] != losses["off"]
-
-
-def test_no_asgd_untied_fixed_and_one_layer(run: Run, corpus_folder: Path, tmp_path: Path) -> None:
-    flags = [*TINY, "--data", corpus_folder, "--nonmono", 0, "--lr", 30, "--epochs", 6]
-    flags += ["--no-asgd", "--untied", "--bptt-scheme", "fixed", "--nlayers", 1]
-    assert run(*flags, "--save", tmp_path / "run.pt").code == 0
-    assert "averaging" not in (tmp_path / "run" / "metrics.jsonl").read_text()
-    model, _ = load_model(tmp_path / "run.pt")
-    assert model.decoder.weight.shape[1] == 8
-
-
 def test_adam_with_a_learning_rate_of_sgd_warns(
     run: Run, corpus_folder: Path, tmp_path: Path
 ) -> None:
@@ -286,16 +258,6 @@ def test_quick_writes_all_files_of_a_part_of_the_text(
     assert "| finished: 3 updates are done" in run("--resume", tmp_path / "run.pt").err
 
 
-def test_same_seed_same_run_and_another_seed_another(
-    run: Run, corpus_folder: Path, tmp_path: Path
-) -> None:
-    results = []
-    for i, seed in enumerate((1, 1, 2)):
-        flags = ["--data", corpus_folder, "--save", tmp_path / f"{i}.pt", "--seed", seed]
-        results.append(run(*TINY, *flags, "--epochs", 1).out.splitlines()[-1])
-    assert results[0] == results[1] != results[2]
-
-
 SMALL = ["--emsize", "16", "--nhid", "16", "--device", "cpu", "--test-batch-size", "50"]
 
 
@@ -343,16 +305,3 @@ def test_commands_of_the_original_follow_each_other(
 def test_parameters_of_the_papers_model() -> None:
     args, _ = parse_training(WORD_LEVEL[0].split())
     assert sum(p.numel() for p in assembly.build_model(args, 10_000).parameters()) == 24_221_600
-
-
-def test_git_ignores_what_runs_leave(run: Run, flags: list[str], tmp_path: Path) -> None:
-    shutil.copy(ROOT / ".gitignore", tmp_path)
-    for save in ("mine.pt", "mine.pt", "sub/other.pt"):
-        (tmp_path / save).parent.mkdir(exist_ok=True)
-        assert run(*flags, "--save", tmp_path / save, "--max-updates", 2, "--when", 1).code == 0
-    subprocess.run(["git", "init", "-q"], cwd=tmp_path, check=True)
-    command = ["git", "status", "--porcelain", "--untracked-files=all"]
-    found = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, check=True)
-    assert {line.split()[1].split("/")[0] for line in found.stdout.splitlines()} == {
-        ".gitignore", "corpus",
-    }  # fmt: skip

@@ -5,20 +5,17 @@ import re
 from collections.abc import Callable
 from io import FileIO
 from pathlib import Path
-from typing import Any
 
 import pytest
-from conftest import TINY, Result, command_line, full_disk_under, write_corpus
+from conftest import TINY, Result, full_disk_under, write_corpus
 from test_download import md5, serving
 from test_resume import FLAGS, assert_same_run, start
 
 import ablate
-import diagnose
 from data import archive
 from data.download import fetch_corpus
 from data.errors import WriteError
 from data.sources import CorpusSource, Mirror
-from engine.tracking import WandbOptions, WandbRun
 
 Run = Callable[..., Result]
 
@@ -43,7 +40,7 @@ def whole(tmp_path_factory: pytest.TempPathFactory) -> Path:
     ("name", "begun"),
     [
         ("last.pt", False),
-        *((n, True) for n in ("run.pt", "last.pt", "metrics.jsonl", "config.json", "summary.json")),
+        *((n, True) for n in ("run.pt", "last.pt", "metrics.jsonl", "summary.json")),
     ],
 )
 def test_of_a_run(
@@ -65,7 +62,7 @@ def test_of_a_run(
     if last.exists():
         way_on = f"{last} is safe, and with more room --resume {last} goes on from there"
     size = wanted(result.err.splitlines()[-1], path, way_on)
-    if name in ("run.pt", "last.pt", "config.json"):  # before anything else of the run is changed
+    if name in ("run.pt", "last.pt"):  # before anything else of the run is changed
         assert all(file.read_bytes() == content for file, content in before.items() if file != save)
     assert not list(tmp_path.rglob("*.tmp"))
     assert run(*flags).code == 0
@@ -89,18 +86,6 @@ def test_of_a_table(
         assert not (out / name).exists()
 
 
-@pytest.mark.slow
-def test_of_a_diagnosis(
-    whole: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
-    small: dict[str, Any] = dict(data=whole / "corpus", output=tmp_path / "out", lags=3)
-    small |= {"positions": 1, "windows": 1, "batch-size": 1, "bptt": 5, "device": "cpu"}
-    full_disk_under(monkeypatch, "spectra.png")
-    assert diagnose.main([str(whole / "run.pt"), *command_line(small)]) == 1
-    way_on = "nothing was lost, and with more room the same command goes on"
-    wanted(capsys.readouterr().err.splitlines()[-1], tmp_path / "out" / "spectra.png", way_on)
-
-
 def test_of_a_download(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     texts = {split: f"{split} a b c\n".encode() for split in ("train", "valid", "test")}
     sums = {split: md5(text) for split, text in texts.items()}
@@ -117,13 +102,3 @@ def test_of_a_download(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
             assert ("/x/valid.txt: " if place == "x" else "/dev/full: ") in str(caught.value)
         fetch_corpus(source, tmp_path / "x")
         assert (tmp_path / "x" / "valid.txt").read_bytes() == texts["valid"]
-
-
-def test_of_w_and_b(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    def full(run: Any) -> None:
-        raise OSError(28, "No space left on device")
-
-    tracked = WandbRun(tmp_path, {}, WandbOptions(), None)
-    tracked._run = object()
-    tracked.attempt(full)
-    assert f"is not: {tmp_path}: [Errno 28] No space left" in capsys.readouterr().err

@@ -1,7 +1,6 @@
 """metrics.jsonl, the progress display and Weights & Biases, against the real SDK offline."""
 
 import fcntl
-import functools
 import json
 import math
 import os
@@ -12,20 +11,19 @@ import subprocess
 import sys
 import termios
 from collections.abc import Callable, Iterator
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 from unittest.mock import MagicMock
 
 import pytest
 import torch
-from conftest import ROOT, TINY, write_corpus
+from conftest import ROOT, TINY, read_summary, write_corpus
+from forked import Child
 
 from engine.ablation.tracked import log_table
 from engine.metrics_file import MetricsFile
 from engine.tracking import Tracker, WandbOptions, sync_command
-
-DISABLED = WandbOptions()
-OFFLINE = WandbOptions(mode="offline", project="test", name="a run", group="g", tags=("x", "y"))
 
 
 def read_lines(path: Path) -> list[dict[str, Any]]:
@@ -58,81 +56,25 @@ def test_lines_are_in_the_file_at_once(tmp_path: Path) -> None:
         file.write({"event": "train", "loss": number, "averaged": False})
         finite = number if number == 0.5 else None
         written.append({"event": "train", "loss": finite, "averaged": False})
-        assert path.read_bytes().endswith(b"}\n")
         assert read_lines(path) == written
         assert file.size == path.stat().st_size
-    file.close()
-    file.close()
-
-
-def test_tensors_are_refused_and_leave_no_half_line(tmp_path: Path) -> None:
-    path = tmp_path / "metrics.jsonl"
-    file = MetricsFile(path)
     with pytest.raises(TypeError, match="Tensor"):
         file.write({"loss": torch.tensor(1.0)})
-    file.write({"loss": 1.0})
+    assert read_lines(path) == written
     file.close()
-    assert read_lines(path) == [{"loss": 1.0}]
+    file.close()
 
 
 @pytest.mark.parametrize("tail", ["", '{"step": 3}\n{"step": 4}\n', '{"step": 3}\n{"st'])
 def test_resuming_cuts_what_came_after_the_checkpoint(tmp_path: Path, tail: str) -> None:
-    MetricsFile(tmp_path / "new.jsonl", keep_bytes=0).close()  # before the first line
-    path = tmp_path / "metrics.jsonl"
-    file = MetricsFile(path)
-    file.write({"step": 1, "name": "é"})
-    file.write({"step": 2})
-    size = file.size
-    file.close()
-    path.write_text(path.read_text() + tail)
-    file = MetricsFile(path, keep_bytes=size)
-    assert file.size == size == path.stat().st_size
+    """tests/test_damage.py has what is missing before it."""
+    path, whole = tmp_path / "metrics.jsonl", '{"step": 1, "name": "é"}\n{"step": 2}\n'
+    path.write_text(whole + tail)
+    file = MetricsFile(path, keep_bytes=len(whole.encode()))
+    assert (file.size, file.damage) == (len(whole.encode()), None)
     file.write({"step": 3})
-    assert file.size == path.stat().st_size
     file.close()
-    assert [record["step"] for record in read_lines(path)] == [1, 2, 3]
-
-
-@pytest.mark.parametrize(
-    ("content", "keep", "expected"),
-    [
-        ("1 2", 500, "1 2 gap2"),  # shorter
-        ("1 2", 5, "gap0"),  # another file, cut within a line
-        (None, 12, "gap0"),
-        ("1 \0\0\0 2", 500, "1 gap1 2 gap2"),
-        ("1 [] { 2", 29, "1 gap1 2"),
-    ],
-)
-def test_what_is_missing_is_marked_as_a_gap(
-    tmp_path: Path, content: str | None, keep: int, expected: str
-) -> None:
-    path = tmp_path / "metrics.jsonl"
-    if content is not None:
-        words = content.split(" ")
-        path.write_text("".join(f'{{"step": {w}}}\n' if w.isdigit() else f"{w}\n" for w in words))
-    file = MetricsFile(path, keep_bytes=keep)
-    assert file.damage is not None
-    assert file.size == path.stat().st_size
-    file.write({"step": 9})
-    file.close()
-    shown = [f"{line.get('event', '')}{line['step']}" for line in read_lines(path)]
-    assert shown == [*expected.split(), "9"]
-
-
-def test_tracker_without_wandb(tmp_path: Path) -> None:
-    tracker = Tracker(tmp_path / "run", {}, DISABLED)
-    tracker.log("train", step=10, epoch=1, loss=2.0)
-    state = json.loads(json.dumps(tracker.state_dict()))
-    tracker.log("valid", step=10, epoch=1, ppl=float("inf"))
-    tracker.summarize(test_ppl=3.0)
-    tracker.close()
-    path = tmp_path / "run" / "metrics.jsonl"
-    train = {"event": "train", "step": 10, "epoch": 1, "loss": 2.0}
-    assert read_lines(path) == [train, {"event": "valid", "step": 10, "epoch": 1, "ppl": None}]
-    assert state == {"metrics_bytes": len(json.dumps(train)) + 1, "wandb_id": None}
-    Tracker(tmp_path / "run", {}, DISABLED, state).close()
-    assert read_lines(path) == [train]
-    assert [entry.name for entry in (tmp_path / "run").iterdir()] == ["metrics.jsonl"]
+    assert path.read_text() == whole + '{"step": 3}\n'
 
 
 # the terminal
@@ -150,41 +92,37 @@ for epoch in (1, 2):
 """
 
 
-def on_a_terminal(code: str, columns: int = 80, both: bool = False, **env: str) -> tuple[str, str]:
-    """(stdout, stderr) of a script whose stderr is a terminal and whose stdout is a pipe.
+def read_terminal(terminal: int) -> str:
+    """What a process shows on its terminal, until it ends."""
+    shown = b""
+    with suppress(OSError):  # the other end was closed
+        while chunk := os.read(terminal, 65536):
+            shown += chunk
+    os.close(terminal)
+    return shown.decode()
 
-    both: stdout is the terminal, too.
-    """
+
+def on_a_terminal(code: str, columns: int = 80) -> tuple[str, str]:
+    """(stdout, stderr) of a script whose stderr is a terminal and whose stdout is a pipe."""
     master, slave = pty.openpty()
     fcntl.ioctl(slave, termios.TIOCSWINSZ, struct.pack("HHHH", 24, columns, 0, 0))
-    environment = {**os.environ, "PYTHONPATH": str(ROOT), **env}
     with subprocess.Popen(
         [sys.executable, "-c", code],
         cwd=ROOT,
-        env=environment,
         stdin=slave,
-        stdout=slave if both else subprocess.PIPE,
+        stdout=subprocess.PIPE,
         stderr=slave,
     ) as process:
         os.close(slave)
-        shown = b""
-        while True:
-            try:
-                chunk = os.read(master, 65536)
-            except OSError:  # the other end was closed
-                break
-            if not chunk:
-                break
-            shown += chunk
-        printed = process.stdout.read() if process.stdout is not None else b""
-    os.close(master)
-    assert process.returncode == 0, shown.decode()
-    return printed.decode(), shown.decode()
+        shown = read_terminal(master)
+        assert process.stdout is not None
+        printed = process.stdout.read().decode()
+    assert process.returncode == 0, shown
+    return printed, shown
 
 
 @pytest.mark.parametrize("columns", [80, 0])
-def test_a_bar_on_a_terminal(columns: int) -> None:
-    pytest.importorskip("tqdm")
+def test_a_bar_on_a_terminal_and_none_in_a_pipe(columns: int) -> None:
     printed, shown = on_a_terminal(EPOCH, columns)
     assert printed == "| result |\n" * 2
     assert "epoch 1:  44%" in shown  # starts where the epoch was left
@@ -192,23 +130,19 @@ def test_a_bar_on_a_terminal(columns: int) -> None:
     assert "10/10 updates, loss=4.00" in shown
     # the warning has a line of its own: the bar was wiped before, and drawn again after
     assert shown.count("\rwarning: careful, please\r\n") == 2
-
-
-def test_no_bar_in_a_pipe_or_without_tqdm() -> None:
     result = run_python(EPOCH)
     assert (result.returncode, result.stdout) == (0, "| result |\n" * 2)
     assert result.stderr == "warning: careful, please\n" * 2
-    printed, shown = on_a_terminal("import sys; sys.modules['tqdm'] = None\n" + EPOCH)
-    assert printed == "| result |\n" * 2
-    assert shown == "warning: careful, please\r\n" * 2
 
 
 def test_a_run_on_a_terminal(tmp_path: Path) -> None:
     """One line an epoch, a bar that fits, and the best model at the end."""
-    pytest.importorskip("tqdm")
     corpus, save = write_corpus(tmp_path / "corpus", lines=200), tmp_path / "run.pt"
-    flags = [*TINY, "--data", str(corpus), "--save", str(save), "--epochs", "3", "--lr", "5"]
-    shown = on_a_terminal(f"import main; main.main({flags!r})", columns=60, both=True)[1]
+    flags = [*TINY, "--data", corpus, "--save", save, "--epochs", 3, "--lr", 5]
+    size = struct.pack("HHHH", 24, 60, 0, 0)
+    child = Child(flags, lambda: fcntl.ioctl(0, termios.TIOCSWINSZ, size), terminal=True)
+    shown = read_terminal(child.terminal)
+    assert child.wait().code == 0
     lines = [line.rpartition("\r")[2] for line in shown.split("\r\n")]
     epoch = r"\| epoch (\d)/3 \| ppl train +[\d.]+ valid +([\d.]+) ([* ]) \| [\d.]+ s \| lr 5(.*)"
     found = [match.groups() for line in lines if (match := re.fullmatch(epoch, line))]
@@ -255,7 +189,6 @@ def wandb(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[Any]:
         module.teardown()
 
 
-@functools.cache
 def records(run_folder: Path) -> list[dict[str, Any]]:
     """What a finished run's .wandb file holds, in order."""
     command = [sys.executable, "-m", "wandb", "leet", "inspect", "--json", str(run_folder)]
@@ -268,120 +201,36 @@ def offline_folders(folder: Path) -> list[Path]:
     return sorted((folder / "wandb").glob("offline-run-*"))
 
 
-def started(run_folder: Path) -> dict[str, Any]:
-    run: dict[str, Any] = next(r["run"] for r in records(run_folder) if r["type"] == "run")
+def started(found: list[dict[str, Any]]) -> dict[str, Any]:
+    run: dict[str, Any] = next(record["run"] for record in found if record["type"] == "run")
     return run
 
 
-def summary_of(folders: list[Path]) -> dict[str, Any]:
-    found = [r["summary"]["update"] for f in folders for r in records(f) if r["type"] == "summary"]
-    return {key: value for update in found for key, value in update.items()}
-
-
-def history(run_folder: Path) -> list[dict[str, Any]]:
-    return [r["history"]["item"] for r in records(run_folder) if r["type"] == "history"]
-
-
-def events(run_folder: Path) -> list[tuple[str, int]]:
-    """(kind of event, update) of each row."""
-    return [
-        (kind, row["step"])
-        for row in history(run_folder)
-        for kind in {key.split("/")[0] for key in row if "/" in key}
-    ]
+def rows(found: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    items = [record["history"]["item"] for record in found if record["type"] == "history"]
+    return [{k: v for k, v in item.items() if not k.startswith("_")} for item in items]
 
 
 def logged(folder: Path) -> list[tuple[str, int]]:
     return [(r["event"], r["step"]) for r in read_lines(folder / "metrics.jsonl")]
 
 
-def log_updates(tracker: Tracker, first: int, last: int) -> None:
-    for step in range(first, last + 1):
-        tracker.log("train", step=step, epoch=1, loss=1.0 / step, lr=30.0)
-
-
-def test_an_offline_run_holds_everything(
-    wandb: Any, tmp_path: Path, capfd: pytest.CaptureFixture[str]
-) -> None:
-    tracker = Tracker(tmp_path / "PTB", {"lr": 30.0, "data": "data/penn"}, OFFLINE)
-    tracker.log("train", step=200, epoch=1, loss=6.5, ppl=665.1, lr=30.0, grad_norm=0.3)
-    tracker.log("valid", step=200, epoch=1, loss=6.0, ppl=403.4, averaged=False)
-    tracker.log("averaging", step=200, epoch=1)
-    tracker.log("train", step=400, epoch=2, loss=float("nan"), ppl=float("inf"))
-    tracker.log("test", step=400, loss=5.5, ppl=244.7, bpc=7.9)
-    tracker.summarize(best_valid_ppl=403.4, test_ppl=244.7)
-    [run_folder] = offline_folders(tmp_path / "PTB")
-    assert tracker.wandb_url == str(run_folder)
-    tracker.close(exit_code=0)
-    assert capfd.readouterr() == ("", "")
-
-    run, found = started(run_folder), records(run_folder)
-    assert run["run_id"] == tracker.state_dict()["wandb_id"]
-    assert (run["project"], run["display_name"]) == ("test", "a run")
-    assert (run["run_group"], run["tags"]) == ("g", ["x", "y"])
-    assert {"lr": 30, "data": "data/penn"}.items() <= run["config"]["update"].items()
-    metrics = [r["metric"] for r in found if r["type"] == "metric"]
-    assert any(m.get("glob_name") == "*" and m["step_metric"] == "step" for m in metrics)
-
-    rows = [{k: v for k, v in row.items() if not k.startswith("_")} for row in history(run_folder)]
-    assert rows[0]["train/grad_norm"] == 0.3
-    valid = {"epoch": 1, "loss": 6, "ppl": 403.4, "averaged": False}
-    assert rows[1] == {"step": 200, **{f"valid/{key}": value for key, value in valid.items()}}
-    assert rows[2] == {"step": 200, "averaging/epoch": 1}
-    assert rows[3]["train/loss"] == "NaN"
-    assert rows[4] == {"step": 400, "test/loss": 5.5, "test/ppl": 244.7, "test/bpc": 7.9}
-    assert {"best_valid_ppl": 403.4, "test_ppl": 244.7}.items() <= summary_of([run_folder]).items()
-    assert [r["exit"].get("exit_code", 0) for r in found if r["type"] == "exit"] == [0]
-
-
-def test_a_resumed_run_continues_its_wandb_run(wandb: Any, tmp_path: Path) -> None:
-    """Through a session without W&B; elsewhere it starts a new one, with the whole history."""
-    here, elsewhere = tmp_path / "here", tmp_path / "elsewhere"
-    state: dict[str, Any] | None = None
-    for first, options in ((1, OFFLINE), (3, DISABLED), (5, OFFLINE)):
-        tracker = Tracker(here, {}, options, state)
-        log_updates(tracker, first, first + 1)
-        state = json.loads(json.dumps(tracker.state_dict()))
-        tracker.close()
-    assert state is not None
-    folders = offline_folders(here)
-    assert {started(path)["run_id"] for path in folders} == {state["wandb_id"]}
-    assert [started(path).get("resume", False) for path in folders] == [False, True]
-    updates = [("train", step) for step in range(1, 8)]
-    assert [events(path) for path in folders] == [updates[:2], updates[4:6]]
-
-    elsewhere.mkdir()
-    (elsewhere / "metrics.jsonl").write_bytes((here / "metrics.jsonl").read_bytes())
-    tracker = Tracker(elsewhere, {}, OFFLINE, state)
-    log_updates(tracker, 7, 7)
-    tracker.close()
-    [run_folder] = offline_folders(elsewhere)
-    assert started(run_folder)["run_id"] != state["wandb_id"]
-    assert events(run_folder) == updates == logged(elsewhere)
-
-
-def test_project_and_name_come_from_the_environment(
+def test_names_and_the_command_to_upload(
     wandb: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    for name, value in {"PROJECT": "p", "NAME": "n", "RUN_GROUP": "g", "TAGS": "a,b"}.items():
-        monkeypatch.setenv(f"WANDB_{name}", value)
-    Tracker(tmp_path, {}, WandbOptions(mode="offline")).close()
-    run = started(offline_folders(tmp_path)[0])
-    assert (run["project"], run["display_name"], run["run_group"]) == ("p", "n", "g")
-    assert run["tags"] == ["a", "b"]
-
-
-def test_a_run_has_its_folder_s_name_and_a_command_to_upload_it(wandb: Any, tmp_path: Path) -> None:
-    folder = tmp_path / "my PTB"
-    state: dict[str, Any] = {}
+    """A run has its folder's name, and goes on there; in another folder it is a new one."""
+    folder, elsewhere, state = tmp_path / "my PTB", tmp_path / "elsewhere", dict[str, Any]()
     assert sync_command(folder) is None
     for _ in range(2):
         tracker = Tracker(folder, {}, WandbOptions(mode="offline"), state)
         state = tracker.state_dict()
         tracker.close()
     new, resumed = offline_folders(folder)
-    assert started(new)["display_name"] == "my PTB"
-    assert not started(resumed).get("display_name")  # W&B keeps the one that it has
+    assert tracker.wandb_url == str(resumed)
+    one, two = started(records(new)), started(records(resumed))
+    assert one["display_name"] == "my PTB"
+    assert not two.get("display_name")  # W&B keeps the one that it has
+    assert one["run_id"] == two["run_id"] == state["wandb_id"]
     command = sync_command(folder)
     assert command is not None
     # As a shell reads it, and only lists it.
@@ -390,6 +239,15 @@ def test_a_run_has_its_folder_s_name_and_a_command_to_upload_it(wandb: Any, tmp_
     )
     assert listed.stdout.split("\n")[:-1] == [str(new), str(resumed)]
     assert sync_command(tmp_path, "*") == f"wandb sync {tmp_path}/*/wandb/offline-run-*"
+
+    wandb.teardown()  # it reads the environment once
+    for name, value in {"PROJECT": "p", "NAME": "n", "RUN_GROUP": "g", "TAGS": "a,b"}.items():
+        monkeypatch.setenv(f"WANDB_{name}", value)
+    Tracker(elsewhere, {}, WandbOptions(mode="offline"), state).close()
+    run = started(records(offline_folders(elsewhere)[0]))
+    assert run["run_id"] != state["wandb_id"]
+    assert (run["project"], run["display_name"], run["run_group"]) == ("p", "n", "g")
+    assert run["tags"] == ["a", "b"]
 
 
 def assert_one_warning(text: str) -> None:
@@ -443,7 +301,7 @@ def test_a_table_is_a_run_of_its_own(wandb: Any, tmp_path: Path) -> None:
     options = WandbOptions("offline", None, "demo", "demo", "table")
     log_table(tmp_path / "out", options, rows, None)
     [folder] = offline_folders(tmp_path / "out")
-    run = started(folder)
+    run = started(records(folder))
     assert (run["project"], run["display_name"]) == ("awd-lstm", "demo")
     assert (run["run_group"], run["job_type"]) == ("demo", "table")
     [file] = (folder / "files" / "media" / "table").glob("*.table.json")
@@ -478,22 +336,31 @@ def test_main_with_wandb_from_start_to_resume(
     assert last.code == 0
     assert last.err.splitlines()[-1] == f"W&B: to upload the run: {sync_command(tmp_path / 'run')}"
     folders = offline_folders(tmp_path / "run")
-    runs = [started(path) for path in folders]
-    assert len(runs) == 2
-    assert len({run["run_id"] for run in runs}) == 1
-    assert (runs[0]["project"], runs[0]["tags"]) == ("p", ["a", "b"])
-    assert runs[0]["display_name"] == "run"
+    found = [records(folder) for folder in folders]
+    first_run, last_run = map(started, found)
+    assert first_run["run_id"] == last_run["run_id"]
+    assert (first_run["project"], first_run["tags"]) == ("p", ["a", "b"])
+    assert first_run["display_name"] == "run"
+    assert first_run["config"]["update"]["nhid"] == 8
+    metrics = [record["metric"] for record in found[0] if record["type"] == "metric"]
+    assert any(m.get("glob_name") == "*" and m["step_metric"] == "step" for m in metrics)
     [samples] = (folders[1] / "files" / "media" / "table").glob("samples*.table.json")
     written = json.loads(samples.read_text())["data"]
     assert [f"| It writes: {sentence}" for [sentence] in written] == last.out.splitlines()[-2:]
-    assert runs[0]["config"]["update"]["nhid"] == 8
-    sent = [event for path in folders for event in events(path)]
+    sent = [row for records_of in found for row in rows(records_of) if "samples" not in str(row)]
+    kinds = [(next(key for key in row if "/" in key).split("/")[0], row["step"]) for row in sent]
     # the test at the end of the first session is in W&B, too
-    assert set(logged(tmp_path / "run")) <= set(sent)
-    assert len(sent) == len(set(sent))
-    ours = json.loads((tmp_path / "run" / "summary.json").read_text())
+    assert set(logged(tmp_path / "run")) <= set(kinds)
+    assert len(kinds) == len(set(kinds))
+    test = next(e for e in read_lines(tmp_path / "run" / "metrics.jsonl") if e["event"] == "test")
+    assert sent[-1] == {"step": test["step"]} | {
+        f"test/{k}": test[k] for k in ("loss", "ppl", "bpc")
+    }
+    updates = [r["summary"]["update"] for part in found for r in part if r["type"] == "summary"]
+    summary = {key: value for update in updates for key, value in update.items()}
+    ours = read_summary(save)
     for name in ("test_ppl", "best_valid_ppl"):
-        assert summary_of(folders)[name] == pytest.approx(ours[name])
+        assert summary[name] == pytest.approx(ours[name])
 
 
 @pytest.mark.parametrize(("flags", "code"), [([], 0), (["--lr", "1e30", "--clip", "0"], 1)])
