@@ -45,7 +45,7 @@ class WandbOptions:
     name: str | None = None
     group: str | None = None
     job_type: str | None = None
-    tags: tuple[str, ...] | None = None
+    tags: list[str] | None = None
 
 
 class Tracker:

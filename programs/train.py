@@ -143,9 +143,13 @@ def lead(
         versions=versions(),
         git_commit=commit,
     )
-    tracker = open_tracker(args, trainer, dict(flags, git_commit=commit), state)
+    config = dict(flags, git_commit=commit)
+    tracker = Tracker(folder.folder, config, wandb_options(args), (state or {}).get("tracking"))
     exit_code = 1
     try:
+        if tracker.damage is not None:
+            warn(f"{tracker.damage}; a gap marks what is missing")
+            tracker.log("gap", step=trainer.at.update)
         folder.write_config(flags, session)
         print(f"| precision {precision} | {in_words(kernels)}", file=sys.stderr)
         train_and_test(args, trainer, tracker)
@@ -156,30 +160,16 @@ def lead(
             print(f"W&B: to upload the run: {command}", file=sys.stderr)
 
 
-def open_tracker(
-    args: argparse.Namespace,
-    trainer: Trainer,
-    config: dict[str, Any],
-    state: dict[str, Any] | None,
-) -> Tracker:
-    """Open the tracker of a new run or, given its state, of a resumed one."""
-    wandb = WandbOptions(
+def wandb_options(args: argparse.Namespace) -> WandbOptions:
+    """The flags of W&B."""
+    return WandbOptions(
         mode=args.wandb,
         project=args.wandb_project,
         name=args.wandb_name,
         group=args.wandb_group,
         job_type=args.wandb_job_type,
-        tags=None if args.wandb_tags is None else tuple(args.wandb_tags),
+        tags=args.wandb_tags,
     )
-    folder = trainer.folder.folder
-    if state is None:
-        return Tracker(folder, config, wandb)
-    with damage_reported(Path(args.resume)):
-        tracker = Tracker(folder, config, wandb, state["tracking"])
-    if tracker.damage is not None:
-        warn(f"{tracker.damage}; a gap marks what is missing")
-        tracker.log("gap", step=trainer.at.update)
-    return tracker
 
 
 def train_and_test(args: argparse.Namespace, trainer: Trainer, tracker: Tracker) -> None:

@@ -3,8 +3,11 @@ for what the run had written."""
 
 import os
 import random
+import resource
 import shutil
+import signal
 import stat
+import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -12,7 +15,8 @@ from typing import Any
 import pytest
 import torch
 from conftest import Result, read_events, write_corpus
-from test_resume import assert_same, assert_same_run, start
+from forked import Child
+from test_resume import FLAGS, assert_same, assert_same_run, start
 
 from data.files import atomic_write
 from engine import checkpoint_writer
@@ -251,6 +255,64 @@ def test_a_power_failure_loses_only_what_was_not_synced(
                     (place / name).write_bytes(content)
         assert start(after / "run.pt", corpus) == 0
         assert_same_run(save, after / "run.pt")
+
+
+def killed(argv: list[object], draw: random.Random) -> None:
+    """At a random moment."""
+    child = Child(argv)
+    time.sleep(draw.uniform(0, 2))
+    child.send(signal.SIGKILL)
+    child.wait()
+
+
+def killed_in_a_save(argv: list[object], draw: random.Random) -> None:
+    left = draw.randint(1, 120)
+
+    def count(call: Callable[..., Any]) -> Callable[..., Any]:
+        def counted(*args: Any, **keywords: Any) -> Any:
+            nonlocal left
+            left -= 1
+            if left == 0:
+                os.kill(os.getpid(), signal.SIGKILL)
+            return call(*args, **keywords)
+
+        return counted
+
+    def prepare() -> None:
+        for owner, name in ((os, "fsync"), (os, "link"), (Path, "replace"), (torch, "save")):
+            setattr(owner, name, count(getattr(owner, name)))
+
+    Child(argv, prepare).wait()
+
+
+def signalled(argv: list[object], draw: random.Random) -> None:
+    child = Child(argv)
+    time.sleep(draw.uniform(0, 2))
+    child.send(draw.choice([signal.SIGINT, signal.SIGTERM, signal.SIGUSR1, signal.SIGHUP]))
+    assert "Traceback" not in child.wait().err
+
+
+def full_disk(argv: list[object], draw: random.Random) -> None:
+    limits = (draw.randrange(6_000, 20_000),) * 2  # of a file, so that what is printed has room
+    result = Child(argv, lambda: resource.setrlimit(resource.RLIMIT_FSIZE, limits)).wait()
+    last = result.err.splitlines()[-1]
+    assert result.code == 0 or "cannot write: File too large (at least " in last, result.err
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("fault", [killed, killed_in_a_save, signalled, full_disk])
+@pytest.mark.parametrize("seed", range(5))
+def test_random_faults(
+    whole: Path, tmp_path: Path, fault: Callable[[list[object], random.Random], None], seed: int
+) -> None:
+    """The same command ends bit for bit where the run without the faults ends."""
+    draw, save = random.Random(seed), tmp_path / "run.pt"
+    argv = [*FLAGS, "--data", whole / "corpus", "--save", save, "--resume", "auto"]
+    for _ in range(3):
+        fault(argv, draw)
+    assert Child(argv).wait().code == 0
+    assert_same_run(whole / "whole.pt", save)
+    assert not list(tmp_path.rglob("*.tmp"))
 
 
 @pytest.mark.parametrize("links", [True, False])

@@ -12,12 +12,11 @@ import pytest
 from conftest import ROOT
 from original import CHARACTER_LEVEL, WORD_LEVEL
 
-import flags.resume
 from engine.errors import UsageError
 from flags.ablation import ablation_parser
 from flags.diagnosis import diagnosis_parser
 from flags.finetuning import finetuning_parser
-from flags.flag import Flag, by_name
+from flags.flag import by_name
 from flags.generation import generation_parser
 from flags.plotting import plotting_parser
 from flags.preparation import preparation_parser
@@ -76,18 +75,6 @@ def test_help_and_both_spellings(program: str) -> None:
             dashes, underscores = flag.dest.replace("_", "-"), flag.dest
             assert {f"--{dashes}", f"--{underscores}"} <= parser._option_string_actions.keys()
     assert parse("--batch-size 3").batch_size == parse("--batch_size 3").batch_size == 3
-
-
-def test_flags_do_without_torch() -> None:
-    code = (
-        "import sys, flags.training\n"
-        "flags.training.parse_training(['@recipes/penn.txt', '--resume', 'auto'])\n"
-        "try:\n    flags.training.parse_training(['--help'])\n"
-        "except SystemExit:\n    sys.exit('torch' in sys.modules)\n"
-    )
-    result = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True)
-    assert (result.returncode, result.stderr) == (0, "")
-    assert result.stdout.startswith("usage: main.py")
 
 
 @pytest.mark.parametrize("program", PARSERS)
@@ -240,18 +227,6 @@ def test_a_flag_newer_than_the_run_counts_with_its_default() -> None:
         resumed("--grad-filter --k1 8 --eval-batch-size 11", saved)
     differences = "--eval-batch-size 11 (was 10), --grad-filter 10.0 (was 0.0), --k1 8 (was 9)"
     assert str(caught.value).endswith(f"was started with other flags: {differences}")
-
-
-def test_a_flag_of_the_researcher_s_own(monkeypatch: pytest.MonkeyPatch) -> None:
-    """It is one line, and all else follows."""
-    saved = vars(parse("--save a.pt"))
-    mine = {**TRAINING, "mine": (Flag("--zone-out", 0.0, "of the states", float, "P"),)}
-    monkeypatch.setattr(flags.training, "TRAINING", mine)
-    monkeypatch.setattr(flags.resume, "TRAINING", mine)
-    assert "--zone-out P, --zone_out P" in training_parser().format_help()
-    assert parse("--zone_out 0.1").zone_out == 0.1
-    assert other_flags(vars(parse("--save b.pt")), saved) == ""
-    assert other_flags(vars(parse("--zone-out 0.1")), saved) == "--zone-out 0.1 (was 0.0)"
 
 
 def test_flags_that_are_gone() -> None:

@@ -121,8 +121,8 @@ def test_resume_by_path_under_the_same_or_another_name(
         assert_same_run(whole / "whole.pt", tmp_path / f"{name}.pt")
         assert before == {p.name: p.read_bytes() for p in folder.iterdir()}
     monkeypatch.chdir(folder)
-    for path in ("last.pt", "."):
-        assert run("--resume", path).code == 0  # every flag is the run's own
+    for place in ("last.pt", "."):
+        assert run("--resume", place).code == 0  # every flag is the run's own
         assert_same_run(whole / "whole.pt", save)
     for place in ("one", "run"):
         config = json.loads((tmp_path / place / "config.json").read_text())
