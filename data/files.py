@@ -184,12 +184,3 @@ def sync_directory(folder: str | os.PathLike[str]) -> None:
             os.fsync(descriptor)
         finally:
             os.close(descriptor)
-
-
-def file_version(path: Path) -> tuple[int, int] | None:
-    """Changes when the file is replaced; None: no such file."""
-    try:
-        status = path.stat()
-    except FileNotFoundError:
-        return None
-    return status.st_ino, status.st_mtime_ns

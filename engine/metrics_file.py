@@ -72,14 +72,13 @@ class MetricsFile:
         self.size += len(line)
 
     def sync(self) -> None:
-        """fsync the file, so that its lines survive a power failure. No-op once closed.
+        """fsync the file, so that its lines survive a power failure.
 
         Raises:
             WriteError: the file cannot be written.
         """
-        if not self._file.closed:
-            with write_errors(Path(self._file.name)):
-                os.fsync(self._file.fileno())
+        with write_errors(Path(self._file.name)):
+            os.fsync(self._file.fileno())
 
     def close(self) -> None:
         """Close the file; a no-op once closed."""

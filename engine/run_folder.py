@@ -7,6 +7,8 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
+import filelock
+
 from data.errors import WriteError
 from data.files import FULL, atomic_write, sync_directory
 from engine.checkpoint import model_details, previous_path
@@ -221,8 +223,6 @@ def lock_folder(folder: Path) -> Any:
     Raises:
         RunError: another process holds the lock, or the folder cannot be written to.
     """
-    import filelock
-
     try:
         folder.mkdir(exist_ok=True)
         sync_directory(folder.parent)
@@ -249,8 +249,6 @@ def _holder(folder: Path) -> str:
 
 def is_in_use(save: str | Path) -> bool:
     """True if a process holds the lock of the run with this --save."""
-    import filelock
-
     lock = Path(save).with_suffix("") / LOCK
     if not lock.exists():
         return False

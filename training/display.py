@@ -15,8 +15,8 @@ class Display:
     """Shows a run's progress: the original's lines and, on a terminal, a bar and a line an epoch.
 
     In files stderr has a line per logging interval, and stdout the validation of each epoch between
-    two rules. Where stderr is a terminal, a bar counts the epoch's updates instead (if tqdm is
-    installed), and where either is one, it gets one line an epoch.
+    two rules. Where stderr is a terminal, a bar counts the epoch's updates instead, and where
+    either is one, it gets one line an epoch.
 
     Args:
         at: the run's position.
