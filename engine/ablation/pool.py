@@ -25,8 +25,8 @@ PROGRAM = Path(__file__).resolve().parents[2] / "main.py"
 POLL_SECONDS = 0.2
 GRACE_SECONDS = 1.5
 
-# Called once a second with the names of the runs under way.
-Tick = Callable[[set[str]], None]
+# Called once a second with the names of the runs under way, and of those that have just ended.
+Tick = Callable[[set[str], set[str]], None]
 
 
 def slots(jobs: int, threads: int, gpus: Sequence[int] | None) -> list[dict[str, str]]:
@@ -71,13 +71,14 @@ def run_locally(
             free.put(place)
 
     with ThreadPoolExecutor(len(places)) as pool:
-        pending = {pool.submit(work, run) for run in runs}
+        names = {pool.submit(work, run): run.name for run in runs}
+        pending = set(names)
         try:
             while pending:
                 done, pending = wait(pending, timeout=1.0)
                 for future in done:
                     future.result()
-                tick(set(running))
+                tick(set(running), {names[future] for future in done})
                 if interrupt.requested:
                     stop.set()
         finally:  # also on a second Ctrl-C
