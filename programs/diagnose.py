@@ -129,15 +129,13 @@ def names_of(paths: list[Path], fresh: bool) -> list[str]:
     names = [path.stem for path in paths]
     if len(set(names)) < len(names) and not fresh:
         names = [str(path) for path in paths]
-    if fresh:
-        names[-1] += " (fresh)"
-    return names
+    return [*names[:-1], f"{names[-1]} (fresh)"] if fresh else names
 
 
 def default_folder(paths: list[Path], fresh: bool) -> Path:
     """The folder NAME-diagnosis beside the first model."""
-    name = "-".join([path.stem for path in paths] + (["fresh"] if fresh else []))
-    return paths[0].with_name(f"{name}-diagnosis")
+    names = [*(path.stem for path in paths), *["fresh"] * fresh, "diagnosis"]
+    return paths[0].with_name("-".join(names))
 
 
 def make_folder(path: str | Path) -> Path:
