@@ -42,19 +42,12 @@ class History:
 
     def lacks(self, x: str) -> str:
         """Why there are no curves over x, one of AXES; empty if there are."""
-        path, lines = self.folder / METRICS, self.of("train") + self.of("valid")
-        if not lines:
+        path = self.folder / METRICS
+        if not self.of("train") + self.of("valid"):
             return f"{path}: nothing was logged yet"
         if x == "epoch" and not self._epoch_ends():
             return f"{path}: no epoch has ended yet; --x update shows what there is"
-        if x == "time" and self.without_place(x) == len(lines):
-            return f"{path}: has no times, which older runs did not log; --x update shows it"
         return ""
-
-    def without_place(self, x: str) -> int:
-        """How many lines have no place on x, one of AXES: those of a version without times."""
-        place = self._placer(x)
-        return sum(math.isnan(place(line)) for line in self.of("train") + self.of("valid"))
 
     def curves(self, x: str, label: str) -> RunCurves:
         """What to draw over x, one of AXES; needs an x of which nothing `lacks`."""

@@ -85,19 +85,17 @@ def draw_runs(runs: Sequence[RunCurves], xlabel: str) -> Any:
     bottom.set_xlabel(xlabel)
     if len(runs) == 1:
         top.set_title(runs[0].label, fontsize=10)
-    legend_below(figure, *_legend(top, bottom, runs))
+    _add_legend(top, runs)
+    legend_below(figure)
     return figure
 
 
-def _legend(top: Any, bottom: Any, runs: Sequence[RunCurves]) -> tuple[list[Any], list[str]]:
-    """The entries that the picture needs: a run each, then kinds of lines and marks."""
-    handles: list[Any] = []
-    labels: list[str] = []
+def _add_legend(axes: Any, runs: Sequence[RunCurves]) -> None:
+    """Add the entries that the picture needs: a run each, then kinds of lines and marks."""
     colour = COLOURS[0] if len(runs) == 1 else "grey"
 
     def add(label: str, **style: Any) -> None:
-        handles.extend(top.plot([], [], **style))
-        labels.append(as_label(label))
+        axes.plot([], [], label=as_label(label), **style)
 
     if len(runs) > 1:
         for i, run in enumerate(runs):
@@ -116,5 +114,3 @@ def _legend(top: Any, bottom: Any, runs: Sequence[RunCurves]) -> tuple[list[Any]
             epoch, _, ppl = known[0]
             where = f": {ppl:.4g} in epoch {epoch}" if mark is BEST else f" after epoch {epoch}"
             add(what + where * (len(runs) == 1), color=colour, **mark)
-    clip = bottom.get_legend_handles_labels()
-    return handles + clip[0], labels + clip[1]

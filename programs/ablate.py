@@ -5,6 +5,7 @@ import shlex
 import shutil
 import sys
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -17,12 +18,11 @@ from engine.ablation.curves import draw_curves
 from engine.ablation.pool import run_locally, slots
 from engine.ablation.progress import Board
 from engine.ablation.ray_pool import run_on_ray
-from engine.ablation.report import flat, markdown, write_report
+from engine.ablation.report import flat, markdown, on_terminal, write_report
 from engine.ablation.results import collect
 from engine.ablation.runs import FINISHED, Run, counted, read_state
 from engine.ablation.stages import steps_after
 from engine.ablation.table import Row, Table, load_table
-from engine.ablation.terminal import on_terminal
 from engine.ablation.tracked import log_table
 from engine.device import select_device, warn_if_busy
 from engine.errors import RunError, UsageError
@@ -31,6 +31,7 @@ from engine.program import is_memory
 from engine.run_folder import lock_folder
 from engine.tracking import WandbOptions, sync_command, warn
 from flags.ablation import parse_ablation
+from flags.flag import dashed
 from flags.resume import other_flags
 from flags.stages import check_stage
 from flags.training import given_flags, parse_training, settle_scheme
@@ -40,10 +41,9 @@ from programs.table_plan import print_plan, sharing, time_needed, where
 
 PROJECT = Path(__file__).resolve().parent.parent
 # Flags that ablate.py sets, and rows may not.
-OURS = {"seed", "save", "resume", "dry_run", "threads"} | {
-    "wandb_name",
-    "wandb_group",
-    "wandb_job_type",
+OURS = {
+    *("seed", "save", "resume", "dry_run", "threads"),
+    *("wandb_name", "wandb_group", "wandb_job_type"),
 }
 
 
@@ -58,11 +58,13 @@ def run(argv: Sequence[str]) -> None:
     table = select(load_table(args.table, PROJECT), args)
     output = Path(args.output or Path("results") / table.name)
     runs = plan(table, args, output)
-    check_folders(runs)
     if args.report_only:
+        check_folders(runs)
         report(table, runs, output, args)
         return
-    check_places(args)
+    for gpu in args.gpus or []:
+        if gpu >= (there := torch.cuda.device_count()):
+            raise UsageError(f"argument --gpus: there is no GPU {gpu} ({there} in all)")
     ensure_corpus(runs[0].flags["data"])
     corpus = load_corpus(runs[0].flags["data"])  # makes the cache once, for all runs
     check_folders(runs, corpus.fingerprint)
@@ -104,8 +106,7 @@ def select(table: Table, args: argparse.Namespace) -> Table:
         flags = [*table.flags, *shlex.split(args.flags)]
     except ValueError as error:
         raise UsageError(f"argument --flags: {error}") from None
-    changes: dict[str, Any] = dict(rows=rows, flags=flags, seeds=args.seeds or table.seeds)
-    return Table(**{**vars(table), **changes})
+    return replace(table, rows=rows, flags=flags, seeds=args.seeds or table.seeds)
 
 
 def plan(table: Table, args: argparse.Namespace, output: Path) -> list[Run]:
@@ -131,27 +132,22 @@ def make_run(table: Table, row: Row, seed: int, args: argparse.Namespace, output
         argv += ["--wandb", args.wandb, "--wandb-group", table.name, "--wandb-job-type", row.slug]
         argv += ["--wandb-name", f"{table.name}/{row.slug}/{seed}"]
         argv += ["--wandb-project", args.wandb_project] if args.wandb_project else []
+    place = f"{table.path}: row {row.name!r}"
     try:
         for flags in (row.flags, [flag for flag in table.flags if not flag.startswith("@")]):
             if taken := given_flags(flags) & OURS:
-                raise UsageError(f"argument --{min(taken).replace('_', '-')}: the table sets it")
+                raise UsageError(f"argument {dashed(min(taken))}: the table sets it")
         parsed = parse_training(argv)[0]
         settle_scheme(parsed)
-        resolved = vars(parsed)
-        if resolved["dry_run"]:
-            raise UsageError("argument --dry-run: nothing would be run")
-    except UsageError as error:
-        raise UsageError(f"{table.path}: row {row.name!r}: {error}") from None
-    except SystemExit:  # from -h
-        raise UsageError(f"{table.path}: row {row.name!r}: -h runs nothing") from None
-    steps = steps_after(save, resolved, table.after_of(row))
-    for step in steps:
-        try:
-            check_stage(step.program, step.own_argv, step.argv)
-        except UsageError as error:
+        steps = steps_after(save, vars(parsed), table.after_of(row))
+        for step in steps:
             place = f"{table.path}: row {row.name!r}: {step.after.name}"
-            raise UsageError(f"{place}: {error}") from None
-    return Run(row, seed, argv, resolved, save, steps)
+            check_stage(step.program, step.own_argv, step.argv)
+    except UsageError as error:
+        raise UsageError(f"{place}: {error}") from None
+    except SystemExit:  # from -h
+        raise UsageError(f"{place}: -h runs nothing") from None
+    return Run(row, seed, argv, vars(parsed), save, steps)
 
 
 def check_folders(runs: list[Run], fingerprint: str | None = None) -> None:
@@ -184,15 +180,6 @@ def check_folders(runs: list[Run], fingerprint: str | None = None) -> None:
             raise UsageError(
                 f"{run.folder}: was run with other flags: {differences}; give another --output, "
                 "or move it away"
-            )
-
-
-def check_places(args: argparse.Namespace) -> None:
-    """Check that the GPUs of --gpus exist."""
-    for gpu in args.gpus or []:
-        if gpu >= torch.cuda.device_count():
-            raise UsageError(
-                f"argument --gpus: there is no GPU {gpu} ({torch.cuda.device_count()} in all)"
             )
 
 

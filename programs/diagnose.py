@@ -17,7 +17,7 @@ from assembly import build_penalties
 from data.corpus import Corpus, batchify, load_corpus
 from data.download import ensure_corpus
 from data.files import atomic_write
-from diagnostics import plots, summary, words
+from diagnostics import plots, summary
 from diagnostics.examine import Settings, examine
 from engine.checkpoint import check_vocabulary, load_model
 from engine.device import select_device, use_threads
@@ -49,38 +49,41 @@ def run(argv: Sequence[str]) -> None:
     models = [read_model(path, corpus, args.data) for path in paths]
     if args.fresh:
         models[-1] = fresh(models[-1], args.seed)
-    names = names_of(paths, args.fresh)
-    own = training_flags(paths[0])
-    own.update({name: vars(args)[name] for name in TRAINED if vars(args)[name] is not None})
-    vars(args).update({name: own[name] for name in TRAINED})
+    trained = settle_objective(args, paths[0])
     settings = settings_of(args)
-    penalties = build_penalties(argparse.Namespace(**own))
     rows = read_rows(corpus, args, settings).to(device).long()
     folder = make_folder(args.output or default_folder(paths, args.fresh))
     told = dict(asdict(settings), data=args.data, split=args.split, sequences=args.batch_size)
-    told |= dict(alpha=args.alpha, beta=args.beta)
-    told["samples"] = args.batch_size * settings.positions
+    told |= dict(alpha=args.alpha, beta=args.beta, samples=args.batch_size * settings.positions)
     diagnosis: dict[str, Any] = dict(settings=told, models=[])
-    for path, name, model in zip(paths, names, models, strict=True):
+    for name, path, model in zip(names_of(paths, args.fresh), paths, models, strict=True):
         print(f"| {name} | {count_parameters(model):,} parameters | {device}", file=sys.stderr)
         try:
-            figures = examine(model.to(device), rows, settings, penalties, say)
+            figures = examine(model.to(device), rows, settings, build_penalties(trained), say)
         except OverflowError as error:
             raise RunError(f"{path}: {error}") from None
-        found = words.findings(figures, told)
+        found = summary.findings(figures, told)
         diagnosis["models"].append(
             dict(name=name, config=model.config(), findings=found, figures=figures)
         )
     if len(models) == 2:
-        both = [model["figures"] for model in diagnosis["models"]]
-        diagnosis["comparison"] = words.comparison(names, both, told)
+        diagnosis["comparison"] = summary.comparison(diagnosis["models"])
     write(folder, diagnosis, FORMATS[args.format])
 
 
-def training_flags(model: Path) -> dict[str, Any]:
-    """The flags that a model was trained with; main.py's defaults without its run's config.json."""
+def settle_objective(args: argparse.Namespace, model: Path) -> argparse.Namespace:
+    """Set the flags of TRAINED that were not given to those of a model's run, in place.
+
+    Returns:
+        All flags of the run, with those; main.py's defaults without the run's config.json.
+    """
     known = defaults(TRAINING)
-    return known | {k: value for k, value in flags_of_run(model).items() if k in known}
+    known |= {name: value for name, value in flags_of_run(model).items() if name in known}
+    for name in TRAINED:
+        if getattr(args, name) is None:
+            setattr(args, name, known[name])
+        known[name] = getattr(args, name)
+    return argparse.Namespace(**known)
 
 
 def own_corpus(path: Path) -> str:
@@ -126,15 +129,13 @@ def names_of(paths: list[Path], fresh: bool) -> list[str]:
     names = [path.stem for path in paths]
     if len(set(names)) < len(names) and not fresh:
         names = [str(path) for path in paths]
-    if fresh:
-        names[-1] += " (fresh)"
-    return names
+    return [*names[:-1], f"{names[-1]} (fresh)"] if fresh else names
 
 
 def default_folder(paths: list[Path], fresh: bool) -> Path:
     """The folder NAME-diagnosis beside the first model."""
-    name = "-".join([path.stem for path in paths] + (["fresh"] if fresh else []))
-    return paths[0].with_name(f"{name}-diagnosis")
+    names = [*(path.stem for path in paths), *["fresh"] * fresh, "diagnosis"]
+    return paths[0].with_name("-".join(names))
 
 
 def make_folder(path: str | Path) -> Path:

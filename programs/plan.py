@@ -2,7 +2,6 @@
 
 import argparse
 import gc
-import math
 import sys
 from dataclasses import dataclass
 
@@ -111,7 +110,9 @@ def print_plan(
 def planned_epochs(args: argparse.Namespace, corpus: Corpus) -> float:
     """Epochs of a run by its flags; fractional with --max-updates."""
     updates = build_scheme(args).expected_windows(steps_per_epoch(args, corpus))
-    return float(min(args.epochs, (args.max_updates or math.inf) / updates))
+    if args.max_updates is None or updates <= 0:
+        return float(args.epochs)
+    return float(min(args.epochs, args.max_updates / updates))
 
 
 def described(found: Forecast, epochs: float) -> str:

@@ -30,9 +30,6 @@ def run(argv: Sequence[str]) -> None:
         raise RunError("; ".join(causes))
     for cause in causes:
         warn(f"left out: {cause}")
-    for history in runs:
-        if left_out := history.without_place(args.x):
-            warn(f"{history.folder}: {left_out} older lines without a time are left out")
     curves = [
         history.curves(args.x, label) for history, label in zip(runs, labels(runs), strict=True)
     ]

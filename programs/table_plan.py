@@ -7,7 +7,7 @@ import time
 
 import torch
 
-from assembly import build_scheme, check_lengths, first_windows
+from assembly import check_lengths, first_windows
 from data.corpus import Corpus
 from engine.ablation.runs import FINISHED, Run, State, counted, read_state
 from engine.ablation.table import Table
@@ -15,7 +15,7 @@ from engine.device import reset_peak_memory, select_device
 from engine.errors import RunError, UsageError
 from engine.report import duration
 from engine.tracking import warn
-from programs.plan import Forecast, forecast
+from programs.plan import Forecast, forecast, planned_epochs
 
 
 def sharing(args: argparse.Namespace) -> tuple[int, int]:
@@ -56,31 +56,29 @@ def time_needed(runs: list[Run], corpus: Corpus, args: argparse.Namespace) -> st
     Known from the runs that are done; before that measured, by a few updates of each row in this
     process (see programs.plan).
     """
-    states = {run.name: read_state(run) for run in runs}
-    epochs = {run.name: epochs_left(run, states[run.name], corpus) for run in runs}
-    jobs = max(1, min(sharing(args)[0], sum(n > 0 for n in epochs.values())))
-    known = [s.summary for s in states.values() if s.summary.get("epochs")]
+    states = [read_state(run) for run in runs]
+    left = {run.name: epochs_left(run, s, corpus) for run, s in zip(runs, states, strict=True)}
+    open_runs = [run for run in runs if left[run.name]]
+    jobs, threads = sharing(args)
+    jobs = max(1, min(jobs, len(open_runs)))
+    known = [state.summary for state in states if state.summary.get("epochs")]
     if known:
         pace = sum(s["seconds"] for s in known) / sum(s["epochs"] for s in known)
-        seconds = sum(epochs.values()) * pace
+        seconds = sum(left.values()) * pace
         return f"about {duration(seconds / jobs)}, at {pace:.1f} s an epoch so far"
     if args.ray is not None:
         return "how long that takes is known once a first run is done"
     start = time.process_time()  # to load torch, mainly, as each run has to
-    threads = torch.get_num_threads()
-    torch.set_num_threads(sharing(args)[1])
-    found = {run.row.slug: forecast_of(run, corpus) for run in reversed(runs) if epochs[run.name]}
+    before = torch.get_num_threads()
     torch.set_num_threads(threads)
-    seconds, memory, left_out = 0.0, 0.0, 0
-    for run in runs:
-        if epochs[run.name] and (one := found[run.row.slug]):
-            seconds += start + one.seconds(epochs[run.name])
-            memory = max(memory, one.memory or 0)
-        else:
-            left_out += epochs[run.name] > 0
-    but = f", without {left_out} runs that cannot be measured" * (left_out > 0)
-    size = f"; up to {memory / 2**20:,.0f} MiB a run" * (memory > 0)
-    return f"about {duration(seconds / jobs)}, by a few updates of each row{but}{size}"
+    rows = {run.row.slug: run for run in reversed(open_runs)}
+    found = {slug: forecast_of(run, corpus) for slug, run in rows.items()}
+    torch.set_num_threads(before)
+    forecasts = [(left[run.name], found[run.row.slug]) for run in open_runs]
+    seconds = sum(start + one.seconds(epochs) for epochs, one in forecasts if one)
+    memory = max((one.memory or 0 for _, one in forecasts if one), default=0)
+    size = f"; up to {memory / 2**20:,.0f} MiB a run" if memory else ""
+    return f"about {duration(seconds / jobs)}, by a few updates of each row{size}"
 
 
 def forecast_of(run: Run, corpus: Corpus) -> Forecast | None:
@@ -92,7 +90,7 @@ def forecast_of(run: Run, corpus: Corpus) -> Forecast | None:
         part = first_windows(args, corpus) if args.quick else corpus
         return forecast(args, part, device)
     except (UsageError, RunError) as error:
-        warn(f"{run.name}: {error}")
+        warn(f"{run.name}: its time is not counted: {error}")
         return None
     finally:
         reset_peak_memory(device)  # nothing is kept from the runs
@@ -102,9 +100,4 @@ def epochs_left(run: Run, state: State, corpus: Corpus) -> float:
     """Epochs that a run has left, by its flags; fractional with --max-updates."""
     if state.kind in FINISHED:
         return 0
-    args = argparse.Namespace(**run.flags)
-    steps = len(corpus.train) // args.batch_size - 1
-    planned = float(args.epochs)
-    if args.max_updates is not None and steps > 0:
-        planned = min(planned, args.max_updates / build_scheme(args).expected_windows(steps))
-    return max(0.0, planned - state.epochs)
+    return max(0.0, planned_epochs(argparse.Namespace(**run.flags), corpus) - state.epochs)

@@ -8,10 +8,8 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from conftest import ROOT, TINY, write_corpus
-from test_ablation import make_table, run_table  # noqa: F401
+from test_ablation import planned, run_table, write_table  # noqa: F401
 
-import programs.ablate
 from data.text import read_text
 from engine.ablation import pool
 from engine.ablation.results import collect
@@ -19,35 +17,29 @@ from engine.ablation.runs import Run, State, read_state, source_of
 from engine.ablation.stages import STAGES, After, Step, steps_after
 from engine.ablation.table import Row, Table, load_table
 from engine.checkpoint import load_model
-from engine.errors import RunError
+from engine.errors import RunError, UsageError
 from evaluation.cache import Cache
 from evaluation.evaluate import evaluate, perplexity
 from evaluation.plain import Plain
-from flags.ablation import parse_ablation
 
-TEXT = """
-title = "With stages"
-seeds = [1]
-flags = {flags}
+STAGED = """
 after = ["finetune --epochs 1 --lr 1", "cache --window 9"]
 [[rows]]
 name = "base"
-published = {{ valid = 60.7, test = 58.8, finetune = {{ valid = 60.0, test = 57.3 }} }}
+published = { valid = 60.7, test = 58.8, finetune = { valid = 60.0, test = 57.3 } }
 """
 
 
-def tiny_table(folder: Path, extra: str = "") -> Path:
-    corpus = write_corpus(folder / "corpus", lines=60)
-    tiny = [flag for flag in TINY if flag not in ("--seed", "7")]
-    flags = json.dumps([*tiny, "--data", str(corpus), "--epochs", "1"])
-    path = folder / "table.toml"
-    path.write_text(TEXT.format(flags=flags) + extra)
+def staged_table(folder: Path) -> Path:
+    """One row and seed, followed by fine-tuning and a cache."""
+    path = write_table(folder, {}, (1,))
+    path.write_text(path.read_text() + STAGED)
     return path
 
 
 def run_here(table: Path, out: Path) -> None:
     """What ablate.py does in processes, in this one."""
-    [run] = programs.ablate.plan(load_table(table), parse_ablation([str(table)]), out)
+    [run] = planned(table, out)
     run.save.parent.mkdir(parents=True)
     jobs: list[Run | Step] = [run, *run.steps]
     for job in jobs:
@@ -63,7 +55,7 @@ def test_a_table_with_fine_tuning_and_a_cache(
     tmp_path: Path, run_table: Any, processes: bool  # noqa: F811
 ) -> None:  # fmt: skip
     """Each figure is that of the program's own files; the cache works on the fine-tuned model."""
-    table, out = tiny_table(tmp_path), tmp_path / "out"
+    table, out = staged_table(tmp_path), tmp_path / "out"
     plan = run_table(table, "--output", out, "--dry-run")
     assert "| after 1 of 1 runs: finetune --epochs 1 --lr 1; its time is not counted" in plan.out
     if not processes:
@@ -131,7 +123,9 @@ if code:
     print("error: it broke", file=sys.stderr)
 sys.exit(code)
 """
-MAIN = dict(epochs=2, updates=9, seconds=1.0, best_epoch=2, best_valid_ppl=9.0, test_ppl=8.0)
+MAIN: dict[str, Any] = dict(
+    epochs=2, updates=9, seconds=1.0, best_epoch=2, best_valid_ppl=9.0, test_ppl=8.0
+)
 TUNED = dict(best_valid_ppl=7.0, test_ppl=6.0, ended="trigger")
 FINE = {
     "main.py": [0, MAIN],
@@ -178,20 +172,18 @@ def pretended(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Pretended:
 ALL = ["main.py", "finetune.py", "cache", "dynamic"]
 
 
-def test_stages_follow_in_order_and_are_not_repeated(pretended: Pretended) -> None:
+def test_stages_follow_in_order_once_and_a_longer_run_is_followed_anew(
+    pretended: Pretended,
+) -> None:
+    """The summary of a start before it does not count for the new model."""
     calls, state = pretended.execute()
     assert (calls, state.kind) == (ALL, "done")
     assert [step.ppl for step in state.steps.values()] == [
         dict(valid=7.0, test=6.0), dict(test=5.0), dict(test=4.0)
     ]  # fmt: skip
-    assert pretended.execute()[0] == []
     models = [step.model.name for step in pretended.run.steps]
     assert models == ["base-seed1.pt", "base-seed1.finetune.pt", "base-seed1.finetune.pt"]
-
-
-def test_a_longer_run_is_followed_anew(pretended: Pretended) -> None:
-    """The summary of a start before it does not count for the new model."""
-    pretended.execute()
+    assert pretended.execute()[0] == []
     better = {**MAIN, "epochs": 3, "best_epoch": 3, "best_valid_ppl": 8.5}
     pretended.run.flags["epochs"] = 3
     calls, state = pretended.execute(**{"main.py": [0, better], "finetune.py": [1, None]})
@@ -202,90 +194,72 @@ def test_a_longer_run_is_followed_anew(pretended: Pretended) -> None:
 
 
 @pytest.mark.parametrize(
-    ("outcome", "kind", "left_out", "again"),
+    ("outcome", "left_out"),
     [
-        ([1, None], "failed", "seed 1 failed: it broke (finetune)", True),
-        ([0, dict(TUNED, ended="interrupted")], "failed", "seed 1 failed:", True),
-        ([1, dict(diverged=True, cause="loss is nan")], "diverged",
-         "seed 1 diverged: loss is nan (finetune)", False),
-        ([0, dict(TUNED, test_ppl=None)], "diverged",
-         "seed 1 diverged: its perplexity is not finite (finetune)", False),
+        ([1, None], "seed 1 failed: it broke (finetune)"),
+        ([0, dict(TUNED, ended="interrupted")], "seed 1 failed:"),
+        ([1, dict(diverged=True, cause="loss is nan")],
+         "seed 1 diverged: loss is nan (finetune)"),
+        ([0, dict(TUNED, test_ppl=None)],
+         "seed 1 diverged: its perplexity is not finite (finetune)"),
     ],
 )  # fmt: skip
-def test_a_stage_without_a_result(
-    pretended: Pretended, outcome: Any, kind: str, left_out: str, again: bool
-) -> None:
+def test_a_stage_without_a_result(pretended: Pretended, outcome: Any, left_out: str) -> None:
     """The run's own figures stay; the stages after it wait; what failed is tried again."""
     calls, state = pretended.execute(**{"finetune.py": outcome})
-    assert (calls, state.kind, state.trained) == (ALL[:2], kind, True)
+    assert (calls, state.kind, state.trained) == (ALL[:2], left_out.split()[2].strip(":"), True)
     row = pretended.row()
     assert row["test"]["mean"] == 8.0
     assert [row["after"][name]["test"]["n"] for name in STAGES] == [0, 0, 0]
     assert row["left_out"][0].startswith(left_out)
     assert "seed 1 not started yet (cache)" in row["left_out"]
-    assert pretended.execute()[0] == (ALL[1:] if again else [])
+    assert pretended.execute()[0] == (ALL[1:] if state.kind == "failed" else [])
 
 
 # Tables
 
 
-@pytest.mark.parametrize(
-    ("after", "message"),
-    [
-        ('"finetune"', "after is a list of strings"),
-        ("[3]", "after is a list of strings"),
-        ('[" "]', "after is a list of strings"),
-        ('["sleep"]', "after: no stage 'sleep' (there are finetune, cache, dynamic)"),
-        ('["cache", "cache --window 9"]', "after names a stage twice"),
-    ],
-)
-def test_an_after_that_cannot_be(tmp_path: Path, after: str, message: str) -> None:
+def test_an_after_that_cannot_be(tmp_path: Path) -> None:
     path = tmp_path / "bad.toml"
-    path.write_text(f'title = "x"\nseeds = [1]\nafter = {after}\n[[rows]]\nname = "a"\n')
-    with pytest.raises(RunError) as caught:
-        load_table(path)
-    assert message in str(caught.value)
-    path.write_text(f'title = "x"\nseeds = [1]\n[[rows]]\nname = "a"\nafter = {after}\n')
-    with pytest.raises(RunError, match="row 'a': after"):
-        load_table(path)
+    for after, message in {
+        '"finetune"': "after is a list of strings",
+        '[" "]': "after is a list of strings",
+        '["sleep"]': "after: no stage 'sleep' (there are finetune, cache, dynamic)",
+        '["cache", "cache --window 9"]': "after names a stage twice",
+    }.items():
+        path.write_text(f'title = "x"\nseeds = [1]\nafter = {after}\n[[rows]]\nname = "a"\n')
+        with pytest.raises(RunError) as caught:
+            load_table(path)
+        assert message in str(caught.value)
+        path.write_text(f'title = "x"\nseeds = [1]\n[[rows]]\nname = "a"\nafter = {after}\n')
+        with pytest.raises(RunError, match="row 'a': after"):
+            load_table(path)
 
 
-@pytest.mark.parametrize(
-    ("after", "message"),
-    [
-        ("finetune --lr fast", "finetune: argument --lr: 'fast' is not a number"),
-        ("finetune --optimizer adam", "finetune: unrecognized arguments: --optimizer adam"),
-        ("finetune --seed 3", "finetune: argument --seed: a table may not give it"),
-        ("finetune --output x.pt", "finetune: argument --output: a table may not give it"),
-        ("cache --split valid", "cache: argument --split: a table may not give it"),
-        ("dynamic --dynamic sgd", "dynamic: argument --dynamic: a table may not give it"),
-        ("dynamic --theta 1", "dynamic: argument --theta: goes with --cache only"),
-    ],
-)
-def test_bad_flags_of_a_stage_start_nothing(
-    tmp_path: Path, run_table: Any, after: str, message: str  # noqa: F811
-) -> None:  # fmt: skip
-    table = tiny_table(tmp_path)
-    table.write_text(table.read_text().replace("cache --window 9", "").replace(', ""', ""))
-    table.write_text(table.read_text().replace("finetune --epochs 1 --lr 1", after))
-    result = run_table(table, "--output", tmp_path / "out")
-    assert (result.code, result.out) == (2, "")
-    assert f"row 'base': {message}" in result.err
-    assert result.err.count("\n") == 1
-    assert not (tmp_path / "out").exists()
+def test_bad_flags_of_a_stage_are_refused(tmp_path: Path) -> None:
+    path = staged_table(tmp_path)
+    text = path.read_text().replace(', "cache --window 9"', "")
+    for after, message in {
+        "finetune --lr fast": "finetune: argument --lr: 'fast' is not a number",
+        "finetune --optimizer adam": "finetune: unrecognized arguments: --optimizer adam",
+        "finetune --seed 3": "finetune: argument --seed: a table may not give it",
+        "finetune --output x.pt": "finetune: argument --output: a table may not give it",
+        "dynamic --dynamic sgd": "dynamic: argument --dynamic: a table may not give it",
+        "dynamic --theta 1": "dynamic: argument --theta: goes with --cache only",
+        "cache -h": "cache: -h runs nothing",
+    }.items():
+        path.write_text(text.replace("finetune --epochs 1 --lr 1", after))
+        with pytest.raises(UsageError) as caught:
+            planned(path, tmp_path / "out")
+        assert f"row 'base': {message}" in str(caught.value)
 
 
 def test_a_row_may_have_stages_of_its_own(tmp_path: Path) -> None:
-    table = load_table(tiny_table(tmp_path, '[[rows]]\nname = "none"\nafter = []\n'))
+    path = staged_table(tmp_path)
+    path.write_text(path.read_text() + '[[rows]]\nname = "none"\nafter = []\n')
+    table = load_table(path)
     assert [[after.name for after in table.after_of(row)] for row in table.rows] == [
         ["finetune", "cache"], []
     ]  # fmt: skip
     assert table.stages == ["finetune", "cache"]
     assert table.rows[0].published_after == dict(finetune=dict(valid=60.0, test=57.3))
-
-
-def test_the_paper_s_tables_fine_tune_the_full_model() -> None:
-    for name, published in (("penn", (60.0, 57.3)), ("wikitext-2", (68.6, 65.8))):
-        table = load_table(ROOT / f"ablations/paper-{name}.toml")
-        assert [len(table.after_of(row)) for row in table.rows] == [1, 0, 0, 0, 0, 0, 0, 0]
-        assert tuple(table.rows[0].published_after["finetune"].values()) == published

@@ -138,14 +138,8 @@ def test_what_is_missing_is_said_in_a_line(draw: Callable[..., Result], tmp_path
     assert "--x" in only_line(draw(run, "--x", "day"), 2)
     assert "RUN" in only_line(draw(), 2)
     assert "nowhere: no such folder" in only_line(draw(run, "--output", tmp_path / "nowhere/a"), 1)
-    older = metrics.read_text().replace('"seconds"', '"old"', 1)
-    metrics.write_text(older)
-    result = draw(run, "--x", "time", "--format", "png")
-    assert result.err == f"warning: {run}: 1 older lines without a time are left out\n"
-    metrics.write_text(older.replace('"seconds"', '"old"'))
-    assert f"{metrics}: has no times" in only_line(draw(run, "--x", "time"), 1)
     metrics.write_text('{"event": "valid"}\n{"event": "train", "step": "x"}\n[1]\n\0\n')
     assert f"{metrics}: nothing was logged yet" in only_line(draw(run), 1)
     metrics.write_text("")
     assert f"{metrics}: nothing was logged yet" in only_line(draw(run), 1)
-    assert {path.name for path in tmp_path.iterdir()} == {"run", "run-curves.png"}
+    assert {path.name for path in tmp_path.iterdir()} == {"run"}

@@ -56,11 +56,9 @@ def draw_curves(figures: dict[str, Any]) -> Any:
     axes.set_ylabel("validation perplexity (log scale)")
     axes.set_title(f"{figures['title']}: mean and range over seeds", fontsize=10)
     axes.grid(alpha=0.3)
-    handles, labels = axes.get_legend_handles_labels()
     if switched:
-        handles += axes.plot([], [], color="grey", **AVERAGING)
-        labels.append("averaging begins")
-    legend_below(figure, handles, labels)
+        axes.plot([], [], color="grey", label="averaging begins", **AVERAGING)
+    legend_below(figure)
     return figure
 
 

@@ -9,13 +9,13 @@ import threading
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor, wait
 from contextlib import suppress
+from functools import partial
 from io import FileIO
 from pathlib import Path
 from queue import SimpleQueue
-from typing import Any
 
 from data.files import atomic_write, write_all
-from engine.ablation.runs import FINISHED, Run, read_state, source_of
+from engine.ablation.runs import FINISHED, Run, State, read_state, source_of
 from engine.ablation.stages import Step
 from engine.interrupt import Interrupt
 from engine.launch import LAUNCH
@@ -25,8 +25,8 @@ PROGRAM = Path(__file__).resolve().parents[2] / "main.py"
 POLL_SECONDS = 0.2
 GRACE_SECONDS = 1.5
 
-# Called once a second with the names of the runs under way.
-Tick = Callable[[set[str]], None]
+# Called once a second with the names of the runs under way, and of those that have just ended.
+Tick = Callable[[set[str], set[str]], None]
 
 
 def slots(jobs: int, threads: int, gpus: Sequence[int] | None) -> list[dict[str, str]]:
@@ -71,13 +71,14 @@ def run_locally(
             free.put(place)
 
     with ThreadPoolExecutor(len(places)) as pool:
-        pending = {pool.submit(work, run) for run in runs}
+        names = {pool.submit(work, run): run.name for run in runs}
+        pending = set(names)
         try:
             while pending:
                 done, pending = wait(pending, timeout=1.0)
                 for future in done:
                     future.result()
-                tick(set(running))
+                tick(set(running), {names[future] for future in done})
                 if interrupt.requested:
                     stop.set()
         finally:  # also on a second Ctrl-C
@@ -93,49 +94,44 @@ def execute(run: Run, environment: Mapping[str, str], stop: threading.Event) -> 
         environment: variables besides this process's own.
         stop: when set, the program under way is told to write a checkpoint and exit.
     """
-    state = read_state(run)
-    if not state.trained:
-
-        def is_over(code: int | None) -> bool:
-            state = read_state(run)
-            return state.trained or state.kind == "diverged"
-
-        _work(run, environment, stop, is_over)
+    _wait_for_others(run, stop)
+    if not _is_over(read_state(run)):
+        _work(run, environment, stop, lambda _: _is_over(read_state(run)))
     for step in run.steps:
+        _wait_for_others(step, stop)
         state = read_state(run)
         if state.kind in FINISHED or not state.trained or stop.is_set():
             return
-        if state.steps[step.after.name].kind != "done":
-            source = source_of(state.summary)
+        if state.steps[step.after.name].kind == "done":
+            continue
+        step.summary_path.unlink(missing_ok=True)  # that of an earlier start
+        _work(step, environment, stop, partial(step.keep, source=source_of(state.summary)))
+        if read_state(run).steps[step.after.name].kind != "done":
+            return
 
-            def is_kept(code: int | None, step: Step = step, source: list[Any] = source) -> bool:
-                if code is None:
-                    step.summary_path.unlink(missing_ok=True)  # that of an earlier start
-                    return False
-                return step.keep(code, source)
 
-            _work(step, environment, stop, is_kept)
-            if read_state(run).steps[step.after.name].kind != "done":
-                return
+def _wait_for_others(job: Run | Step, stop: threading.Event) -> None:
+    """Wait while another process works on the job (of a table that was killed)."""
+    while is_in_use(job.save) and not stop.wait(POLL_SECONDS):
+        pass
+
+
+def _is_over(state: State) -> bool:
+    return state.trained or state.kind == "diverged"
 
 
 def _work(
     job: Run | Step,
     environment: Mapping[str, str],
     stop: threading.Event,
-    is_over: Callable[[int | None], bool],
+    is_over: Callable[[int], bool],
 ) -> None:
     """Start a program and wait for its end; write a failure to the job's failure_path.
 
-    Waits first if another process still works on the job (of a table that was killed).
-
     Args:
-        is_over: whether it has a result; asked before the start, with None, and with the exit code.
+        is_over: whether a program that ended with this exit code has left a result.
     """
-    while is_in_use(job.save):
-        if stop.wait(POLL_SECONDS):
-            return
-    if is_over(None):
+    if stop.is_set():
         return
     job.save.parent.mkdir(parents=True, exist_ok=True)
     job.failure_path.unlink(missing_ok=True)

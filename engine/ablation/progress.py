@@ -4,7 +4,7 @@ import sys
 import time
 
 from engine.ablation.columns import number
-from engine.ablation.runs import FINISHED, Run, State, counted, read_state
+from engine.ablation.runs import FINISHED, Run, counted, read_state
 from engine.report import duration
 
 LINE_SECONDS = 30.0  # between two lines about the runs under way
@@ -21,31 +21,30 @@ class Board:
     def __init__(self, runs: list[Run]) -> None:
         self._runs = {run.name: run for run in runs}
         self._states = {run.name: read_state(run) for run in runs}
-        self._open = {name for name, state in self._states.items() if state.kind not in ENDED}
         self._begin = self._printed = time.monotonic()
         self._done_before = self._work_done()
 
-    def tick(self, running: set[str]) -> None:
-        """Read the files of the runs that have not ended; the pools call this once a second."""
-        self._open |= running  # a run that failed may be tried again
-        for name in [name for name in self._runs if name in self._open]:
-            state = self._states[name] = read_state(self._runs[name])
-            if name not in running and state.kind in ENDED:
-                self._open.remove(name)
-                self._print([name], running)
-        if running and time.monotonic() - self._printed >= LINE_SECONDS:
-            self._print([name for name in self._runs if name in running], running)
+    def tick(self, running: set[str], ended: set[str]) -> None:
+        """Read the files of the runs under way and of those whose processes have just ended.
 
-    def _print(self, names: list[str], running: set[str]) -> None:
-        self._printed = time.monotonic()
-        runs = "; ".join(map(self._describe, names))
-        print(f"| {runs} | {self._headline(running)}", file=sys.stderr, flush=True)
+        The pools call this once a second.
+        """
+        for name in running | ended:
+            self._states[name] = read_state(self._runs[name])
+        now = time.monotonic()
+        shown = {name for name in ended if self._states[name].kind in ENDED}
+        if not shown and now - self._printed >= LINE_SECONDS:
+            shown = running
+        if shown:
+            self._printed = now
+            runs = "; ".join(self._describe(name) for name in self._runs if name in shown)
+            print(f"| {runs} | {self._headline(running)}", file=sys.stderr, flush=True)
 
     def _headline(self, running: set[str]) -> str:
         """How many runs have ended, and the estimated time left."""
         # A run that has written its last figures is under way until its process has ended.
-        finished = {name: s for name, s in self._states.items() if s.kind in ENDED}
-        ended = [state for name, state in finished.items() if name not in running]
+        states = [state for name, state in self._states.items() if name not in running]
+        ended = [state for state in states if state.kind in ENDED]
         share = f"{len(ended)} of {len(self._states)} runs ended"
         if any(state.kind != "done" for state in ended):
             share += f" ({counted(ended)})"
@@ -64,12 +63,12 @@ class Board:
 
     def _work_done(self) -> float:
         """Runs that have ended, plus the share of epochs of each that has not."""
-        return sum(map(self._share, self._runs.values(), self._states.values()))
-
-    def _share(self, run: Run, state: State) -> float:
-        if state.kind in ENDED:
-            return 1.0
-        return min(1.0, float(state.epochs / run.flags["epochs"]))
+        return sum(
+            1.0
+            if state.kind in ENDED
+            else min(1.0, state.epochs / self._runs[name].flags["epochs"])
+            for name, state in self._states.items()
+        )
 
     def _time_left(self) -> str:
         """From the work since the start of this program; empty before the first epoch's end."""

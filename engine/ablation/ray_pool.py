@@ -75,7 +75,7 @@ def _gather(ray: Any, names: dict[Any, str], interrupt: Interrupt, tick: Tick) -
                 if not cancelled:
                     reason = " ".join(str(error).split())[:300]
                     raise RunError(f"--ray: {names[task]}: {reason}") from error
-        tick({names[task] for task in pending})
+        tick({names[task] for task in pending}, {names[task] for task in done})
         if interrupt.requested and not cancelled:
             cancelled = True
             for task in pending:

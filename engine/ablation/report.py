@@ -1,26 +1,43 @@
-"""A table's figures as Markdown, CSV, LaTeX and JSON."""
+"""A table's figures as Markdown, CSV, LaTeX and JSON, and on a terminal."""
 
 import csv
 import io
 import json
+import re
+import textwrap
 from pathlib import Path
 from typing import Any
 
 from data.files import atomic_write
 from engine.ablation.columns import (
     COST,
-    FILTER,
-    HOW_TO_READ_FILTER,
-    PUBLISHED,
-    agreement_in_words,
+    Columns,
     aligned,
-    compared,
     daggers,
     how_to_read,
     main_columns,
+    sections,
 )
-from engine.ablation.latex import latex
 from pictures.canvas import on_page
+
+# What a narrow terminal leaves out first; then come the last columns.
+LEAST = ("valid - base [95%]", "valid ppl", "p (test)", "seeds")
+NARROWEST_NAME = 16
+# What LaTeX takes for something else, or does not know.
+SPECIAL = {c: f"\\{c}" for c in "&%$#_{}"} | {
+    "\\": "\\textbackslash{}",
+    "~": "\\textasciitilde{}",
+    "^": "\\textasciicircum{}",
+    "|": "\\textbar{}",
+    "“": "``",
+    "”": "''",
+    '"': "''",
+    **{c: f"${c}$" for c in "<>"},
+    "−": "$-$",
+    "±": "$\\pm$",
+    "†": "$\\dagger$",
+    "×": "$\\times$",
+}
 
 
 def write_report(figures: dict[str, Any], folder: Path, curves: str = "") -> list[Path]:
@@ -52,17 +69,12 @@ def write_report(figures: dict[str, Any], folder: Path, curves: str = "") -> lis
 
 def markdown(figures: dict[str, Any], curves: str = "") -> str:
     """The whole report as Markdown, its columns aligned; curves: see write_report."""
-    rows = figures["rows"]
-    parts = [f"# {figures['title']}", figures["note"], aligned(main_columns(figures), rows)]
-    parts += [*daggers(rows), how_to_read(figures)]
+    (title, columns, rows, notes), *others = sections(figures)
+    parts = [f"# {title}", figures["note"], aligned(columns, rows), *notes]
     if curves:
         parts.append(on_page("Validation perplexity per epoch", curves))
-    if published := [one for row in rows for one in compared(row)]:
-        parts += ["## Against the literature", aligned(PUBLISHED, published)]
-        parts.append(agreement_in_words(figures))
-        parts.append(f"Published: {figures['source']}" if figures["source"] else "")
-    if filtered := [row for row in rows if row["filter"]]:
-        parts += ["## What the gradient filter did", aligned(FILTER, filtered), HOW_TO_READ_FILTER]
+    for title, columns, shown, notes in others:
+        parts += [f"## {title}", aligned(columns, shown), *notes]
     parts += ["## Runs", aligned(COST, rows)]
     parts.append(f"Flags of every row: `{figures['flags']}`" if figures["flags"] else "")
     made = list(figures["made_with"])
@@ -73,7 +85,53 @@ def markdown(figures: dict[str, Any], curves: str = "") -> str:
     return "\n\n".join(part for part in parts if part) + "\n"
 
 
-# CSV
+# On a terminal
+
+
+def on_terminal(figures: dict[str, Any], width: int, page: Path) -> str:
+    """The report without flags and links, in lines of at most `width` characters.
+
+    Tables that are too wide have fewer columns.
+
+    Args:
+        figures: from results.collect.
+        width: of the terminal, characters.
+        page: the report in full, to refer to.
+    """
+    parts = [_filled(figures["note"], width)] if figures["note"] else []
+    missing = ["flags and runs"]
+    for title, columns, rows, notes in sections(figures):
+        table, left_out = _fitted(columns, rows, width)
+        missing += left_out
+        parts += [_filled(title, width), table, *(_filled(note, width) for note in notes)]
+    parts.append(_filled(f"The rest ({', '.join(missing)}) is in {page}", width))
+    return "\n\n".join(parts) + "\n"
+
+
+def _fitted(columns: Columns, rows: list[dict[str, Any]], width: int) -> tuple[str, list[str]]:
+    """A table of at most `width` characters, and the headings of the columns it leaves out."""
+    room = max(NARROWEST_NAME, width // 3)
+    rows = [dict(row, name=_shortened(row["name"], room)) for row in rows]
+    first, *names = columns
+    order = [name for name in LEAST if name in names]
+    order += [name for name in reversed(names) if name not in LEAST]
+    for number in range(len(order) + 1):
+        kept = [first, *(name for name in names if name not in order[:number])]
+        table = aligned({name: columns[name] for name in kept}, rows)
+        if table.index("\n") <= width:
+            break
+    return "\n".join(_shortened(line, width) for line in table.splitlines()), order[:number]
+
+
+def _shortened(text: str, room: int) -> str:
+    return text if len(text) <= room else f"{text[: max(0, room - 1)]}…"
+
+
+def _filled(text: str, width: int) -> str:
+    return textwrap.fill(text, max(1, width), break_on_hyphens=False)
+
+
+# CSV and JSON
 
 
 def flat(row: dict[str, Any]) -> dict[str, Any]:
@@ -102,3 +160,46 @@ def comma_separated(figures: dict[str, Any]) -> str:
     writer.writeheader()
     writer.writerows(rows)
     return file.getvalue()
+
+
+# LaTeX
+
+
+def latex(figures: dict[str, Any]) -> str:
+    """A floating table with caption and label, for \\input; it needs the package booktabs."""
+    rows, columns = figures["rows"], main_columns(figures)
+    left_out = [" ".join(line.split()) for line in daggers(rows)]
+    title = figures["title"].strip()
+    caption = [title + "." * (title[-1:] not in ".?!"), how_to_read(figures)]
+    caption += ["† Not all seeds: see the comments below the table."] * bool(left_out)
+    lines = [
+        "% \\usepackage{booktabs}",
+        "\\begin{table}",
+        "\\centering",
+        f"\\caption{{{escaped(' '.join(caption))}}}",
+        f"\\label{{tab:{re.sub(r'[^0-9A-Za-z]+', '-', figures['table'])}}}",
+        "\\small",
+        "\\setlength{\\tabcolsep}{4pt}",
+        "\\begin{tabular}{l" + "r" * (len(columns) - 1) + "}",
+        "\\toprule",
+        _line(list(columns)),
+        "\\midrule",
+        *(_line([cell(row) for cell in columns.values()]) for row in rows),
+        "\\bottomrule",
+        "\\end{tabular}",
+        "\\end{table}",
+        *(f"% {line}" for line in left_out),
+    ]
+    return "\n".join(lines) + "\n"
+
+
+def _line(cells: list[str]) -> str:
+    line = " & ".join("--" if cell == "-" else escaped(cell) for cell in cells)
+    return "{}" * line.startswith(("[", "*")) + line + " \\\\"  # else an argument of the last \\
+
+
+def escaped(text: str) -> str:
+    """Text for LaTeX; a hyphen before a number, or between or before words, is a minus."""
+    text = re.sub(r"(?<![\w-])-(?=[\s\d.])", "−", " ".join(text.split()))
+    text = "".join(SPECIAL.get(c, c) for c in text)
+    return re.sub("-(?=-)", "-{}", text)  # else -- becomes a dash

@@ -82,12 +82,9 @@ def _run_figures(run: Run, state: State, folder: Path) -> dict[str, Any]:
 
 def _made_with(config: dict[str, Any]) -> str:
     """torch's version, precision and kernel of a run: its arithmetic depends on them."""
-    found = (
-        [f"torch {config['versions']['torch']}"] if "torch" in config.get("versions", {}) else []
-    )
-    found += [config["precision"]] if "precision" in config else []
-    found += [f"{config['kernel']} kernel"] if "kernel" in config else []
-    return ", ".join(found)
+    version, kernel = config.get("versions", {}).get("torch"), config.get("kernel")
+    found = [version and f"torch {version}", config.get("precision"), kernel and f"{kernel} kernel"]
+    return ", ".join(filter(None, found))
 
 
 def _filter_figures(state: State) -> dict[str, float] | None:
@@ -114,17 +111,13 @@ def _filter_figures(state: State) -> dict[str, float] | None:
 
 def _row_figures(row: Row, runs: list[dict[str, Any]], table: Table) -> dict[str, Any]:
     done = [run for run in runs if run["state"] == "done"]
-    left_out = _left_out([run for run in runs if run["state"] != "done"])
-    after = {}
+    left_out, after = _left_out(runs), {}
     for name in table.stages:
         steps = [dict(run["after"][name], seed=run["seed"]) for run in done if name in run["after"]]
         ppl = [step["ppl"] for step in steps if step["kind"] == "done"]
-        found = {s: [p[s] for p in ppl if s in p] for s in SPLITS}
+        found = {split: [p[split] for p in ppl if split in p] for split in SPLITS}
         after[name] = _against(found, row.published_after.get(name, {}))
-        waiting = [dict(step, state=step["kind"], epochs=None) for step in steps]
-        left_out += [
-            f"{what} ({name})" for what in _left_out([w for w in waiting if w["state"] != "done"])
-        ]
+        left_out += [f"{what} ({name})" for what in _left_out(steps)]
     return dict(
         name=row.name,
         flags=shlex.join(row.flags),
@@ -134,7 +127,7 @@ def _row_figures(row: Row, runs: list[dict[str, Any]], table: Table) -> dict[str
         left_out=left_out,
         parameters=_mean(runs, "parameters"),
         seconds_per_epoch=_mean(done, "seconds_per_epoch"),
-        filter=_merged_filters(done),
+        filter=_merged_filters([run["filter"] for run in done if run["filter"]]),
         runs=runs,
     )
 
@@ -151,20 +144,19 @@ def _against(ppl: dict[str, list[float]], published: dict[str, float]) -> dict[s
 
 
 def _left_out(runs: list[dict[str, Any]]) -> list[str]:
-    """Why runs are left out, for instance "seed 3 diverged: loss is nan at update 12"."""
+    """Why runs or steps are left out, for instance "seed 3 diverged: loss is nan at update 12"."""
     seeds: dict[str, list[int]] = {}
     for run in runs:
-        waiting = f"not done yet, {run['epochs']} epochs so far"
-        if run["epochs"] is None:
-            waiting = "not done yet"
-        what = {"new": "not started yet", "started": waiting}.get(run["state"], run["state"])
-        if run["cause"]:
-            what = f"{what}: {run['cause']}"
-        seeds.setdefault(what, []).append(run["seed"])
-    return [
-        f"seed{'s' if len(s) > 1 else ''} {', '.join(map(str, s))} {what}"
-        for what, s in seeds.items()
-    ]
+        what = kind = run.get("state") or run["kind"]
+        if kind == "new":
+            what = "not started yet"
+        elif kind == "started":
+            what = "not done yet"
+            what += f", {run['epochs']} epochs so far" if "epochs" in run else ""
+        if kind != "done":
+            cause = f": {run['cause']}" if run["cause"] else ""
+            seeds.setdefault(what + cause, []).append(run["seed"])
+    return [f"seed{'s' * (len(s) > 1)} {', '.join(map(str, s))} {why}" for why, s in seeds.items()]
 
 
 def _mean(runs: list[dict[str, Any]], key: str) -> Any:
@@ -172,12 +164,10 @@ def _mean(runs: list[dict[str, Any]], key: str) -> Any:
     return sum(values) / len(values) if values else None
 
 
-def _merged_filters(runs: list[dict[str, Any]]) -> dict[str, float] | None:
-    found = [run["filter"] for run in runs if run["filter"]]
+def _merged_filters(found: list[dict[str, float]]) -> dict[str, float] | None:
     if not found:
         return None
-    names = ("singled_out", "scale", "params")
-    mean = {name: sum(f[name] for f in found) / len(found) for name in names}
+    mean = {name: sum(f[name] for f in found) / len(found) for name in found[0]}
     return dict(mean, smallest=min(f["smallest"] for f in found))
 
 

@@ -4,6 +4,7 @@ import re
 import shlex
 import tomllib
 from dataclasses import dataclass, field
+from itertools import combinations
 from pathlib import Path
 from typing import Any
 
@@ -105,19 +106,25 @@ def _table(path: Path, content: dict[str, Any], project: Path) -> Table:
         raise ValueError(f"seeds are whole numbers, not {seeds}")
     if len(set(seeds)) < len(seeds):
         raise ValueError(f"seeds {seeds} name one twice")
-    for i, row in enumerate(rows):
-        for other in rows[:i]:
-            if row.slug == other.slug:
-                raise ValueError(
-                    f"rows {other.name!r} and {row.name!r} would share the folder {row.slug!r}"
-                )
+    for one, other in combinations(rows, 2):
+        if one.slug == other.slug:
+            raise ValueError(
+                f"rows {one.name!r} and {other.name!r} would share the folder {one.slug!r}"
+            )
     flags = _flags(content.get("flags", []))
     if recipe := _text(content, "recipe"):
         here = Path(recipe).exists() or not (project / recipe).exists()
         flags = [f"@{recipe if here else project / recipe}", *flags]
-    notes = dict(note=_text(content, "note"), source=_text(content, "source"))
-    after = _after(content.get("after", []))
-    return Table(path, str(content["title"]), flags, rows, list(seeds), **notes, after=after)
+    return Table(
+        path,
+        title=content["title"],
+        flags=flags,
+        rows=rows,
+        seeds=seeds,
+        note=_text(content, "note"),
+        source=_text(content, "source"),
+        after=_after(content.get("after", [])),
+    )
 
 
 def _row(number: int, content: Any) -> Row:
@@ -162,8 +169,6 @@ def _check_keys(content: dict[str, Any], required: dict[str, type], optional: st
     for key, kind in required.items():
         if not isinstance(content.get(key), kind):
             raise ValueError(f"{key} is missing or not a {kind.__name__}")
-        if kind is str and not content[key].isprintable():
-            raise ValueError(f"{key} has a line's end or another character that is none")
     if unknown := content.keys() - required.keys() - set(optional.split()):
         raise ValueError(f"unknown key {min(unknown)!r}")
 
