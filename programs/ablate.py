@@ -64,7 +64,7 @@ def run(argv: Sequence[str]) -> None:
         return
     check_places(args)
     ensure_corpus(runs[0].flags["data"])
-    corpus = load_corpus(runs[0].flags["data"])  # makes the cache once, for all runs
+    corpus = load_corpus(runs[0].flags["data"])
     check_folders(runs, corpus.fingerprint)
     if args.ray is None:
         check_sizes(table, runs, corpus)

@@ -184,7 +184,7 @@ def test_search(look: Run, trained: Path, tmp_path: Path, dynamic: str | None) -
 
 ERRORS = {
     "nowhere.pt": (1, "nowhere.pt: no such file"),
-    "MODEL --text nowhere.txt": (1, "nowhere.txt: cannot be read"),
+    "MODEL --text nowhere.txt": (1, "nowhere.txt: no such file"),
     "MODEL --text EMPTY": (1, "empty.txt: empty"),
     "MODEL --cache --lambdasm 1.5": (2, "--lambdasm: '1.5' is not a number in [0, 1]"),
     "MODEL --lambdasm 0.5": (2, "--lambdasm: goes with --cache only"),
