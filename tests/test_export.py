@@ -31,21 +31,8 @@ from evaluation.plain import Plain
 Run = Callable[..., Result]
 
 
-@pytest.fixture
-def export_(capsys: pytest.CaptureFixture[str]) -> Run:
-    """Run export.py in this process."""
-
-    def call(*argv: object) -> Result:
-        capsys.readouterr()
-        code = export.main([str(arg) for arg in argv])
-        captured = capsys.readouterr()
-        return Result(code, captured.out, captured.err)
-
-    return call
-
-
 def test_an_exported_model_has_the_same_perplexity_to_the_last_bit(
-    run: Run, export_: Run, tmp_path: Path
+    run: Run, call: Run, tmp_path: Path
 ) -> None:
     """Loaded by this code, and by the lines of the folder's README.md far from this code."""
     corpus, elsewhere = write_corpus(tmp_path / "corpus", lines=600), tmp_path / "elsewhere"
@@ -54,7 +41,7 @@ def test_an_exported_model_has_the_same_perplexity_to_the_last_bit(
         path = tmp_path / f"run-{name}.pt"
         flags = [*TINY, "--data", corpus, "--max-updates", 3, *changes, "--save", path]
         assert run(*flags).code == 0
-        result = export_(path, "--output", tmp_path / name)
+        result = call(export, path, "--output", tmp_path / name)
         assert (result.code, result.err) == (0, "")
         model, vocabulary = load_model(path)
         again, words = load_model(tmp_path / name)
@@ -81,11 +68,11 @@ def test_an_exported_model_has_the_same_perplexity_to_the_last_bit(
 
 
 def test_a_folder_is_trained_further(
-    run: Run, export_: Run, corpus_folder: Path, tmp_path: Path
+    run: Run, call: Run, corpus_folder: Path, tmp_path: Path
 ) -> None:
     save, folder = tmp_path / "run.pt", tmp_path / "exported"
     assert run(*TINY, "--data", corpus_folder, "--max-updates", 1, "--save", save).code == 0
-    assert export_(save, "--output", folder).code == 0
+    assert call(export, save, "--output", folder).code == 0
     flags = [*map(str, ("--save", folder, "--data", corpus_folder)), "--batch-size", "4"]
     assert finetune.main([*flags, "--lr", "1", "--max-updates", "3", "--device", "cpu"]) == 0
     before, after = read_weights(folder), read_weights(tmp_path / "exported.finetuned.pt")
@@ -95,21 +82,22 @@ def test_a_folder_is_trained_further(
     assert models[0].config() == models[1].config()
 
 
-def test_a_folder_is_complete_or_absent(export_: Run, tmp_path: Path) -> None:
+def test_a_folder_is_complete_or_absent(call: Run, tmp_path: Path) -> None:
     path, folder = tmp_path / "m.pt", tmp_path / "out"
     write_checkpoint(path, model_payload(small_model(), WORDS))
     folder.mkdir()
     before = sorted(tmp_path.rglob("*"))
     assert (
-        only_line(export_(path, "--output", folder), 1) == f"{folder}: cannot write: exists already"
+        only_line(call(export, path, "--output", folder), 1)
+        == f"{folder}: cannot write: exists already"
     )
     assert "nowhere/out: cannot write" in only_line(
-        export_(path, "--output", tmp_path / "nowhere" / "out"), 1
+        call(export, path, "--output", tmp_path / "nowhere" / "out"), 1
     )
     unlimited = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (1024, unlimited[1]))  # bytes; as on a full disk
     try:
-        full = export_(path, "--output", tmp_path / "full")
+        full = call(export, path, "--output", tmp_path / "full")
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, unlimited)
     assert only_line(full, 1).startswith(f"{tmp_path / 'full'}: cannot write: File too large (at ")
@@ -141,12 +129,12 @@ DAMAGES: list[tuple[str, Callable[[Path], object], str]] = [
 
 @pytest.mark.parametrize(("name", "damage", "message"), DAMAGES)
 def test_damaged_folders_are_refused(
-    export_: Run, tmp_path: Path, name: str, damage: Callable[[Path], object], message: str
+    call: Run, tmp_path: Path, name: str, damage: Callable[[Path], object], message: str
 ) -> None:
     write_checkpoint(tmp_path / "m.pt", model_payload(small_model(), WORDS))
-    assert export_(tmp_path / "m.pt", "--output", tmp_path / "out").code == 0
+    assert call(export, tmp_path / "m.pt", "--output", tmp_path / "out").code == 0
     damage(tmp_path / "out" / name)
-    line = only_line(export_(tmp_path / "out", "--output", tmp_path / "again"), 1)
+    line = only_line(call(export, tmp_path / "out", "--output", tmp_path / "again"), 1)
     assert str(tmp_path / "out") in line
     assert message in line
     assert not (tmp_path / "again").exists()
@@ -227,7 +215,7 @@ def loss_of(original: RNNModel, ids: Tensor) -> float:
      ("old checkpoint", "LSTM", 2), ("old checkpoint", "GRU", 2), ("model", "LSTM", 1)],
 )  # fmt: skip
 def test_models_of_the_original(
-    saved: str, rnn_type: str, nlayers: int, export_: Run, originals: None, corpus_folder: Path,
+    saved: str, rnn_type: str, nlayers: int, call: Run, originals: None, corpus_folder: Path,
     tmp_path: Path,
 ) -> None:  # fmt: skip
     corpus, path = load_corpus(corpus_folder), tmp_path / "theirs.pt"
@@ -238,11 +226,11 @@ def test_models_of_the_original(
     torch.save(payload, path, _use_new_zipfile_serialization="old" not in saved)
     flags = [path, "--from-original", "--data", corpus_folder, "--output", tmp_path / "ours"]
     if saved != "state dict":
-        line = only_line(export_(*flags), 1)
+        line = only_line(call(export, *flags), 1)
         assert "would run code" in line
         assert "--trust-pickle" in line
         flags.append("--trust-pickle")
-    result = export_(*flags)
+    result = call(export, *flags)
     assert result.code == 0, result.err
     assert ("has to be trusted" in result.err) == (saved != "state dict")
     ours, vocabulary = load_model(tmp_path / "ours")
@@ -253,7 +241,7 @@ def test_models_of_the_original(
     # and once more, from the folder's vocabulary, trained without weight drop
     words = ["--vocab", tmp_path / "ours" / "vocab.txt", "--wdrop", 0]
     flags = [*flags[:2], *flags[6:], *words, "--output", tmp_path / "more"]
-    assert export_(*flags).code == 0
+    assert call(export, *flags).code == 0
     more, again = load_model(tmp_path / "more")
     assert (again, more.wdrop) == (vocabulary, 0)
     assert evaluate(Plain(more), corpus.test, 1) == loss
@@ -268,7 +256,7 @@ class Harm:
 
 
 def test_what_is_not_a_model_of_the_original(
-    export_: Run, originals: None, corpus_folder: Path, tmp_path: Path
+    call: Run, originals: None, corpus_folder: Path, tmp_path: Path
 ) -> None:
     V = len(load_corpus(corpus_folder).vocabulary)  # noqa: N806
     theirs = RNNModel("LSTM", V, 3, 5, 2)
@@ -295,7 +283,9 @@ def test_what_is_not_a_model_of_the_original(
     path, folder = tmp_path / "theirs.pt", tmp_path / "out"
     for payload, flags, expected in cases:
         torch.save(payload, path)
-        told = export_(path, "--from-original", "--data", corpus_folder, "--output", folder, *flags)
+        told = call(
+            export, path, "--from-original", "--data", corpus_folder, "--output", folder, *flags
+        )
         assert told.code == 1, expected
         assert f"error: {path}" in told.err
         assert expected in told.err.splitlines()[-1]
@@ -308,11 +298,11 @@ def test_what_is_not_a_model_of_the_original(
         (tmp_path / "words").write_bytes(words)
         torch.save(RNNModel("LSTM", 2, 3, 5, 2).state_dict(), path)
         flags = ["--vocab", tmp_path / "words", "--output", folder]
-        line = only_line(export_(path, "--from-original", *flags), 1)
+        line = only_line(call(export, path, "--from-original", *flags), 1)
         assert line.startswith(f"{tmp_path / 'words'}: ")
         assert expected in line
     path.write_bytes(pickle.dumps(Harm(tmp_path / "ran")))
-    harm = export_(path, "--from-original", "--trust-pickle", *flags)
+    harm = call(export, path, "--from-original", "--trust-pickle", *flags)
     assert harm.code == 1
     assert not (tmp_path / "ran").exists()
 
@@ -328,5 +318,5 @@ def test_what_is_not_a_model_of_the_original(
         ("--output o", "MODEL"),
     ],
 )
-def test_invalid_flags(export_: Run, flags: str, expected: str) -> None:
-    assert expected in only_line(export_(*flags.split()), 2)
+def test_invalid_flags(call: Run, flags: str, expected: str) -> None:
+    assert expected in only_line(call(export, *flags.split()), 2)
