@@ -55,11 +55,11 @@ def read_corpus(args: argparse.Namespace, ranks: Ranks) -> Corpus:
         RunError: a text is too short.
     """
     if not ranks.leader:
-        ranks.wait()  # until the leader has downloaded it and made its cache
+        ranks.wait()  # until the leader has downloaded it
     ensure_corpus(args.data)
-    corpus = load_corpus(args.data)
     if ranks.leader:
         ranks.wait()
+    corpus = load_corpus(args.data)
     check_lengths(args, corpus)
     return first_windows(args, corpus) if args.quick else corpus
 

@@ -2,9 +2,9 @@
 
     python -m benchmarks.corpus data/wikitext-2 --output benchmarks/results/corpus_....md
 
-Repeats a corpus's train.txt to the wanted size in a temporary folder (which needs about twice
-that size) and reads it in fresh processes: without a cache, then from the cache. The original's
-loop reads a part of the same text, and its time is scaled by the number of tokens.
+Repeats a corpus's train.txt to the wanted size in a temporary folder and reads it in a fresh
+process. The original's loop reads a part of the same text, and its time is scaled by the number of
+tokens.
 """
 
 import argparse
@@ -33,17 +33,15 @@ def main() -> None:
         return
     try:
         ensure_corpus(args.folder)
-        load_corpus(args.folder, cache=False)  # raises DataError if the corpus is damaged
+        load_corpus(args.folder)  # raises DataError if the corpus is damaged
     except DataError as error:
         sys.exit(f"error: {error}")
     with tempfile.TemporaryDirectory(dir=args.temporary) as temporary:
         whole, part = Path(temporary, "whole"), Path(temporary, "part")
         _repeat_text(args.folder, whole, args.megabytes * MEGABYTE)
         _repeat_text(args.folder, part, args.plain_megabytes * MEGABYTE)
-        plain, cold, warm = (
-            _in_fresh_process(*job) for job in (("plain", part), ("load", whole), ("load", whole))
-        )
-    report = _report(args, plain, cold, warm)
+        plain, ours = _in_fresh_process("plain", part), _in_fresh_process("load", whole)
+    report = _report(args, plain, ours)
     print(report, end="")
     if args.output:
         args.output.write_text(report, encoding="utf-8")
@@ -128,20 +126,18 @@ def _peak_megabytes() -> float:
 def _report(
     args: argparse.Namespace,
     plain: tuple[int, float, float],
-    cold: tuple[int, float, float],
-    warm: tuple[int, float, float],
+    ours: tuple[int, float, float],
 ) -> str:
     name = args.folder.resolve().name
     command = (
         f"python -m benchmarks.corpus data/{name} --megabytes {args.megabytes} "
         f"--plain-megabytes {args.plain_megabytes}"
     )
-    scaled = plain[1] * cold[0] / plain[0]
+    scaled = plain[1] * ours[0] / plain[0]
     rows = [
-        ("original's loop, scaled by tokens", cold[0], scaled, plain[0] / plain[1], None),
+        ("original's loop, scaled by tokens", ours[0], scaled, plain[0] / plain[1], None),
         (f"original's loop, {args.plain_megabytes} MB", *plain[:2], plain[0] / plain[1], plain[2]),
-        ("`load_corpus`, no cache yet", *cold[:2], cold[0] / cold[1], cold[2]),
-        ("`load_corpus`, from the cache", *warm[:2], warm[0] / warm[1], warm[2]),
+        ("`load_corpus`", *ours[:2], ours[0] / ours[1], ours[2]),
     ]
     lines = [
         "# Reading a corpus",

@@ -1,10 +1,8 @@
-"""A folder of text as tensors of word ids, with a cache that cannot go stale."""
+"""A folder of text as tensors of word ids."""
 
-import codecs
 import hashlib
-import io
 import os
-import warnings
+from array import array
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,14 +12,13 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
-from data import cache as corpus_cache
 from data.errors import DataError
 from data.files import SPLITS
 from data.sources import KNOWN_CORPORA
 
 EOS = "<eos>"
 UNK = "<unk>"
-BLOCK_BYTES = 1 << 22
+BLOCK_CHARACTERS = 1 << 22
 
 
 class Vocabulary:
@@ -59,12 +56,6 @@ class Vocabulary:
             return NotImplemented
         return self._words == other._words
 
-    def __hash__(self) -> int:
-        return hash(self._words)
-
-    def __repr__(self) -> str:
-        return f"Vocabulary({len(self)} words)"
-
     def index(self, word: str) -> int:
         """The id of a word; raises KeyError if the vocabulary does not hold it."""
         return self._index[word]
@@ -85,7 +76,7 @@ class Corpus:
 
     Attributes:
         vocabulary: the V words in id order.
-        train: int32 ids, (N,); memory-mapped where a cache is used.
+        train: int32 ids, (N,).
         valid: int32 ids, (N,).
         test: int32 ids, (N,).
         fingerprint: hexadecimal hash of the content of the three texts.
@@ -98,48 +89,39 @@ class Corpus:
     fingerprint: str
 
 
-def load_corpus(folder: str | os.PathLike[str], cache: bool = True) -> Corpus:
+def load_corpus(folder: str | os.PathLike[str]) -> Corpus:
     """Read train.txt, valid.txt and test.txt as word ids.
 
     Each line is split at whitespace and followed by ``<eos>``; ids count words by their first
     appearance in train, valid and test, in this order, which is how the original numbers them.
-    The ids are kept in a hidden folder next to the text. The texts are hashed on every call, so
-    a changed text is never answered from an old cache, and a damaged cache is built anew.
 
     Args:
         folder: the folder that holds the three texts.
-        cache: whether to use and to write the cache.
-
-    Returns:
-        The corpus; its tensors are memory-mapped if they come from the cache. If the cache
-        cannot be written, a warning says so and the ids are kept in memory.
 
     Raises:
         DataError: the folder or one of the texts is missing, empty, unreadable, binary, not
             UTF-8, or shorter than two tokens.
     """
     folder = Path(folder)
-    _check_present(folder)
-    if cache and (cached := corpus_cache.read(folder, _fingerprint_of_files(folder))):
-        return _from_cache(*cached)
-    vocabulary, ids, fingerprint = _encode_folder(folder)
-    if cache:
-        try:
-            corpus_cache.write(folder, fingerprint, vocabulary.to_text(), ids)
-        except OSError as error:
-            warnings.warn(
-                f"the corpus cache is left out, and ids are kept in memory: {error}", stacklevel=2
-            )
-        if cached := corpus_cache.read(folder, fingerprint):
-            return _from_cache(*cached)
-    return _in_memory(vocabulary, ids, fingerprint)
+    if not folder.is_dir():
+        reason = "not a folder" if folder.exists() else "no such folder"
+        known = ", ".join(f"data/{name}" for name in ("demo", *KNOWN_CORPORA))
+        raise DataError(
+            f"{folder}: {reason}; a corpus is a folder with train.txt, valid.txt and test.txt; "
+            f"made or downloaded where they are missing: {known}"
+        )
+    paths = {split: folder / f"{split}.txt" for split in SPLITS}
+    for path in paths.values():  # before any of them is read, which may take a while
+        _check_text(path)
+    index = GrowingIndex()
+    ids = {split: torch.from_numpy(encode_text(path, index)) for split, path in paths.items()}
+    return Corpus(Vocabulary(index), fingerprint=_fingerprint(paths.values()), **ids)
 
 
 def batchify(ids: Tensor, batch_size: int) -> Tensor:
     """Lay a text out as parallel columns, column b being its b-th contiguous stretch.
 
-    The remainder of N / B is dropped, as in the original. Unlike there the result is a view, so
-    that memory-mapped ids stay on the disk.
+    The remainder of N / B is dropped, as in the original.
 
     Args:
         ids: (N,).
@@ -171,112 +153,59 @@ class GrowingIndex(dict[str, int]):
         return id_
 
 
-_Encoded = tuple[Vocabulary, dict[str, list[npt.NDArray[np.int32]]], str]
+def encode_text(path: Path, index: dict[str, int]) -> npt.NDArray[np.int32]:
+    """The ids of one text's words, (N,), N >= 2, by an index that has them or gives them.
 
-
-def _encode_folder(folder: Path, block_bytes: int = BLOCK_BYTES) -> _Encoded:
-    """Vocabulary, ids of each part in pieces, fingerprint."""
-    index = GrowingIndex()
-    ids, digests = {}, []
-    for split in SPLITS:
-        ids[split], digest = encode_text(folder / f"{split}.txt", index, block_bytes)
-        digests.append(digest)
-    return Vocabulary(index), ids, _fingerprint(digests)
-
-
-def encode_text(
-    path: Path, index: dict[str, int], block_bytes: int = BLOCK_BYTES
-) -> tuple[list[npt.NDArray[np.int32]], bytes]:
-    """Ids of one text, in pieces, and the hash of the very bytes that they were made of."""
-    decoder = io.IncrementalNewlineDecoder(codecs.getincrementaldecoder("utf-8")(), translate=True)
-    digest = hashlib.sha256()
-    pieces: list[npt.NDArray[np.int32]] = []
-    num_bytes, tail, last = 0, "", ""
-    for block in _blocks(path, block_bytes):
-        digest.update(block)
-        num_bytes += len(block)
-        if b"\0" in block:
-            raise DataError(f"{path}: binary, not text (it contains NUL bytes)")
-        try:
-            text = decoder.decode(block, final=not block)
-        except UnicodeDecodeError as error:
-            offset = num_bytes - len(error.object) + error.start
-            line = len((path.read_bytes()[:offset] + b"?").splitlines())
-            raise DataError(f"{path}: not UTF-8 text (byte {offset}, line {line})") from None
-        last = text[-1:] or last
-        if not block:
-            text += "" if last == "\n" else "\n"
-        # str.split() cuts at every whitespace, so a line's end can travel as a word.
-        words = (tail + text.replace("\n", f" {EOS} ")).split()
-        tail = words.pop() if words and not text[-1:].isspace() else ""
-        pieces.append(np.fromiter(map(index.__getitem__, words), np.int32, len(words)))
-    if sum(len(piece) for piece in pieces) < 2:
-        raise DataError(f"{path}: a one-token text; at least two tokens are needed")
-    return pieces, digest.digest()
-
-
-def _blocks(path: Path, block_bytes: int = BLOCK_BYTES) -> Iterator[bytes]:
-    """The bytes of a file in blocks, the last of which is empty."""
-    _check_file(path)
+    Raises:
+        DataError: see load_corpus.
+    """
+    _check_text(path)
+    ids = array("i")
     try:
-        with path.open("rb") as file:
-            while block := file.read(block_bytes):
-                yield block
-        yield b""
+        with path.open(encoding="utf-8") as file:
+            while lines := file.readlines(BLOCK_CHARACTERS):
+                text = "".join(lines)
+                if "\0" in text:
+                    raise DataError(_flaw(path))
+                text += "" if text.endswith("\n") else "\n"
+                # str.split() cuts at every whitespace, so a line's end can travel as a word.
+                ids.extend(map(index.__getitem__, text.replace("\n", f" {EOS} ").split()))
+    except UnicodeDecodeError:
+        raise DataError(_flaw(path)) from None
     except OSError as error:
         raise DataError(f"{path}: cannot be read ({error.strerror})") from error
+    if len(ids) < 2:
+        raise DataError(f"{path}: a one-token text; at least two tokens are needed")
+    return np.frombuffer(ids, np.int32)
 
 
-def _fingerprint_of_files(folder: Path) -> str:
-    digests = []
-    for split in SPLITS:
-        digest = hashlib.sha256()
-        for block in _blocks(folder / f"{split}.txt"):
-            digest.update(block)
-        digests.append(digest.digest())
-    return _fingerprint(digests)
-
-
-def _fingerprint(digests: Iterable[bytes]) -> str:
-    return hashlib.sha256(b"".join(digests)).hexdigest()
-
-
-def _check_file(path: Path) -> None:
-    """Raise for a pipe or a device, which might never end."""
-    if path.exists() and not path.is_file():
+def _check_text(path: Path) -> None:
+    """Raise for what is no file, such as a pipe, which might never end, and for an empty one."""
+    if not path.exists():
+        raise DataError(f"{path}: no such file")
+    if not path.is_file():
         raise DataError(f"{path}: not a regular file")
+    if not path.stat().st_size:
+        raise DataError(f"{path}: empty")
 
 
-def _check_present(folder: Path) -> None:
-    """Raise for a missing or empty text before any of them is read, which may take a while."""
-    expected = "a corpus is a folder with train.txt, valid.txt and test.txt"
-    if folder.exists() and not folder.is_dir():
-        raise DataError(f"{folder}: not a folder; {expected}")
-    for path in (folder, *(folder / f"{split}.txt" for split in SPLITS)):
-        try:
-            size = path.stat().st_size
-        except FileNotFoundError:
-            if path == folder:
-                known = ", ".join(f"data/{name}" for name in ("demo", *KNOWN_CORPORA))
-                expected += f"; made or downloaded where they are missing: {known}"
-            kind = "folder" if path == folder else "file"
-            raise DataError(f"{path}: no such {kind}; {expected}") from None
-        except OSError as error:
-            raise DataError(f"{path}: cannot be read ({error.strerror})") from error
-        if path != folder:
-            _check_file(path)
-        if path.is_file() and size == 0:
-            raise DataError(f"{path}: empty")
+def _flaw(path: Path) -> str:
+    """What a file has that is no text, and where."""
+    content = path.read_bytes()
+    if b"\0" in content:
+        return f"{path}: binary, not text (it contains NUL bytes)"
+    try:
+        content.decode()
+    except UnicodeDecodeError as error:
+        line = len((content[: error.start] + b"?").splitlines())
+        return f"{path}: not UTF-8 text (byte {error.start}, line {line})"
+    return f"{path}: was changed while it was read"
 
 
-def _in_memory(
-    vocabulary: Vocabulary, ids: dict[str, list[npt.NDArray[np.int32]]], fingerprint: str
-) -> Corpus:
-    # Popping frees the pieces of one part before the next one is joined.
-    tensors = {split: torch.from_numpy(np.concatenate(ids.pop(split))) for split in SPLITS}
-    return Corpus(vocabulary, fingerprint=fingerprint, **tensors)
-
-
-def _from_cache(text: str, ids: dict[str, npt.NDArray[np.int32]], fingerprint: str) -> Corpus:
-    tensors = {split: torch.from_numpy(ids[split]) for split in SPLITS}
-    return Corpus(Vocabulary.from_text(text), fingerprint=fingerprint, **tensors)
+def _fingerprint(paths: Iterable[Path]) -> str:
+    """The hash of the hashes of several files."""
+    whole = hashlib.sha256()
+    for path in paths:
+        with path.open("rb") as file:
+            whole.update(hashlib.file_digest(file, "sha256").digest())
+    return whole.hexdigest()

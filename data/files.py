@@ -37,11 +37,8 @@ def atomic_write(
         The open temporary file.
 
     Raises:
-        ValueError: ``mode`` is neither "wb" nor "w".
         WriteError: the file cannot be written.
     """
-    if mode not in ("wb", "w"):
-        raise ValueError(f"mode must be 'wb' or 'w', got {mode!r}")
     path = Path(path)
     temporary = _temporary(path)
     with write_errors(path) as size:

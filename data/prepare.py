@@ -6,12 +6,13 @@ from collections import Counter
 from collections.abc import Callable, Collection, Sequence
 from contextlib import ExitStack, suppress
 from dataclasses import asdict, dataclass
+from itertools import accumulate
 from pathlib import Path
 from typing import Any
 
 from data.errors import DataError
 from data.files import SPLITS, atomic_write
-from data.raw_texts import Texts, find_texts
+from data.raw_texts import find_texts, read_lines
 from data.tokenize import TOKENIZERS
 
 EOS, UNK = "<eos>", "<unk>"
@@ -53,7 +54,7 @@ def prepare(
 
     The texts are taken as one, in the order given; train is its beginning, test its end. A line
     belongs to the part in which it begins. Lines without a word are left out. The texts are read
-    twice, in blocks: only the counts of train's words are held in memory.
+    twice, line by line: only the counts of train's words are held in memory.
 
     Args:
         sources: texts, and folders, which stand for the .txt files in and below them.
@@ -66,23 +67,24 @@ def prepare(
         unknown words of each part.
 
     Raises:
-        DataError: a text cannot be used (see find_texts and Texts.blocks), a part would be empty,
+        DataError: a text cannot be used (see find_texts and read_lines), a part would be empty,
             or the output exists or cannot be written. No corpus is left then.
     """
     output = Path(output)
-    texts = Texts(find_texts(sources, output))
-    ranges = divide(texts, how)
+    paths = find_texts(sources, output)
+    starts = list(accumulate((path.stat().st_size for path in paths), initial=0))
+    cuts = divide(starts, how)
     new = _make_folder(output)
     try:
-        counts = _count(texts, ranges["train"], how, progress)
+        counts = _count(paths, cuts[0], how, progress)
         record = dict(
             sources=[str(source) for source in sources],
-            files=len(texts.paths),
-            bytes=texts.size,
+            files=len(paths),
+            bytes=starts[-1],
             **asdict(how),
             words_of_train=len(counts),
         )
-        _write(output, texts, ranges, how, _vocabulary(counts, how), record, progress)
+        _write(output, paths, cuts, how, _vocabulary(counts, how), record, progress)
     except BaseException as error:
         if new:
             with suppress(OSError):
@@ -93,24 +95,25 @@ def prepare(
     return record
 
 
-def divide(texts: Texts, how: Preparation) -> dict[str, range]:
-    """The bytes of each part; by document test gets the last files, as many as come nearest to its
-    share, valid those before them.
+def divide(starts: list[int], how: Preparation) -> tuple[int, int]:
+    """The bytes at which valid and test begin; by document test gets the last files, as many as
+    come nearest to its share, valid those before them.
+
+    Args:
+        starts: where each of the files begins, and where the last one ends, in bytes of the whole.
 
     Raises:
         DataError: by document, fewer than three texts.
     """
-    size = texts.size
-    valid, test = round(size * how.split[0]), round(size * (1 - how.split[2]))
-    if how.by_document:
-        starts = sorted({at for at in texts.starts if at < size})
-        if len(starts) < len(SPLITS):
-            raise DataError(f"--by-document: {len(starts)} texts are too few for three parts")
-        test = min(starts[2:], key=lambda at: abs(size - at - how.split[2] * size))
-        before = [at for at in starts[1:] if at < test]
-        valid = min(before, key=lambda at: abs(test - at - how.split[1] * size))
-    bounds = (0, valid, test, size)
-    return {split: range(*bounds[n : n + 2]) for n, split in enumerate(SPLITS)}
+    size = starts[-1]
+    if not how.by_document:
+        return round(size * how.split[0]), round(size * (1 - how.split[2]))
+    starts = sorted({at for at in starts if at < size})
+    if len(starts) < len(SPLITS):
+        raise DataError(f"--by-document: {len(starts)} texts are too few for three parts")
+    test = min(starts[2:], key=lambda at: abs(size - at - how.split[2] * size))
+    before = [at for at in starts[1:] if at < test]
+    return min(before, key=lambda at: abs(test - at - how.split[1] * size)), test
 
 
 def examples(path: Path, count: int) -> list[str]:
@@ -141,19 +144,18 @@ def _make_folder(output: Path) -> bool:
     return new
 
 
-def _lines(text: str, how: Preparation) -> list[list[str]]:
-    """The words of each line."""
-    text = text.lower() if how.lowercase else text
-    return list(map(TOKENIZERS[how.tokenizer], text.split("\n")))
+def _words(line: str, how: Preparation) -> list[str]:
+    return TOKENIZERS[how.tokenizer](line.lower() if how.lowercase else line)
 
 
-def _count(texts: Texts, train: range, how: Preparation, progress: Progress) -> Counter[str]:
-    """How often train has each word."""
+def _count(paths: list[Path], end: int, how: Preparation, progress: Progress) -> Counter[str]:
+    """How often train, which ends before this byte, has each word."""
     counts = Counter[str]()
-    for text, num_bytes in texts.blocks(train.start, train.stop):
-        for words in _lines(text, how):
-            counts.update(words)
-        progress("counting", num_bytes, len(train))
+    for at, size, line in read_lines(paths):
+        if at >= end:
+            break
+        counts.update(_words(line, how))
+        progress("counting", size, end)
     return counts
 
 
@@ -167,8 +169,8 @@ def _vocabulary(counts: Counter[str], how: Preparation) -> set[str]:
 
 def _write(
     output: Path,
-    texts: Texts,
-    ranges: dict[str, range],
+    paths: list[Path],
+    cuts: tuple[int, int],
     how: Preparation,
     vocabulary: Collection[str],
     record: dict[str, Any],
@@ -177,28 +179,26 @@ def _write(
     """Write the three texts and the record, which gets the figures of the parts."""
     figures = {split: dict(lines=0, words=0, unknown=0) for split in SPLITS}
     with ExitStack() as stack:
-        last = stack.enter_context(atomic_write(output / RECORD, "w"))
-        for split, part in ranges.items():
-            file, found = (
-                stack.enter_context(atomic_write(output / f"{split}.txt", "w")),
-                figures[split],
-            )
-            for text, num_bytes in texts.blocks(part.start, part.stop):
-                for words in _lines(text, how):
-                    if words:
-                        known = [word if word in vocabulary else UNK for word in words]
-                        file.write(" ".join(known) + "\n")
-                        found["lines"] += 1
-                        found["words"] += len(known)
-                        found["unknown"] += known.count(UNK)
-                progress("writing", num_bytes, texts.size)
+        names = (RECORD, *(f"{split}.txt" for split in SPLITS))
+        last, *files = [stack.enter_context(atomic_write(output / name, "w")) for name in names]
+        for at, size, line in read_lines(paths):
+            part = sum(at >= cut for cut in cuts)
+            if words := _words(line, how):
+                known = [word if word in vocabulary else UNK for word in words]
+                files[part].write(" ".join(known) + "\n")
+                found = figures[SPLITS[part]]
+                found["lines"] += 1
+                found["words"] += len(known)
+                found["unknown"] += known.count(UNK)
+            progress("writing", size, record["bytes"])
+        for split, found in figures.items():
             if not found["lines"]:
                 shares = ",".join(f"{share:g}" for share in how.split)
                 raise DataError(
                     f"{output / f'{split}.txt'}: would be empty; --split {shares} needs a longer "
                     "text, or one of more lines"
                 )
-        unknown = any(part["unknown"] for part in figures.values())
+        unknown = any(found["unknown"] for found in figures.values())
         record.update(vocabulary=len(vocabulary) - (not unknown), **figures)
         json.dump(record, last, indent=1)
         last.write("\n")

@@ -1,13 +1,10 @@
-"""Finds the raw texts that prepare.py makes a corpus of, and reads them as one, block by block."""
+"""Finds the raw texts that prepare.py makes a corpus of, and reads them as one."""
 
 import os
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 
 from data.errors import DataError
-
-BLOCK_BYTES = 1 << 20
-LONGEST_LINE = 1 << 24  # bytes; what is held in memory has a bound
 
 
 def find_texts(sources: Iterable[str | os.PathLike[str]], output: Path) -> list[Path]:
@@ -42,72 +39,26 @@ def _below(folder: Path) -> list[Path]:
     return [folder / path for path in sorted(shown)]
 
 
-class Texts:
-    """Several texts as one, read in blocks of whole lines.
+def read_lines(paths: Iterable[Path]) -> Iterator[tuple[int, int, str]]:
+    """The lines of several texts as one; a line does not go on in the next file.
 
-    Args:
-        paths: regular files, UTF-8, whose lines end with a newline. A line does not go on in the
-            next file.
-
-    Attributes:
-        starts: where each of the files begins, and where the last one ends, in bytes of the whole.
-        size: bytes of the whole.
+    Yields:
+        The byte of the whole at which the line begins, the number of its bytes, and its text.
 
     Raises:
-        DataError: a file cannot be read.
+        DataError: a file cannot be read or is not UTF-8 text.
     """
-
-    def __init__(self, paths: list[Path]) -> None:
-        self.paths = paths
-        self.starts = [0]
-        for path in paths:
-            try:
-                self.starts.append(self.starts[-1] + path.stat().st_size)
-            except OSError as error:
-                raise DataError(f"{path}: cannot be read ({error.strerror})") from error
-        self.size = self.starts[-1]
-
-    def blocks(self, start: int, stop: int) -> Iterator[tuple[str, int]]:
-        """The lines that begin at the bytes from start up to stop, in blocks.
-
-        Yields:
-            Whole lines, and the number of their bytes.
-
-        Raises:
-            DataError: a file cannot be read, is not UTF-8 text, has a line of over 16 MiB, or is
-                shorter than it was.
-        """
-        for path, first, end in zip(self.paths, self.starts, self.starts[1:], strict=False):
-            if first < stop and start < end:
-                own = range(max(start - first, 0), min(stop, end) - first)
-                try:
-                    yield from _blocks(path, own, end - first)
-                except OSError as error:
-                    raise DataError(f"{path}: cannot be read ({error.strerror})") from error
-
-
-def _blocks(path: Path, wanted: range, size: int) -> Iterator[tuple[str, int]]:
-    with path.open("rb") as file:
-        at, lines = wanted.start, b""  # lines: what is read from byte `at` on
-        if at:  # to the first line that begins here or later
-            file.seek(at - 1)
-            at += len(file.readline(LONGEST_LINE)) - 1
-        while at < wanted.stop:
-            block = file.read(BLOCK_BYTES)
-            lines += block
-            end = lines.rfind(b"\n") + 1 if block else len(lines)
-            if at + end > wanted.stop and block:
-                end = lines.index(b"\n", wanted.stop - at - 1) + 1
-            if not block and at + end < size:
-                raise DataError(f"{path}: became shorter while it was read")
-            if not end and len(lines) > LONGEST_LINE:
-                raise DataError(
-                    f"{path}: the line at byte {at} is longer than {LONGEST_LINE >> 20} MiB; break "
-                    "the text into lines"
-                )
-            if end:
-                yield _decode(lines[:end], path, at), end
-            at, lines = at + end, lines[end:]
+    first = 0
+    for path in paths:
+        at = 0
+        try:
+            with path.open("rb") as file:
+                for content in file:
+                    yield first + at, len(content), _decode(content, path, at)
+                    at += len(content)
+        except OSError as error:
+            raise DataError(f"{path}: cannot be read ({error.strerror})") from error
+        first += at
 
 
 def _decode(content: bytes, path: Path, at: int) -> str:

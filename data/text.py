@@ -64,9 +64,7 @@ def read_text(
         known = len(index)
         with _file(name) as path:
             try:
-                if path.is_file() and not path.stat().st_size:
-                    raise DataError(f"{path}: empty")
-                pieces += encode_text(path, index)[0]
+                pieces.append(encode_text(path, index))
             except DataError as error:
                 raise DataError(str(error).replace(str(path), _called(name))) from None
         new = list(index)[max(known, len(vocabulary)) :]

@@ -7,7 +7,6 @@ from typing import Any
 
 from data.files import atomic_folder, atomic_write
 from engine.errors import CheckpointError
-from engine.safetensors import read_safetensors, write_safetensors
 
 FOLDER_FORMAT = "awd-lstm folder 1"
 WEIGHTS, CONFIG, VOCABULARY = "model.safetensors", "config.json", "vocab.txt"
@@ -88,7 +87,9 @@ def write_model_folder(folder: Path, payload: dict[str, Any]) -> None:
     Raises:
         CheckpointError: the folder exists or cannot be written.
     """
-    weights = dict(payload["weights"])
+    from safetensors.torch import save
+
+    weights = {name: weight.contiguous() for name, weight in payload["weights"].items()}
     if payload["config"]["tie_weights"]:
         del weights["decoder.weight"]
     config = dict(payload["config"], format=FOLDER_FORMAT, details=payload["details"])
@@ -100,7 +101,7 @@ def write_model_folder(folder: Path, payload: dict[str, Any]) -> None:
     try:
         with atomic_folder(folder) as temporary:
             with atomic_write(temporary / WEIGHTS) as file:
-                write_safetensors(file, weights)
+                file.write(save(weights, {"format": "pt"}))
             for name, text in texts.items():
                 with atomic_write(temporary / name, "w") as file:
                     file.write(text)
@@ -132,6 +133,9 @@ def read_model_folder(folder: Path) -> dict[str, Any]:
         CheckpointError: a file is missing or cannot be read.
         ValueError, KeyError, TypeError: a file is damaged.
     """
+    from safetensors import SafetensorError
+    from safetensors.torch import load
+
     try:
         if not (folder / CONFIG).exists():
             raise CheckpointError(f"{folder}: not a folder that export.py wrote")
@@ -139,10 +143,12 @@ def read_model_folder(folder: Path) -> dict[str, Any]:
         if config.pop("format", None) != FOLDER_FORMAT:
             raise CheckpointError(f"{folder}: {_other_folder(folder, config)}")
         vocabulary = (folder / VOCABULARY).read_bytes().decode().removesuffix("\n")
-        weights = read_safetensors(folder / WEIGHTS)
+        weights = load((folder / WEIGHTS).read_bytes())
     except OSError as error:
         reason = f"cannot read: {error.strerror or error}"
         raise CheckpointError(f"{error.filename or folder}: {reason}") from error
+    except SafetensorError as error:
+        raise ValueError(f"{WEIGHTS}: {error}") from error
     if config["tie_weights"]:
         weights["decoder.weight"] = weights["encoder.weight"]
     details = config.pop("details")

@@ -47,9 +47,9 @@ class Origin:
         Raises:
             RunError: its weights have other names or shapes.
         """
-        weights = {_plain(name): weight for name, weight in self.model.state_dict().items()}
+        weights = {plain_name(name): weight for name, weight in self.model.state_dict().items()}
         try:
-            model.load_state_dict({name: weights[_plain(name)] for name in model.state_dict()})
+            model.load_state_dict({name: weights[plain_name(name)] for name in model.state_dict()})
         except (KeyError, RuntimeError) as error:
             reason = " ".join(str(error).split())[:300]
             raise RunError(f"{self.path}: its weights do not fit the flags: {reason}") from error
@@ -66,6 +66,6 @@ def read_origin(path: str | Path) -> Origin:
     return Origin(path, model, vocabulary, model_details(path))
 
 
-def _plain(name: str) -> str:
-    """A weight's name without weight drop's prefix and suffix."""
+def plain_name(name: str) -> str:
+    """A weight's name without weight drop's prefix and suffix: rnns.0.weight_hh_l0."""
     return name.replace(".module.", ".").removesuffix("_raw")

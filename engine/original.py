@@ -12,6 +12,7 @@ from torch import Tensor
 
 from engine.checkpoint import damage_reported, load_plain, read_pickle
 from engine.errors import CheckpointError
+from engine.origin import plain_name
 from model import RNNModel
 
 KINDS = {4: "LSTM", 3: "GRU"}  # by the number of gates
@@ -49,7 +50,7 @@ def _model_of(path: Path, weights: Any, dropouts: dict[str, Any]) -> RNNModel:
     if not isinstance(weights, dict):
         raise foreign
     # Beside NAME_raw, NAME is a masked copy of it.
-    plain = {_plain(n): w.float() for n, w in weights.items() if f"{n}_raw" not in weights}
+    plain = {plain_name(n): w.float() for n, w in weights.items() if f"{n}_raw" not in weights}
     if not {"encoder.weight", "rnns.0.weight_hh_l0"} <= plain.keys():
         raise foreign
     embedding = plain["encoder.weight"]
@@ -60,16 +61,11 @@ def _model_of(path: Path, weights: Any, dropouts: dict[str, Any]) -> RNNModel:
     layers = {name.split(".")[1] for name in plain if name.startswith("rnns.")}
     tied = torch.equal(plain.setdefault("decoder.weight", embedding), embedding)
     model = RNNModel(kind, ntoken, ninp, nhid, len(layers), tie_weights=tied, **dropouts)
-    own = {name: plain.pop(_plain(name)) for name in model.state_dict()}
+    own = {name: plain.pop(plain_name(name)) for name in model.state_dict()}
     if plain:
         raise CheckpointError(f"{path}: unknown weights: {', '.join(sorted(plain))}")
     model.load_state_dict(own)
     return model.eval()
-
-
-def _plain(name: str) -> str:
-    """A parameter's name without WeightDrop's: rnns.0.weight_hh_l0."""
-    return name.replace(".module.", ".").removesuffix("_raw")
 
 
 class StandIn:

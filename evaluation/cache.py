@@ -1,12 +1,12 @@
 """The continuous cache (Grave, Joulin & Usunier 2016, arXiv:1612.04426)."""
 
 import math
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Sequence
 
 import torch
 from torch import Tensor
 
+from evaluation.evaluate import read
 from evaluation.predictor import BLOCK_VALUES, Check, Prediction, Predictor
 
 
@@ -38,76 +38,20 @@ class Cache(Predictor):
         if not 0 <= lambdasm <= 1:
             raise ValueError(f"the cache's lambda is {lambdasm}; it must be in [0, 1]")
         self.base = base
-        self.theta = theta
-        self.lambdasm = lambdasm
+        self.window, self.theta, self.lambdasm = window, theta, lambdasm
         self.device, self.segment = base.device, base.segment
-        self.history = History(window)
 
     def start(self, columns: int) -> None:
         """See Predictor."""
         self.base.start(columns)
-        self.history.start()
-
-    def read(self, words: Tensor) -> "Mixture":
-        """See Predictor."""
-        base = self.base.read(words)
-        return Mixture(base, self.history.add(words, base.outputs), self.theta, self.lambdasm)
-
-
-class Mixture(Prediction):
-    """A prediction of Cache."""
-
-    def __init__(self, base: Prediction, entries: "Entries", theta: float, lambdasm: float) -> None:
-        super().__init__(base.outputs, base.ntoken)
-        self._base, self._entries = base, entries
-        self._theta, self._lambdasm = theta, lambdasm
-        self.values_per_place = max(base.values_per_place, entries.keys.shape[1])
-
-    def log_probs(self, places: slice) -> Tensor:
-        """See Prediction."""
-        cached = self._entries.log_probs(places, self._theta, self.ntoken)
-        return mix(self._base.log_probs(places), cached, self._lambdasm)
-
-    def score(self, targets: Tensor, check: Check = lambda: None) -> Tensor:
-        """See Prediction."""
-        cached = self._entries.score(targets, self._theta, check)
-        return mix(self._base.score(targets, check), cached, self._lambdasm)
-
-    def grid(
-        self, targets: Tensor, thetas: Sequence[float], lambdas: Sequence[float]
-    ) -> Iterator[Tensor]:
-        """`score` with other settings: for each theta, (number of lambdas, N)."""
-        base = self._base.score(targets)
-        for theta in thetas:
-            cached = self._entries.score(targets, theta)
-            yield torch.stack([mix(base, cached, lambdasm) for lambdasm in lambdas])
-
-
-def mix(base: Tensor, cached: Tensor, lambdasm: float) -> Tensor:
-    """log((1 - lambda) exp(base) + lambda exp(cached)); base alone where cached is NaN."""
-    shares = torch.tensor([1 - lambdasm, lambdasm], dtype=torch.float64).log().tolist()
-    mixed = torch.logaddexp(base + shares[0], cached + shares[1])
-    return torch.where(cached.isnan(), base, mixed)
-
-
-class History:
-    """The last `window` outputs of each column, with the words that came after them."""
-
-    def __init__(self, window: int) -> None:
-        self.window = window
-
-    def start(self) -> None:
-        """Forget everything."""
         self._keys: Tensor | None = None
         self._following: Tensor | None = None
 
-    def add(self, words: Tensor, outputs: Tensor) -> "Entries":
-        """Append the outputs (T·B, E) at words (T, B); returns what these T rows look back on.
-
-        The word after the last row comes with the next call.
-        """
+    def read(self, words: Tensor) -> "Mixture":
+        """See Predictor. The word after the last row comes with the next call."""
+        base = self.base.read(words)
         rows, columns = words.shape
-        keys = outputs.view(rows, columns, -1).transpose(0, 1)  # (B, T, E)
+        keys = base.outputs.view(rows, columns, -1).transpose(0, 1)  # (B, T, E)
         following = words.t()[:, 1:]  # (B, T - 1)
         before = 0
         if self._keys is not None and self._following is not None:
@@ -117,53 +61,73 @@ class History:
         # Copies, so that the whole of keys can be freed.
         self._keys = keys[:, -self.window :].clone()
         self._following = following[:, max(0, keys.shape[1] - self.window) :].clone()
-        return Entries(keys, following, before, self.window)
+        return Mixture(base, keys, following, before, self)
 
 
-@dataclass
-class Entries:
-    """The cache entries of each of T rows and B columns.
+class Mixture(Prediction):
+    """A prediction of Cache for T rows and B columns.
 
-    keys: outputs of P earlier rows and the T rows, (B, P + T, E).
-    following: the words after them but the last, (B, P + T - 1).
-    before: P.
-    window: row t looks back on keys P + t - window, …, P + t - 1.
+    Args:
+        base: the predictor's.
+        keys: outputs of P earlier rows and the T rows, (B, P + T, E).
+        following: the words after them but the last, (B, P + T - 1).
+        before: P.
+        cache: row t looks back on keys P + t - window, …, P + t - 1 of its window.
     """
 
-    keys: Tensor
-    following: Tensor
-    before: int
-    window: int
+    def __init__(
+        self, base: Prediction, keys: Tensor, following: Tensor, before: int, cache: Cache
+    ) -> None:
+        super().__init__(base.outputs, base.ntoken)
+        self.values_per_place = max(base.values_per_place, keys.shape[1])
+        self._base = base
+        self._keys, self._following, self._before = keys, following, before
+        self._cache = cache
+        self._columns, self._rows = keys.shape[0], keys.shape[1] - before
 
-    def score(self, targets: Tensor, theta: float, check: Check = lambda: None) -> Tensor:
+    def log_probs(self, places: slice) -> Tensor:
+        """See Prediction."""
+        first, last, _ = places.indices(self._rows * self._columns)
+        start, stop = first // self._columns, -(-last // self._columns)
+        scores, following = self._scores(start, stop, self._cache.theta)
+        shares = scores.softmax(2)
+        words = following[:, None, :].expand_as(shares)
+        probs = shares.new_zeros(*shares.shape[:2], self.ntoken).scatter_add_(2, words, shares)
+        if start == 0 and self._before == 0:
+            probs[:, 0] = torch.nan
+        cached = probs.log().transpose(0, 1).flatten(0, 1)
+        cached = cached[first - start * self._columns : last - start * self._columns]
+        return mix(self._base.log_probs(places), cached, self._cache.lambdasm)
+
+    def score(self, targets: Tensor, check: Check = lambda: None) -> Tensor:
+        """See Prediction."""
+        cached = self._cached(targets, self._cache.theta, check)
+        return mix(self._base.score(targets, check), cached, self._cache.lambdasm)
+
+    def grid(
+        self, targets: Tensor, thetas: Sequence[float], lambdas: Sequence[float]
+    ) -> Iterator[Tensor]:
+        """`score` with other settings: for each theta, (number of lambdas, N)."""
+        base = self._base.score(targets)
+        for theta in thetas:
+            cached = self._cached(targets, theta)
+            yield torch.stack([mix(base, cached, lambdasm) for lambdasm in lambdas])
+
+    def _cached(self, targets: Tensor, theta: float, check: Check = lambda: None) -> Tensor:
         """log p_cache of the targets (T·B,), (T·B,); NaN where there are no entries."""
-        columns, total = self.keys.shape[0], self.keys.shape[1] - self.before
-        goals = targets.view(total, columns).t()  # (B, T)
+        goals = targets.view(self._rows, self._columns).t()  # (B, T)
         # A block of rows, so that the scores stay within BLOCK_VALUES.
-        step = max(1, min(self.window, BLOCK_VALUES // (columns * self.keys.shape[1])))
+        most = BLOCK_VALUES // (self._columns * self._keys.shape[1])
+        step = max(1, min(self._cache.window, most))
         parts = []
-        for start in range(0, total, step):
+        for start in range(0, self._rows, step):
             check()
-            stop = min(start + step, total)
+            stop = min(start + step, self._rows)
             scores, following = self._scores(start, stop, theta)
             same = following[:, None, :] == goals[:, start:stop, None]
             hit = scores.masked_fill(~same, -torch.inf).logsumexp(2)
             parts.append(hit - scores.logsumexp(2))
         return torch.cat(parts, 1).t().flatten()
-
-    def log_probs(self, places: slice, theta: float, ntoken: int) -> Tensor:
-        """log p_cache of all words at some of the T·B places, (n, V); NaN without entries."""
-        columns, total = self.keys.shape[0], self.keys.shape[1] - self.before
-        first, last, _ = places.indices(total * columns)
-        start, stop = first // columns, -(-last // columns)
-        scores, following = self._scores(start, stop, theta)
-        shares = scores.softmax(2)
-        words = following[:, None, :].expand_as(shares)
-        probs = shares.new_zeros(columns, stop - start, ntoken).scatter_add_(2, words, shares)
-        if start == 0 and self.before == 0:
-            probs[:, 0] = torch.nan
-        rows = probs.log().transpose(0, 1).flatten(0, 1)
-        return rows[first - start * columns : last - start * columns]
 
     def _scores(self, start: int, stop: int, theta: float) -> tuple[Tensor, Tensor]:
         """theta h[t] . h[i] of rows t = start, …, stop - 1 and their entries i.
@@ -171,12 +135,43 @@ class Entries:
         Returns:
             Scores (B, stop - start, K), -inf where i is no entry of t, and the words after, (B, K).
         """
-        low = max(0, self.before + start - self.window)
-        high = self.before + stop - 1
-        queries = self.keys[:, self.before + start : self.before + stop]
-        keys = self.keys[:, low:high]
-        scores = (theta * queries) @ keys.transpose(1, 2)
-        rows = torch.arange(self.before + start, self.before + stop, device=keys.device)[:, None]
-        entries = torch.arange(low, high, device=keys.device)
-        allowed = (entries < rows) & (entries >= rows - self.window)
-        return scores.masked_fill(~allowed, -torch.inf), self.following[:, low:high]
+        first, last, window = self._before + start, self._before + stop, self._cache.window
+        low = max(0, first - window)
+        keys = self._keys[:, low : last - 1]
+        scores = (theta * self._keys[:, first:last]) @ keys.transpose(1, 2)
+        rows = torch.arange(first, last, device=keys.device)[:, None]
+        entries = torch.arange(low, last - 1, device=keys.device)
+        allowed = (entries < rows) & (entries >= rows - window)
+        return scores.masked_fill(~allowed, -torch.inf), self._following[:, low : last - 1]
+
+
+def mix(base: Tensor, cached: Tensor, lambdasm: float) -> Tensor:
+    """log((1 - lambda) exp(base) + lambda exp(cached)); base alone where cached is NaN."""
+    shares = torch.tensor([1 - lambdasm, lambdasm], dtype=torch.float64).log().tolist()
+    mixed = torch.logaddexp(base + shares[0], cached + shares[1])
+    return torch.where(cached.isnan(), base, mixed)
+
+
+def cache_losses(
+    base: Predictor,
+    ids: Tensor,
+    window: int,
+    thetas: Sequence[float],
+    lambdas: Sequence[float],
+    done: Callable[[int], None] = lambda rows: None,
+) -> Tensor:
+    """Losses of caches over a predictor, nats per token, (number of thetas, of lambdas), float64.
+
+    They are those of `evaluate` with Cache(base, window, theta, lambda) in one column, but the base
+    reads the text only once.
+
+    Args:
+        done: called with the number of words that were read since the last call.
+    """
+    totals = torch.zeros(len(thetas), len(lambdas), dtype=torch.float64, device=base.device)
+    for prediction, targets in read(Cache(base, window, 0, 0), ids, columns=1):
+        assert isinstance(prediction, Mixture)
+        for n, scores in enumerate(prediction.grid(targets, thetas, lambdas)):
+            totals[n] -= scores.double().sum(1)
+        done(len(targets))
+    return totals.cpu() / (len(ids) - 1)

@@ -1,8 +1,6 @@
 """evaluate.py's flags, and pointer.py's."""
 
 import argparse
-import math
-from argparse import ArgumentTypeError
 from collections.abc import Sequence
 from dataclasses import replace
 
@@ -10,20 +8,9 @@ from engine.errors import UsageError
 from flags.flag import Flag, Sections, by_name
 from flags.parser import Parser
 from flags.training import TRAINING
-from flags.values import natural, non_negative, positive, positive_int, refused_cuda
+from flags.values import natural, non_negative, positive, positive_int, refused_cuda, share
 
 _SHARED = by_name(TRAINING)
-
-
-def share(text: str) -> float:
-    """--lambdasm: the cache's share of the mixture."""
-    try:
-        value = float(text)
-    except ValueError:
-        value = math.nan
-    if not 0 <= value <= 1:
-        raise ArgumentTypeError(f"{text!r} is not a number in [0, 1]")
-    return value
 
 
 WINDOW = Flag("--window", 500, "words that the cache looks back on", positive_int)

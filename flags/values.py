@@ -48,6 +48,7 @@ whole_numbers = _several(natural)
 decay = _number(float, "a number above 1, or 0", lambda x: x > 1 or x == 0)
 between_0_and_1 = _number(float, "a probability in (0, 1)", lambda x: 0 < x < 1)
 vocabulary_size = _number(int, "a whole number of at least 3", lambda n: 3 <= n <= LARGEST)
+share = _number(float, "a number in [0, 1]", lambda x: 0 <= x <= 1)
 probability_above_0 = _number(float, "a probability in (0, 1]", lambda x: 0 < x <= 1)
 probability = _number(float, "a probability in [0, 1)", lambda x: 0 <= x < 1)
 

@@ -66,7 +66,7 @@ def run(argv: Sequence[str]) -> None:
         if gpu >= (there := torch.cuda.device_count()):
             raise UsageError(f"argument --gpus: there is no GPU {gpu} ({there} in all)")
     ensure_corpus(runs[0].flags["data"])
-    corpus = load_corpus(runs[0].flags["data"])  # makes the cache once, for all runs
+    corpus = load_corpus(runs[0].flags["data"])
     check_folders(runs, corpus.fingerprint)
     if args.ray is None:
         check_sizes(table, runs, corpus)

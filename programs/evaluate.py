@@ -12,7 +12,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from data.corpus import EOS, Vocabulary
+from data.corpus import EOS
 from data.download import ensure_corpus
 from data.files import atomic_write
 from data.text import Text, read_text
@@ -24,12 +24,11 @@ from engine.launch import local_rank
 from engine.progress import Progress
 from engine.report import DOUBLE_RULE, loss_figures
 from engine.tracking import warn
-from evaluation.cache import Cache
+from evaluation.cache import Cache, cache_losses
 from evaluation.dynamic import Dynamic, root_mean_squares
 from evaluation.evaluate import evaluate, in_text_order, perplexity, read
 from evaluation.plain import Plain
 from evaluation.predictor import Mean, Predictor, Temperature
-from evaluation.search import cache_losses
 from flags.evaluation import parse_evaluation
 from model import RNNModel
 
@@ -54,8 +53,14 @@ def measure(args: argparse.Namespace, title: str = "") -> None:
     if device.type == "cpu":
         keep_freed_memory()
     model, vocabulary = load_model(args.model, device)
-    texts = Texts(args, vocabulary)
-    text, name = texts.to_evaluate()
+    only_text = args.text and not args.search and args.dynamic != "rms"
+    folder = Path() if only_text else find_corpus(args)
+    if args.text:
+        before = EOS if EOS in vocabulary else None
+        text, name = read_text(args.text, vocabulary, before), " ".join(args.text)
+    else:
+        text = read_text(folder / f"{args.split}.txt", vocabulary)
+        name = f"{folder} {args.split}"
     columns = args.eval_batch_size or default_columns(args)
     predictions = len(text.ids) - 1
     if predictions < columns:
@@ -67,10 +72,10 @@ def measure(args: argparse.Namespace, title: str = "") -> None:
         warn(f"--window {args.window} is longer than {name}; the cache holds all of it")
     roots = None
     if args.dynamic == "rms":
-        roots = statistics(args, model, texts.split("train").ids)
+        roots = statistics(args, model, read_text(folder / "train.txt", vocabulary).ids)
     settings = {key: getattr(args, key)[0] for key in used(args)}
     if args.search:
-        settings = search(args, model, roots, texts.split("valid").ids)
+        settings = search(args, model, roots, read_text(folder / "valid.txt", vocabulary).ids)
     print(f"| {args.model} | {name} | {predictions:,} predictions | {device}", file=sys.stderr)
     scores, ranks = score(build(args, model, roots, settings), text.ids, columns, args.per_word)
     loss = -float(scores.mean())
@@ -92,36 +97,17 @@ def measure(args: argparse.Namespace, title: str = "") -> None:
         write_lines(args.summary, [json.dumps(dict(finite, seconds=time.monotonic() - started))])
 
 
-class Texts:
-    """The texts that the flags name, by the model's vocabulary."""
+def find_corpus(args: argparse.Namespace) -> Path:
+    """The folder of the corpus, downloaded if it is missing.
 
-    def __init__(self, args: argparse.Namespace, vocabulary: Vocabulary) -> None:
-        self.args = args
-        self.vocabulary = vocabulary
-        self.folder: Path | None = None
-
-    def split(self, name: str) -> Text:
-        """A text of the corpus.
-
-        Raises:
-            UsageError: no corpus was given, and the model's run does not name one.
-            DataError: it cannot be read, or has words that the model does not know.
-        """
-        if self.folder is None:
-            data = self.args.data or corpus_of_run(self.args.model)
-            if data is None:
-                raise UsageError(f"argument --data: which corpus? {self.args.model} names none")
-            ensure_corpus(data)
-            self.folder = Path(data)
-        return read_text(self.folder / f"{name}.txt", self.vocabulary)
-
-    def to_evaluate(self) -> tuple[Text, str]:
-        """The text to evaluate, and its name."""
-        if not self.args.text:
-            text = self.split(self.args.split)
-            return text, f"{self.folder} {self.args.split}"
-        before = EOS if EOS in self.vocabulary else None
-        return read_text(self.args.text, self.vocabulary, before), " ".join(self.args.text)
+    Raises:
+        UsageError: no corpus was given, and the model's run does not name one.
+    """
+    data = args.data or corpus_of_run(args.model)
+    if data is None:
+        raise UsageError(f"argument --data: which corpus? {args.model} names none")
+    ensure_corpus(data)
+    return Path(data)
 
 
 def default_columns(args: argparse.Namespace) -> int:
@@ -188,7 +174,7 @@ def search(
         base = build(args, model, roots, best)
         with Progress(len(valid) - 1, description="search") as progress:
             losses = cache_losses(
-                base, valid, 1, args.window, args.theta, args.lambdasm, progress.update
+                base, valid, args.window, args.theta, args.lambdasm, progress.update
             )
         pairs = [dict(theta=t, lambdasm=share) for t, share in product(args.theta, args.lambdasm)]
         ordered, places = losses.flatten().sort()  # nan comes last

@@ -1,6 +1,7 @@
 """Make a corpus of one's own texts: python prepare.py FILE… --output data/mine"""
 
 from collections.abc import Sequence
+from contextlib import ExitStack
 from dataclasses import fields
 from pathlib import Path
 
@@ -24,8 +25,16 @@ def run(argv: Sequence[str]) -> None:
     how = {field.name: getattr(args, field.name) for field in fields(Preparation)}
     how["split"] = tuple(how["split"])
     output = Path(args.output)
-    with Bars() as bars:
-        record = prepare(args.texts, output, Preparation(**how), bars.update)
+    with ExitStack() as stack:
+        bars: dict[str, Progress] = {}
+
+        def update(task: str, done: int, total: int) -> None:
+            if task not in bars:
+                bars[task] = stack.enter_context(Progress(total, description=task, unit="B"))
+                bars[task].report(f"| {task} words, {total:,} bytes")
+            bars[task].update(done)
+
+        record = prepare(args.texts, output, Preparation(**how), update)
     print(f"| {output} | files: {record['files']:,} | bytes: {record['bytes']:,}")
     for split in SPLITS:
         part = record[split]
@@ -54,26 +63,3 @@ def run(argv: Sequence[str]) -> None:
                 "--min-count or more text leaves fewer"
             )
     print(f"| python main.py --data {output} --dry-run says what training on it takes")
-
-
-class Bars:
-    """A progress bar for each task of prepare, one after the other."""
-
-    def __init__(self) -> None:
-        self.task = ""
-        self.bar: Progress | None = None
-
-    def update(self, task: str, done: int, total: int) -> None:
-        """Count bytes as done; see data.prepare.Progress."""
-        if task != self.task or self.bar is None:
-            self.__exit__()
-            self.task, self.bar = task, Progress(total, description=task, unit="B")
-            self.bar.report(f"| {task} words, {total:,} bytes")
-        self.bar.update(done)
-
-    def __enter__(self) -> "Bars":
-        return self
-
-    def __exit__(self, *exception: object) -> None:
-        if self.bar is not None:
-            self.bar.close()

@@ -8,6 +8,7 @@ import shlex
 import signal
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from types import ModuleType
 from typing import Any, NamedTuple
 
 import pytest
@@ -112,6 +113,19 @@ def run(capsys: pytest.CaptureFixture[str]) -> Callable[..., Result]:
         return Result(code, captured.out, captured.err)
 
     return call
+
+
+@pytest.fixture
+def call(capsys: pytest.CaptureFixture[str]) -> Callable[..., Result]:
+    """Run a program in this process: call(evaluate, "PTB.pt", …) -> (exit code, stdout, stderr)."""
+
+    def run_program(program: ModuleType, *argv: object) -> Result:
+        capsys.readouterr()
+        code = program.main([str(arg) for arg in argv])
+        captured = capsys.readouterr()
+        return Result(code, captured.out, captured.err)
+
+    return run_program
 
 
 def full_disk_under(monkeypatch: pytest.MonkeyPatch, name: str) -> None:

@@ -48,7 +48,8 @@ OWNERS = {
     "matplotlib": {"pictures/canvas.py"},
     "ray": {"engine/ablation/ray_pool.py"},
     "scipy": {"engine/ablation/statistics.py"},
-    "pooch": {"data/download.py"},
+    "requests": {"data/download.py"},
+    "safetensors": {"engine/model_folder.py"},
 }
 # Calls that can run what is in a file or in an argument.
 RUNS_CODE = {

@@ -31,7 +31,7 @@ def lines_of(folder: Path) -> dict[str, list[str]]:
 
 def test_sizes_shares_and_form(built: Path) -> None:
     lines = lines_of(built)
-    corpus = load_corpus(built, cache=False)
+    corpus = load_corpus(built)
     sizes = {split: len(getattr(corpus, split)) for split in SPLITS}
     total = sum(sizes.values())
     assert sizes["train"] > 150_000

@@ -3,7 +3,6 @@
 import hashlib
 import io
 import multiprocessing
-import sys
 import tarfile
 import threading
 import time
@@ -16,13 +15,11 @@ from pathlib import Path
 
 import pytest
 
-from data import archive, download
+from data import download
 from data.download import ensure_corpus, fetch_corpus
-from data.errors import DataError
+from data.errors import DataError, WriteError
 from data.files import SPLITS
 from data.sources import KNOWN_CORPORA, CorpusSource, Mirror
-
-pytest.importorskip("pooch", reason="downloads need pooch")
 
 TEXTS = {"train": b"a b\nc\n", "valid": b"b a\n", "test": b"c c\n"}
 
@@ -164,7 +161,7 @@ def test_bad_mirrors_are_named_and_a_good_one_is_taken(server: Server, tmp_path:
         fetch_corpus(CorpusSource(bad, TEXT_MD5), folder, timeout=0.2)
     assert time.monotonic() - start < 5
     reasons = [f"{server.url}{place}/train.txt ({cause})" for place, cause in causes.items()]
-    reasons.append("http://127.0.0.1:9/train.txt (connection refused)")
+    reasons.append("http://127.0.0.1:9/train.txt (ConnectionError)")
     assert str(caught.value) == f"{folder}: cannot be downloaded: {'; '.join(reasons)}"
     assert_nothing_left(folder)
     good = (*bad, *plain_source(server, "").mirrors)
@@ -271,22 +268,12 @@ def test_only_known_names_below_data_are_fetched(
     assert len(asked) == 5
 
 
-def test_without_pooch_the_error_says_what_to_do(
-    server: Server, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setitem(sys.modules, "pooch", None)
-    with pytest.raises(DataError, match=r"pip install pooch, or put train\.txt"):
-        fetch_corpus(plain_source(server, ""), tmp_path / "x")
-    assert_nothing_left(tmp_path / "x")
-
-
 def test_folder_that_cannot_be_made(server: Server, tmp_path: Path) -> None:
     (tmp_path / "file").touch()
-    with pytest.raises(DataError, match="cannot be written"):
+    with pytest.raises(WriteError, match="cannot write: "):
         fetch_corpus(plain_source(server, ""), tmp_path / "file" / "x")
 
 
-@pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")  # its socket
 def test_a_body_that_never_ends_is_given_up(
     server: Server, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -298,7 +285,7 @@ def test_a_body_that_never_ends_is_given_up(
     with pytest.raises(DataError) as caught:
         fetch_corpus(source, tmp_path / "x")
     assert time.monotonic() - begin < 5
-    assert f"{drops.url} (not done within 0 s); " in str(caught.value)
+    assert "/drops/train.txt (not done within 0 s); " in str(caught.value)
     assert "/endless/train.txt (more than 3,000,000 bytes)" in str(caught.value)
     assert_nothing_left(tmp_path / "x")
     fetch_corpus(CorpusSource((drops, good), TEXT_MD5), tmp_path / "x")
@@ -309,17 +296,9 @@ def test_a_body_that_never_ends_is_given_up(
 def test_an_archive_that_says_it_is_a_bomb_is_not_unpacked(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, kind: str
 ) -> None:
-    data = archive_of(kind, {"train.txt": bytes(50_000_000)})
-    assert len(data) < 100_000
-    write = archive.LimitedFile.write
-
-    def checked(file: archive.LimitedFile, content: bytes) -> None:
-        assert content.strip(b"\0")  # not what is in the archive
-        write(file, content)
-
-    monkeypatch.setattr(archive.LimitedFile, "write", checked)
-    with serving({"/bomb": data}) as server:
+    monkeypatch.setattr("shutil.copyfileobj", None)
+    with serving({"/bomb": archive_of(kind, {"train.txt": bytes(5_000_000)})}) as server:
         source = CorpusSource((Mirror(f"{server.url}/bomb", "{split}.txt"),), most_bytes=100_000)
-        with pytest.raises(DataError, match="has 50,000,000 bytes, and 100,000 are the most"):
+        with pytest.raises(DataError, match="has 5,000,000 bytes, and 100,000 are the most"):
             fetch_corpus(source, tmp_path / "x")
     assert_nothing_left(tmp_path / "x")

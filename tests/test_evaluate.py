@@ -39,19 +39,6 @@ def trained(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder / "m.pt"
 
 
-@pytest.fixture
-def look(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> Run:
-    """Run evaluate.py in this process."""
-
-    def call(*argv: object) -> Result:
-        capsys.readouterr()
-        code = program.main(["--device", "cpu", *map(str, argv)])
-        captured = capsys.readouterr()
-        return Result(code, captured.out, captured.err)
-
-    return call
-
-
 def summary_of(result: Result, path: Path) -> dict[str, Any]:
     assert result.code == 0, result.err
     found: dict[str, Any] = json.loads(path.read_text())
@@ -59,27 +46,33 @@ def summary_of(result: Result, path: Path) -> dict[str, Any]:
     return found
 
 
-def test_it_finds_what_main_found(look: Run, trained: Path, tmp_path: Path) -> None:
+def test_it_finds_what_main_found(call: Run, trained: Path, tmp_path: Path) -> None:
     """The run's own corpus, if no other is named; validation in ten columns."""
     path = tmp_path / "summary.json"
-    found = summary_of(look(trained, "--summary", path), path)
+    found = summary_of(call(program, trained, "--summary", path), path)
     run = json.loads((trained.with_suffix("") / "summary.json").read_text())
     assert found["ppl"] == run["test_ppl"]
     assert found["bpc"] == pytest.approx(math.log2(found["ppl"]))
     columns = ["--eval-batch-size", 3]
-    found = summary_of(look(trained, "--split", "valid", *columns, "--summary", path), path)
+    found = summary_of(
+        call(program, trained, "--split", "valid", *columns, "--summary", path), path
+    )
     assert found["ppl"] == run["best_valid_ppl"]
-    assert summary_of(look(trained, "--split", "valid", "--summary", path), path)["columns"] == 10
+    assert (
+        summary_of(call(program, trained, "--split", "valid", "--summary", path), path)["columns"]
+        == 10
+    )
 
 
-def test_all_of_it_together(look: Run, trained: Path, tmp_path: Path) -> None:
+def test_all_of_it_together(call: Run, trained: Path, tmp_path: Path) -> None:
     model, vocabulary = load_model(trained)
     folder, path = trained.parent / "corpus", tmp_path / "summary.json"
     train, ids = (read_text(folder / f"{name}.txt", vocabulary).ids for name in ("train", "test"))
     roots = root_mean_squares(model, train, 4, 6, most=5)
     networks = [Dynamic(model, 1e-3, 0.01, 6, roots, 1e-4, masks=3 + k) for k in range(2)]
     expected = evaluate(Cache(Temperature(Mean(networks), 1.2), 20, 0.7, 0.15), ids, 1)
-    result = look(
+    result = call(
+        program,
         *(trained, "--data", folder, "--summary", path, "--mc", 2, "--seed", 3),
         *("--temperature", 1.2, "--cache", "--window", 20, "--theta", 0.7, "--lambdasm", 0.15),
         *("--dynamic", "rms", "--lr", 1e-3, "--lamb", 0.01, "--epsilon", 1e-4, "--bptt", 6),
@@ -104,14 +97,15 @@ def test_pointer_is_the_cache(trained: Path, capsys: pytest.CaptureFixture[str])
 
 
 def test_any_text(
-    look: Run, trained: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    call: Run, trained: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Two files as one text after an <eos>, words that are unknown; by word and by line."""
     first, second = tmp_path / "a.txt", tmp_path / "b.txt"
     first.write_text("w1 w2 news\nw3\n")
     second.write_text("\nw4 älter")
     words, by_line, path = (tmp_path / name for name in ("words.tsv", "lines.tsv", "s.json"))
-    result = look(
+    result = call(
+        program,
         *(trained, "--text", first, second, "--per-word", words, "--by-line", by_line),
         *("--summary", path),
     )
@@ -140,12 +134,12 @@ def test_any_text(
 
     piped = io.BytesIO(first.read_bytes() + second.read_bytes())
     monkeypatch.setattr("sys.stdin", SimpleNamespace(buffer=piped))
-    again = summary_of(look(trained, "--text", "-", "--summary", path), path)
+    again = summary_of(call(program, trained, "--text", "-", "--summary", path), path)
     assert again["loss"] == found["loss"]
 
 
 @pytest.mark.parametrize("dynamic", [None, "sgd", "rms"])
-def test_search(look: Run, trained: Path, tmp_path: Path, dynamic: str | None) -> None:
+def test_search(call: Run, trained: Path, tmp_path: Path, dynamic: str | None) -> None:
     """The best on validation of the values that are given, which then are what the flags say."""
     model, vocabulary = load_model(trained)
     folder, path = trained.parent / "corpus", tmp_path / "s.json"
@@ -156,7 +150,7 @@ def test_search(look: Run, trained: Path, tmp_path: Path, dynamic: str | None) -
         values += ["--lr", 0, 1e-3, "--lamb", 0.01]
     if dynamic == "rms":
         flags += ["--batch-size", 4]
-    found = summary_of(look(*flags, "--search", *values), path)
+    found = summary_of(call(program, *flags, "--search", *values), path)
     train, valid = (read_text(folder / f"{n}.txt", vocabulary).ids for n in ("train", "valid"))
     roots = root_mean_squares(model, train, 4) if dynamic == "rms" else None
     rate = 0.0
@@ -168,23 +162,23 @@ def test_search(look: Run, trained: Path, tmp_path: Path, dynamic: str | None) -
     grid = [(theta, share) for theta in (0.3, 3) for share in (0, 0.2)]
     mixed = {two: evaluate(Cache(base, 30, *two), valid, 1) for two in grid}
     assert (found["theta"], found["lambdasm"]) == min(mixed, key=mixed.__getitem__)
-    shown = look(*flags, "--search", *values)
+    shown = call(program, *flags, "--search", *values)
     listed = re.findall(r"^\| --theta .* valid ppl +([\d.]+)$", shown.err, re.MULTILINE)
     assert listed == [f"{math.exp(loss):.2f}" for loss in sorted(mixed.values())]
     chosen = re.search(r"best on the validation text: (.*) \| valid ppl +([\d.]+)", shown.out)
     assert chosen is not None
     assert float(chosen[2]) == pytest.approx(math.exp(min(mixed.values())), abs=0.006)
-    assert summary_of(look(*flags, *chosen[1].split()), path)["loss"] == found["loss"]
+    assert summary_of(call(program, *flags, *chosen[1].split()), path)["loss"] == found["loss"]
     if dynamic:  # one pair of rates is not searched
         rates = ["--lr", rate, "--lamb", 0.01]
-        shown = look(*flags, "--search", *values, *rates)
+        shown = call(program, *flags, "--search", *values, *rates)
         assert "| --lr" not in shown.err
         assert summary_of(shown, path)["loss"] == found["loss"]
 
 
 ERRORS = {
     "nowhere.pt": (1, "nowhere.pt: no such file"),
-    "MODEL --text nowhere.txt": (1, "nowhere.txt: cannot be read"),
+    "MODEL --text nowhere.txt": (1, "nowhere.txt: no such file"),
     "MODEL --text EMPTY": (1, "empty.txt: empty"),
     "MODEL --cache --lambdasm 1.5": (2, "--lambdasm: '1.5' is not a number in [0, 1]"),
     "MODEL --lambdasm 0.5": (2, "--lambdasm: goes with --cache only"),
@@ -199,27 +193,27 @@ ERRORS = {
 
 
 @pytest.mark.parametrize("line", ERRORS)
-def test_errors_are_one_line(look: Run, trained: Path, tmp_path: Path, line: str) -> None:
+def test_errors_are_one_line(call: Run, trained: Path, tmp_path: Path, line: str) -> None:
     (tmp_path / "empty.txt").write_text("")
     words = {"MODEL": str(trained), "EMPTY": str(tmp_path / "empty.txt")}
     code, message = ERRORS[line]
-    result = look(*(words.get(word, word) for word in line.split()))
+    result = call(program, *(words.get(word, word) for word in line.split()))
     assert result.code == code
     last = result.err.splitlines()[-1]
     assert last.startswith("error: ")
     assert message in last
 
 
-def test_a_vocabulary_without_unk_names_the_words(look: Run, tmp_path: Path) -> None:
+def test_a_vocabulary_without_unk_names_the_words(call: Run, tmp_path: Path) -> None:
     corpus, save = write_corpus(tmp_path / "corpus"), tmp_path / "m.pt"
     assert main.main([*TINY, "--data", str(corpus), "--save", str(save), "--max-updates", "1"]) == 0
     (tmp_path / "text.txt").write_text("w1 to be\n")
-    result = look(save, "--text", tmp_path / "text.txt")
+    result = call(program, save, "--text", tmp_path / "text.txt")
     assert (result.code, result.out) == (1, "")
     expected = f"error: {tmp_path}/text.txt: the vocabulary lacks 'to', 'be', and has no <unk>\n"
     assert result.err == expected
     (tmp_path / "one.txt").write_text("w1\n")
     path = tmp_path / "s.json"
-    cached = look(save, "--text", tmp_path / "one.txt", "--cache", "--summary", path)
+    cached = call(program, save, "--text", tmp_path / "one.txt", "--cache", "--summary", path)
     assert summary_of(cached, path)["predictions"] == 2
     assert "--window 500 is longer than" in cached.err

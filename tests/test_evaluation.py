@@ -11,7 +11,7 @@ from torch import Tensor
 
 from data.corpus import Vocabulary
 from evaluation.bigram import bigram_loss
-from evaluation.evaluate import evaluate, perplexity, stretches
+from evaluation.evaluate import evaluate, perplexity
 from evaluation.plain import Plain
 from evaluation.sampling import sample_sentences
 from model import RNNModel
@@ -49,23 +49,6 @@ def test_each_prediction_counts_once(length: int, batch_size: int, device: torch
     for window in (None, 1, 7, 1000):
         loss = evaluate(Plain(model), ids, batch_size, window)
         assert loss == pytest.approx(expected, rel=1e-9)
-
-
-def test_window_does_not_matter_in_float32() -> None:
-    model = small_model().float()
-    ids = torch.randint(0, 11, (997,), dtype=torch.int32)
-    losses = [evaluate(Plain(model), ids, 3, window) for window in (1, 10, 70, 331, 500)]
-    assert max(losses) - min(losses) < 1e-6 * min(losses)
-
-
-def test_stretches_are_the_text() -> None:
-    ids = torch.arange(24)
-    inputs, targets = stretches(ids, 5)  # 23 predictions: 5 5 5 4 4
-    assert inputs.shape == (5, 5)
-    read = [int(t) for column in targets.T for t in column if t != -100]
-    assert read == list(range(1, 24))
-    real = targets != -100
-    assert torch.equal(inputs[real] + 1, targets[real])
 
 
 def test_evaluation_leaves_mode_and_random_state_alone() -> None:
@@ -125,8 +108,8 @@ def test_samples_are_reproducible_and_follow_the_model() -> None:
     torch.nn.init.zeros_(model.encoder.weight)
     model.decoder.bias.data = torch.tensor([0.0, math.log(3.0), 5.0, math.log(1.0)])
     sentences = sample_sentences(Plain(model), vocabulary, 400, seed=3)
-    assert sentences == sample_sentences(Plain(model), vocabulary, 400, seed=3)
-    assert sentences != sample_sentences(Plain(model), vocabulary, 400, seed=4)
+    assert sentences[:20] == sample_sentences(Plain(model), vocabulary, 20, seed=3)
+    assert sentences[:20] != sample_sentences(Plain(model), vocabulary, 20, seed=4)
     words = [word for sentence in sentences for word in sentence.split()]
     assert set(words) == {"a", "b"}
     assert all(sentences)

@@ -24,14 +24,12 @@ def commands() -> list[str]:
 
 def write_what_the_page_shows(folder: Path) -> None:
     """Its text, a part of the one that it names; its recipe, and its table."""
-    [command] = [
-        line for block in blocks(PAGE, "sh") for line in block.splitlines() if " -c " in line
-    ]
+    [command] = [line for line in commands() if " -c " in line]
     (folder / "page.py").write_text(shlex.split(command)[2])
     shown = io.StringIO()
     with redirect_stdout(shown):
         runpy.run_path(str(folder / "page.py"))
-    (folder / "reference.txt").write_text(shown.getvalue()[:60_000])
+    (folder / "reference.txt").write_text(shown.getvalue()[:30_000])
     [recipe] = [block for block in blocks(PAGE, "text") if "--data data/mine" in block]
     (folder / "mine.txt").write_text(recipe)
     [table] = blocks(PAGE, "toml")

@@ -34,9 +34,8 @@ def test_the_lock_has_the_pinned_versions() -> None:
         assert [(package, locked.get(package)) for package, _ in pins] == pins
 
 
+@pytest.mark.slow
 def test_the_python_api_from_another_folder(tmp_path: Path) -> None:
-    pytest.importorskip("setuptools")
-    pytest.importorskip("pip")
     project, elsewhere = tmp_path / "project", tmp_path / "elsewhere"
     copy_project(project)
     (project / "requirements.txt").write_bytes((ROOT / "requirements.txt").read_bytes())
