@@ -227,10 +227,7 @@ def build_updater(
             choices["recording"] = Choice("none", reason)
             return updater, choices
     choices["recording"] = Choice("CUDA graphs")
-    graphs = Graphs(
-        CudaRecorder(device, generator), lambda why: warn(f"updates are not recorded: {why}")
-    )
-    return RecordedUpdater(updater, graphs), choices
+    return RecordedUpdater(updater, Graphs(CudaRecorder(device, generator))), choices
 
 
 def build_penalties(args: argparse.Namespace) -> list[Penalty]:
