@@ -86,7 +86,7 @@ class Reference:
         self.rows = trainer.updater.rows
         self.weights = {n: p.detach().clone() for n, p in self.model.named_parameters()}
         self.hidden = [tuple(part[0] for part in state) for state in trainer.hidden]
-        self.bptt, self.clip = trainer.updater.bptt, trainer.updater.step.clip
+        self.bptt, self.clip = trainer.updater.bptt, trainer.step.clip
         self.wdecay = trainer.optimizer.param_groups[0]["weight_decay"]
         penalties = {p.over_pairs: p.weight for p in trainer.updater.gradient.objective.penalties}
         self.alpha, self.beta = penalties.get(False, 0), penalties.get(True, 0)

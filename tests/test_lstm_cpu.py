@@ -74,23 +74,6 @@ def test_outputs_states_and_every_gradient_equal_the_equations(shape: tuple[int,
         torch.testing.assert_close(ours, theirs, rtol=1e-12, atol=1e-13)
 
 
-def test_gradcheck_of_each_argument_through_each_result() -> None:
-    values = arguments(4, 2, 3, 5)
-    assert torch.autograd.gradcheck(lstm_layer, values)
-    for k in range(3):
-        assert torch.autograd.gradcheck(lambda *v, k=k: lstm_layer(*v)[k], values)
-
-
-def test_in_float32_it_is_torchs_lstm() -> None:
-    values = arguments(7, 5, 11, 9)
-    like = torch.randn(7, 5, 9, dtype=torch.float64)
-    ours = results(lstm_layer, values, torch.float32, like)
-    theirs = results(by_torch, values, torch.float32, like)
-    for a, b in zip(ours, theirs, strict=True):
-        assert a.dtype == torch.float32
-        torch.testing.assert_close(a, b, rtol=2e-5, atol=2e-6)
-
-
 @pytest.mark.parametrize("shape", [(35, 20, 31, 57), (1, 1, 3, 5), (12, 3, 64, 128)])
 def test_bfloat16_is_within_its_error_of_float64_and_no_worse_than_torchs(
     shape: tuple[int, ...],
@@ -188,38 +171,3 @@ def test_gradients_without_memory_of_their_own_in_bfloat16(
         wide[0].requires_grad_()
         (exact,) = torch.autograd.grad(by_steps(*wide)[0], wide[0], grad.double())
         assert float((found.double() - exact).norm() / exact.norm()) < 8 * BF16
-
-
-def test_not_differentiated_twice() -> None:
-    values = arguments(2, 2, 3, 4)
-    objective = lstm_layer(*values)[0].square().sum()
-    (grad,) = torch.autograd.grad(objective, values[0], create_graph=True)
-    with pytest.raises(RuntimeError, match="once_differentiable"):
-        grad.sum().backward()
-
-
-def test_the_output_changed_in_place_is_noticed() -> None:
-    values = arguments(2, 2, 3, 4)
-    output, _, _ = lstm_layer(*values)
-    with pytest.raises(RuntimeError, match=r"(?i)in-?place"):
-        output.mul_(2).sum().backward()
-
-
-@pytest.mark.parametrize(
-    ("name", "shape"),
-    [
-        ("x", (3, 2)), ("x", (0, 2, 4)), ("x", (3, 0, 4)), ("h0", (2, 4)), ("c0", (1, 2, 5)),
-        ("w_ih", (20, 3)), ("w_hh", (15, 5)), ("b_ih", (5,)), ("b_hh", (20, 1)), ("w_hh", (0, 0)),
-    ],
-)  # fmt: skip
-def test_shapes_that_do_not_fit_are_named(name: str, shape: tuple[int, ...]) -> None:
-    values = dict(zip(NAMES, arguments(3, 2, 4, 5), strict=True))
-    values[name] = torch.zeros(shape, dtype=torch.float64)
-    with pytest.raises(ValueError, match="it must be"):
-        lstm_layer(**values)
-
-
-def test_other_dtypes_are_refused() -> None:
-    values = [v.detach().half() for v in arguments(3, 2, 4, 5)]
-    with pytest.raises(ValueError, match="float16; it must be bfloat16"):
-        lstm_layer(*values)

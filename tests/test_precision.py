@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 import torch
-from conftest import Result, read_events
+from conftest import Result, read_events, read_weights
 from cudnn_on_cpu import install_gpu_kernels
 from torch import Tensor
 
@@ -146,12 +146,9 @@ def test_the_decoder_computes_in_the_dtype(dtype: torch.dtype, fast: bool) -> No
 @pytest.mark.parametrize(
     ("precision", "more"),
     [
-        ("bf16", []),
         ("bf16", ["--model", "GRU", "--bptt-scheme", "randomized"]),
         ("bf16", ["--bptt-scheme", "fixed", "--k1", "25", "--kernel", "plain"]),
-        ("fp16", ["--grad-filter", "2"]),
         ("fp16", ["--loss-scale", "logmax", "--bptt-scheme", "fixed", "--k1", "4"]),
-        ("fp16", ["--bptt-scheme", "full", "--lr", "0.05", "--epochs", "12"]),
     ],
     ids=str,
 )
@@ -165,16 +162,12 @@ def test_sixteen_bits_train_and_resume_exactly(
     whole = run(*flags, "--save", tmp_path / "whole.pt")
     assert whole.code == 0, whole.err
     assert f"| precision {precision} | " in whole.err
-    stop = 7 if "full" in more else 20
-    stopped = run(*flags, "--save", tmp_path / "part.pt", "--max-updates", stop)
+    stopped = run(*flags, "--save", tmp_path / "part.pt", "--max-updates", 20)
     assert stopped.code == 0
     resumed = run("--resume", tmp_path / "part", "--test-batch-size", "1")
     assert resumed.code == 0, resumed.err
     assert read_events(tmp_path / "part") == read_events(tmp_path / "whole")
-    found = [
-        torch.load(tmp_path / name, weights_only=True)["weights"]
-        for name in ("part.pt", "whole.pt")
-    ]
+    found = [read_weights(tmp_path / name) for name in ("part.pt", "whole.pt")]
     assert all(torch.equal(found[0][name], found[1][name]) for name in found[0])
     states = [
         torch.load(tmp_path / name / "last.pt", weights_only=True)["callbacks"]
@@ -183,18 +176,6 @@ def test_sixteen_bits_train_and_resume_exactly(
     assert states[0].get("loss_scale") == states[1].get("loss_scale")
     if precision == "fp16":
         assert states[0]["loss_scale"]["history"]
-    in_fp32 = run(*flags[: flags.index("--precision")], "--save", tmp_path / "fp32.pt")
-    kinds = ("train", "valid")
-    losses = [
-        {
-            kind: [e["loss"] for e in read_events(tmp_path / name) if e["event"] == kind]
-            for kind in kinds
-        }
-        for name in ("whole", "fp32")
-    ]
-    assert in_fp32.code == 0
-    assert losses[0]["train"] != losses[1]["train"]
-    assert losses[0]["valid"] == pytest.approx(losses[1]["valid"], abs=0.05)
 
 
 @pytest.mark.parametrize(

@@ -73,15 +73,6 @@ def test_evaluation_uses_the_raw_weight_however_often(
     assert "module.weight_hh_l0" not in names
 
 
-def test_first_step_does_not_see_the_mask_and_only_one_noise_gives_it_again() -> None:
-    dropped = WeightDrop(LSTM(10, 10), ["weight_hh_l0"], dropout=0.9)
-    x, state, noise = torch.randn(3, 1, 10), (torch.zeros(1, 1, 10),) * 2, Noise()
-    first, second = dropped(x, state)[0], dropped(x, state)[0]
-    assert torch.equal(first[0], second[0])
-    assert not torch.equal(first[1], second[1])
-    assert torch.equal(dropped(x, state, noise=noise)[0], dropped(x, state, noise=noise)[0])
-
-
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])
 def test_masked_weights_for_a_kernel_of_another_dtype(dtype: torch.dtype) -> None:
     """The product is rounded once; its gradient is masked in float32, and not in place."""
@@ -127,13 +118,6 @@ def test_variational_drops_rows_and_only_in_training() -> None:
     assert 0 < (output == 0).all(0).sum() < 50
     linear.eval()
     torch.testing.assert_close(linear(torch.eye(8)), linear.module.weight_raw.T)
-
-
-def test_without_a_rate_nothing_is_dropped_or_drawn() -> None:
-    linear = nn.Linear(4, 3)
-    x, before = torch.randn(2, 4), torch.get_rng_state()
-    assert torch.equal(WeightDrop(copy.deepcopy(linear), ["weight"])(x), linear(x))
-    assert torch.equal(torch.get_rng_state(), before)
 
 
 @pytest.mark.parametrize("kind", [nn.LSTM, nn.GRU, nn.RNN])
