@@ -14,7 +14,7 @@ from engine.output import lasting_output, one_line
 
 # Spin iterations of libgomp's idle threads before they sleep: about 10 microseconds, as long as the
 # pauses in an LSTM's time loop, and short enough for programs that share cores
-# (benchmarks/threads.py). libgomp's default is 300,000.
+# (benchmarks/results/threads_2-core-cpu_2026-11-21.md). libgomp's default is 300,000.
 SPIN_COUNT = "500"
 
 

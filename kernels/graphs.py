@@ -1,7 +1,6 @@
 """CUDA graphs: capture work on a GPU once, then replay it with one launch for all its kernels."""
 
 from collections.abc import Callable, Hashable
-from typing import Protocol
 
 import torch
 
@@ -10,28 +9,11 @@ from engine.errors import RunError
 Work = Callable[[], None]
 
 
-class Recorder(Protocol):
-    """Captures work for replay."""
+class Graphs:
+    """Captures work on a GPU as CUDA graphs, which share one pool of memory, and replays them.
 
-    def run(self, work: Work) -> None:
-        """Run the work eagerly, on the capture stream."""
-
-    def capture(self, work: Work) -> Work:
-        """Capture the work without running it.
-
-        The work must read its inputs from fixed memory and write its results to fixed memory.
-        Python numbers become constants; each replay draws new random numbers.
-
-        Returns:
-            A function that replays the work.
-
-        Raises:
-            RuntimeError: the work cannot be captured.
-        """
-
-
-class CudaRecorder:
-    """Captures CUDA graphs that share one pool of memory and never run at the same time.
+    The first call of a kind runs eagerly, the second is captured, later ones replay. So work that
+    runs once is never captured, and libraries are initialised before a capture.
 
     Args:
         device: the GPU.
@@ -42,35 +24,6 @@ class CudaRecorder:
         self.generator = generator
         self.stream = torch.cuda.Stream(device)
         self.pool = torch.cuda.graph_pool_handle()
-
-    def run(self, work: Work) -> None:
-        """See Recorder. Libraries allocate workspaces per stream: run once before a capture."""
-        self.stream.wait_stream(torch.cuda.current_stream(self.stream.device))
-        with torch.cuda.stream(self.stream):
-            work()
-        torch.cuda.current_stream(self.stream.device).wait_stream(self.stream)
-
-    def capture(self, work: Work) -> Work:
-        """See Recorder."""
-        graph = torch.cuda.CUDAGraph()
-        if self.generator is not None:
-            graph.register_generator_state(self.generator)
-        with torch.cuda.graph(graph, pool=self.pool, stream=self.stream):
-            work()
-        return graph.replay
-
-
-class Graphs:
-    """The first call of a kind runs eagerly, the second is captured, later ones replay.
-
-    So work that runs once is never captured, and libraries are initialised before a capture.
-
-    Args:
-        recorder: captures the work.
-    """
-
-    def __init__(self, recorder: Recorder) -> None:
-        self.recorder = recorder
         self.seen: set[Hashable] = set()
         self.replays: dict[Hashable, Work] = {}
 
@@ -79,21 +32,38 @@ class Graphs:
 
         Args:
             kind: key of the graph; works of one kind differ only in the contents of memory.
-            work: see Recorder.capture.
+            work: must read its inputs from fixed memory and write its results to fixed memory.
+                Python numbers become constants; each replay draws new random numbers.
 
         Raises:
             RunError: the work cannot be captured.
         """
         if kind not in self.seen:
             self.seen.add(kind)
-            self.recorder.run(work)
+            self.run_eagerly(work)
             return
         if kind not in self.replays:
             try:
-                self.replays[kind] = self.recorder.capture(work)
+                self.replays[kind] = self.capture(work)
             except RuntimeError as error:
                 # If ending the failed capture fails too, the first error is the context.
                 reason = " ".join(str(error.__context__ or error).split())[:200]
                 what = f"capturing a CUDA graph failed: {reason}"
                 raise RunError(f"{what}; --kernel eager does without graphs") from None
         self.replays[kind]()
+
+    def run_eagerly(self, work: Work) -> None:
+        """Run the work on the capture stream, since libraries allocate workspaces per stream."""
+        self.stream.wait_stream(torch.cuda.current_stream(self.stream.device))
+        with torch.cuda.stream(self.stream):
+            work()
+        torch.cuda.current_stream(self.stream.device).wait_stream(self.stream)
+
+    def capture(self, work: Work) -> Work:
+        """Capture the work without running it; returns a function that replays it."""
+        graph = torch.cuda.CUDAGraph()
+        if self.generator is not None:
+            graph.register_generator_state(self.generator)
+        with torch.cuda.graph(graph, pool=self.pool, stream=self.stream):
+            work()
+        return graph.replay

@@ -9,7 +9,7 @@ import pytest
 import torch
 from conftest import TINY, Result, read_weights, write_corpus
 from cudnn_on_cpu import install_gpu_kernels
-from record_on_cpu import CpuRecorder
+from record_on_cpu import CpuGraphs
 from torch import Tensor, nn
 
 import assembly
@@ -20,7 +20,7 @@ from engine.errors import RunError
 from kernels import lstm_cpu
 from kernels.choose import Choice, choose_step, install
 from kernels.fused_step import FusedStep
-from kernels.graphs import CudaRecorder, Graphs, Work
+from kernels.graphs import Graphs, Work
 from kernels.linear_cross_entropy import FastLinear
 from kernels.precision import set_products
 from layers import LAYERS
@@ -169,13 +169,9 @@ class Built:
             make_noise=lambda: Noise(self.generator),
         )  # fmt: skip
         if path == "captured":
-            on_gpu = torch.device(device).type == "cuda"
-            self.recorder = (
-                CudaRecorder(torch.device(device), self.generator)
-                if on_gpu
-                else CpuRecorder(self.generator)
-            )
-            self.graphs = Graphs(self.recorder)
+            self.graphs: Graphs = CpuGraphs(self.generator)
+            if device == "cuda":
+                self.graphs = Graphs(torch.device(device), self.generator)
             self.updater = RecordedUpdater(self.updater, self.graphs)
 
     def train(self, updates: int = 30) -> list[Tensor]:
@@ -256,8 +252,8 @@ def test_fast_and_captured_updates_are_the_plain_ones(
         torch.testing.assert_close(a, b, rtol=1e-5, atol=2e-6)
     assert all(torch.equal(a, b) for a, b in zip(found, fast, strict=True))
     assert captured.step.num_averaged == captured.optimizer.num_averaged == updates // 2  # type: ignore[union-attr]
-    recorder = captured.recorder
-    assert isinstance(recorder, CpuRecorder)
+    recorder = captured.graphs
+    assert isinstance(recorder, CpuGraphs)
     if changes.get("scheme") == "full":  # of too many pieces
         assert (recorder.ran, recorder.captured) == (0, 0)
     else:
@@ -321,7 +317,7 @@ def test_where_gradients_are_wanted_they_are_this_updates() -> None:
 # Graphs
 
 
-class Refusing(CpuRecorder):
+class Refusing(CpuGraphs):
     """Cannot capture, nor end the capture."""
 
     def capture(self, work: Work) -> Work:
@@ -332,7 +328,7 @@ class Refusing(CpuRecorder):
 
 
 def test_a_capture_that_fails_ends_the_run_and_names_the_first_cause() -> None:
-    graphs = Graphs(Refusing())
+    graphs = Refusing()
     graphs.run("a", lambda: None)
     reason = "operation not permitted when stream is capturing; --kernel eager does without"
     with pytest.raises(RunError, match=reason):
@@ -340,8 +336,7 @@ def test_a_capture_that_fails_ends_the_run_and_names_the_first_cause() -> None:
 
 
 def test_first_eager_then_captured_then_replayed() -> None:
-    recorder, done = CpuRecorder(), torch.zeros(())
-    graphs = Graphs(recorder)
+    graphs, done = CpuGraphs(), torch.zeros(())
 
     def work() -> None:
         done.add_(1)
@@ -349,9 +344,9 @@ def test_first_eager_then_captured_then_replayed() -> None:
     for kind in "abaaacab":
         graphs.run(kind, work)
     assert float(done) == 8
-    assert (recorder.ran, recorder.captured, recorder.replayed) == (3, 2, 5)
+    assert (graphs.ran, graphs.captured, graphs.replayed) == (3, 2, 5)
     with pytest.raises(RuntimeError, match="reads a value back"):
-        recorder.capture(lambda: print(float(done)))
+        graphs.capture(lambda: print(float(done)))
 
 
 PRECISIONS = {None: "fp32", torch.bfloat16: "bf16", torch.float16: "fp16"}
@@ -394,7 +389,7 @@ def test_graphs_of_a_gpu_are_its_eager_updates(
 
 
 @pytest.fixture
-def as_on_a_gpu(monkeypatch: pytest.MonkeyPatch) -> list[CpuRecorder]:
+def as_on_a_gpu(monkeypatch: pytest.MonkeyPatch) -> list[CpuGraphs]:
     """main.py takes a GPU's kernels and step, captures, and writes in the background."""
     recorders = []
     build = assembly.build_updater
@@ -406,8 +401,8 @@ def as_on_a_gpu(monkeypatch: pytest.MonkeyPatch) -> list[CpuRecorder]:
     def build_captured(*args: Any) -> Any:
         updater, choices = build(*args)
         assert isinstance(updater, Updater)
-        recorders.append(CpuRecorder(args[4]))
-        return RecordedUpdater(updater, Graphs(recorders[-1])), choices
+        recorders.append(CpuGraphs(args[4]))
+        return RecordedUpdater(updater, recorders[-1]), choices
 
     monkeypatch.setattr(assembly, "install", install_fast)
     monkeypatch.setattr(assembly, "choose_step", lambda *_: Choice("fused"))
@@ -420,7 +415,7 @@ def as_on_a_gpu(monkeypatch: pytest.MonkeyPatch) -> list[CpuRecorder]:
 
 @pytest.mark.parametrize(("precision", "stop"), [("fp32", 36), ("fp16", 13)])
 def test_main_trains_and_resumes_exactly(
-    run: Run, tmp_path: Path, as_on_a_gpu: list[CpuRecorder], precision: str, stop: int
+    run: Run, tmp_path: Path, as_on_a_gpu: list[CpuGraphs], precision: str, stop: int
 ) -> None:
     """Stopped while averaging, and before."""
     corpus = write_corpus(tmp_path / "corpus")
@@ -443,7 +438,7 @@ def test_main_trains_and_resumes_exactly(
 
 
 def test_a_full_disk_ends_the_run_though_it_writes_in_the_background(
-    run: Run, tmp_path: Path, as_on_a_gpu: list[CpuRecorder], monkeypatch: pytest.MonkeyPatch
+    run: Run, tmp_path: Path, as_on_a_gpu: list[CpuGraphs], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     corpus = write_corpus(tmp_path / "corpus")
 

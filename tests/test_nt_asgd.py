@@ -160,22 +160,6 @@ def test_parameters_without_gradient_are_averaged_too_and_not_moved() -> None:
         assert unused.tolist() == [3, 3]
 
 
-def test_a_closure_is_run_with_gradients_before_the_step() -> None:
-    p = nn.Parameter(torch.tensor([3.0]))
-    optimizer = NTASGD([p], lr=0.25)
-
-    def closure() -> torch.Tensor:
-        optimizer.zero_grad()
-        loss = p.square().sum()
-        loss.backward()
-        return loss
-
-    assert optimizer.step(closure) == 9
-    assert p.item() == 1.5  # 3 - 0.25 * 6
-    assert optimizer.step() is None  # and moves by the gradient that is left
-    assert p.item() == 0
-
-
 @pytest.mark.parametrize(
     "wrong", [dict(lr=0), dict(weight_decay=-1), dict(nonmono=-1), dict(decay=1)]
 )
