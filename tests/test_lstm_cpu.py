@@ -138,21 +138,6 @@ def test_only_what_is_wanted_gets_a_gradient_and_strange_strides_do_not_matter()
     assert x.grad is None
 
 
-def test_states_carry_over_and_a_sum_without_memory_of_its_own_can_be_the_gradient() -> None:
-    values = arguments(6, 2, 3, 4)
-    x, h, c, *weights = values
-    whole = lstm_layer(*values)
-    first, h, c = lstm_layer(x[:2], h, c, *weights)
-    second, h, c = lstm_layer(x[2:], h, c, *weights)
-    torch.testing.assert_close((torch.cat([first, second]), h, c), whole, rtol=1e-12, atol=1e-13)
-    (first.sum() + second.sum()).backward()  # gradients expanded from a scalar
-    found = [v.grad.clone() for v in values if v.grad is not None]
-    for v in values:
-        v.grad = None
-    whole[0].sum().backward()
-    torch.testing.assert_close(found, [v.grad for v in values], rtol=1e-12, atol=1e-13)
-
-
 @pytest.mark.parametrize("packed", [True, False])
 def test_gradients_without_memory_of_their_own_in_bfloat16(
     monkeypatch: pytest.MonkeyPatch, packed: bool

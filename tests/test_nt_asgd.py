@@ -37,23 +37,6 @@ def test_trigger(nonmono: int | None, history: list[float], expected: int | None
     assert triggers(history, nonmono) == expected
 
 
-def test_trigger_is_the_formula_of_the_paper() -> None:
-    assert NTASGD([nn.Parameter(torch.zeros(1))], lr=1).nonmono == 5  # the paper's n
-    generator = torch.Generator().manual_seed(3)
-    for nonmono in (0, 1, 2, 5):
-        for _ in range(50):
-            losses = torch.rand(12, generator=generator).tolist()
-            expected: int | None = None
-            logs: list[float] = []
-            for epoch, valid in enumerate(losses, 1):
-                earlier = logs[: len(logs) - nonmono] if len(logs) > nonmono else []
-                if earlier and valid > min(earlier):
-                    expected = epoch
-                    break
-                logs.append(valid)
-            assert triggers(losses, nonmono) == expected
-
-
 def problem() -> tuple[list[nn.Parameter], list[torch.Tensor]]:
     params = [nn.Parameter(torch.randn(3, 2).double()), nn.Parameter(torch.randn(4).double())]
     return params, [p.detach().clone() for p in params]

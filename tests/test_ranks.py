@@ -106,19 +106,6 @@ def test_two_and_four_processes_train_as_one(
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("extra", [["--precision", "fp16"], ["--precision", "bf16"]])
-def test_sixteen_bits_and_the_loss_scale_agree(
-    run: Callable[..., Result], tmp_path: Path, corpus: Path, extra: list[str]
-) -> None:
-    bounds = ["--loss-scale-bounds", "1", "1e6", "--loss-scale-window", "5"]
-    flags = [*FLAGS, *extra, *bounds, "--data", corpus, "--grad-filter", "0"]
-    assert run(*flags, "--save", tmp_path / "one.pt").code == 0
-    train(2, *flags, "--save", tmp_path / "two.pt")
-    found, expected = figures(tmp_path / "two"), figures(tmp_path / "one")
-    assert found[-1][2:] == pytest.approx(expected[-1][2:], rel=0.01)
-
-
-@pytest.mark.slow
 def test_a_process_that_dies_stops_the_others_and_a_restart_resumes(
     run: Callable[..., Result], tmp_path: Path, corpus: Path
 ) -> None:

@@ -132,29 +132,6 @@ def test_wraps_any_recurrent_module_as_a_black_box(kind: Any) -> None:
     torch.testing.assert_close(dropped(packed)[0].data, plain(packed)[0].data)
 
 
-def test_pytorch_s_list_of_weights_is_rebuilt_only_if_another_weight_was_replaced(
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
-    """To rebuild it is to move the parameters' storage, on CUDA."""
-    dropped = WeightDrop(nn.LSTM(3, 4), ["weight_hh_l0"], dropout=0.5)
-    x, noise, new = torch.randn(5, 2, 3), Noise(), torch.randn(16, 3)
-    rebuilt: list[nn.Module] = []
-    rebuild = nn.LSTM._init_flat_weights
-
-    def note(lstm: nn.LSTM) -> None:
-        rebuilt.append(lstm)
-        rebuild(lstm)
-
-    monkeypatch.setattr(nn.LSTM, "_init_flat_weights", note)
-    for _ in range(2):
-        dropped(x, noise=noise)
-    assert not rebuilt
-    replaced = {"module.weight_ih_l0": new}
-    found = torch.func.functional_call(dropped, replaced, (x,), {"noise": noise})[0]
-    dropped.get_parameter("module.weight_ih_l0").data.copy_(new)
-    assert torch.equal(found, dropped(x, noise=noise)[0])
-
-
 def test_state_dicts_of_the_original_load_and_copies_work() -> None:
     dropped = WeightDrop(LSTM(3, 4), ["weight_hh_l0"], dropout=0.5)
     x, zeros = torch.randn(2, 1, 3), (torch.zeros(1, 1, 4),) * 2

@@ -315,18 +315,6 @@ def test_losses_are_scaled_and_updates_skipped(runs: Runs, tmp_path: Path, preci
 # 16 bits, whose kernels on a CPU have a step and average of their own
 
 
-@pytest.mark.parametrize("changes", [{}, dict(FIXED, k1=3)], ids=["variable", "k1 < k2"])
-def test_the_fast_step_to_the_last_digit(runs: Runs, tmp_path: Path, changes: Flags) -> None:
-    flags, expected = runs.seeded(dict(DECAYING, **changes), switched)
-    flags = dict(flags, precision="bf16")
-    save = tmp_path / "run.pt"
-    runs.train(save, flags, "--max-updates", len(expected.valid) - 2)
-    runs.resume(save)
-    assert_events(save, expected, loose=0.02)
-    assert_summary(save, expected)
-    assert_weights(save, expected.best)
-
-
 def well_apart(run: ByHand) -> bool:
     """It switches, and no validation loss is so near another that rounding could order them."""
     losses = sorted(line["loss"] for line in run.of("valid"))
