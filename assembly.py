@@ -24,7 +24,7 @@ from engine.run_folder import RunFolder
 from engine.tracking import warn
 from kernels.choose import Choice, choose_step, install
 from kernels.fused_step import FusedStep
-from kernels.graphs import CudaRecorder, Graphs
+from kernels.graphs import Graphs
 from kernels.precision import DTYPES, choose_precision, set_products
 from layers import LAYERS
 from loss_scale import AnyLossScale, LogMax, LossScale
@@ -227,10 +227,7 @@ def build_updater(
             choices["recording"] = Choice("none", reason)
             return updater, choices
     choices["recording"] = Choice("CUDA graphs")
-    graphs = Graphs(
-        CudaRecorder(device, generator), lambda why: warn(f"updates are not recorded: {why}")
-    )
-    return RecordedUpdater(updater, graphs), choices
+    return RecordedUpdater(updater, Graphs(device, generator)), choices
 
 
 def build_penalties(args: argparse.Namespace) -> list[Penalty]:

@@ -12,8 +12,7 @@ same weight in every scheme: all of them descend an epoch's summed loss, in larg
 
 from collections.abc import Iterator
 from dataclasses import dataclass
-from itertools import repeat
-from typing import Any, Protocol
+from typing import Any
 
 import numpy as np
 
@@ -65,8 +64,19 @@ class Footprint:
     states: int = 1
 
 
-class Scheme(Protocol):
-    """How the rows are divided into windows."""
+class Scheme:
+    """How the rows are divided into windows.
+
+    Args:
+        bptt: --bptt, >= 1; each scheme says what it is.
+        seed: seeds a generator of the scheme's own, so that what it draws and dropout masks are
+            independent; None: the scheme draws nothing.
+    """
+
+    def __init__(self, bptt: int, seed: int | None = None) -> None:
+        self.bptt = bptt
+        self._generator = np.random.Generator(np.random.PCG64(seed or 0))
+        self._draws = seed is not None
 
     def windows(self, num_steps: int, start: int = 0) -> Iterator[Window]:
         """Yield windows such that the loss of each row start, …, num_steps - 1 counts once.
@@ -75,21 +85,27 @@ class Scheme(Protocol):
         drawn only when it is requested, so that state_dict between two windows determines all
         later ones.
         """
+        raise NotImplementedError
 
     def expected_windows(self, num_steps: int) -> float:
         """Approximate number of windows in an epoch of num_steps rows."""
+        raise NotImplementedError
 
     def footprint(self, num_steps: int) -> Footprint:
         """Memory of the largest window in an epoch of num_steps rows."""
+        raise NotImplementedError
 
     def state_dict(self) -> dict[str, Any]:
         """State of the scheme's random generator; empty if it draws nothing."""
+        return {"generator": dict(self._generator.bit_generator.state)} if self._draws else {}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Continue from what state_dict returned."""
+        if self._draws:
+            self._generator.bit_generator.state = state["generator"]
 
 
-class FixedWindows:
+class FixedWindows(Scheme):
     """Truncated BPTT(k1, k2): an update every k1 rows, whose gradient reaches back through k2.
 
     Williams & Peng 1990; Sutskever 2013, section 2.8.1. With k1 = k2 the text is cut into windows
@@ -109,7 +125,7 @@ class FixedWindows:
     """
 
     def __init__(self, bptt: int, k1: int | None = None) -> None:
-        self.bptt = bptt
+        super().__init__(bptt)
         self.k1 = k1 or bptt
 
     def windows(self, num_steps: int, start: int = 0) -> Iterator[Window]:
@@ -141,15 +157,8 @@ class FixedWindows:
         rows = min(self.bptt, num_steps)
         return Footprint(rows, min(self.k1, rows), states=1 if self.k1 >= self.bptt else 2)
 
-    def state_dict(self) -> dict[str, Any]:
-        """Empty: fixed windows draw nothing."""
-        return {}
 
-    def load_state_dict(self, state: dict[str, Any]) -> None:
-        """See Scheme."""
-
-
-class VariableWindows:
+class VariableWindows(Scheme):
     """Windows of random length, so that no row is always the first or the last of its window.
 
     Merity et al. 2017 (arXiv:1708.02182), section 4.1: base = bptt with probability 0.95, else
@@ -159,7 +168,7 @@ class VariableWindows:
 
     Args:
         bptt: the usual mean length, >= 1.
-        seed: seeds a separate generator, so that lengths and dropout masks are independent.
+        seed: see Scheme.
     """
 
     STANDARD_DEVIATION = 5
@@ -167,10 +176,9 @@ class VariableWindows:
     MARGIN = 20
 
     def __init__(self, bptt: int, seed: int) -> None:
-        self.bptt = bptt
+        super().__init__(bptt, seed)
         self.mean_length = max(self.SHORTEST, 0.975 * bptt)
         self.max_length = bptt + self.MARGIN
-        self._generator = np.random.Generator(np.random.PCG64(seed))
 
     def windows(self, num_steps: int, start: int = 0) -> Iterator[Window]:
         """See Scheme."""
@@ -193,16 +201,8 @@ class VariableWindows:
         rows = min(self.max_length, num_steps)
         return Footprint(rows, rows)
 
-    def state_dict(self) -> dict[str, Any]:
-        """See Scheme."""
-        return {"generator": dict(self._generator.bit_generator.state)}
 
-    def load_state_dict(self, state: dict[str, Any]) -> None:
-        """See Scheme."""
-        self._generator.bit_generator.state = state["generator"]
-
-
-class RandomizedWindows:
+class RandomizedWindows(Scheme):
     """Randomised truncation: cuts drawn so that the expected gradient is the full one.
 
     Tallec & Ollivier 2017 (arXiv:1705.08209), with cuts at the boundaries between segments of
@@ -221,15 +221,14 @@ class RandomizedWindows:
     Args:
         bptt: rows per segment, >= 1.
         keep_prob: probability that the history is not cut at a boundary, in (0, 1).
-        seed: seeds a separate generator, so that cuts and dropout masks are independent.
+        seed: see Scheme.
     """
 
     KEPT = 4
 
     def __init__(self, bptt: int, keep_prob: float, seed: int) -> None:
-        self.bptt = bptt
+        super().__init__(bptt, seed)
         self.keep_prob = keep_prob
-        self._generator = np.random.Generator(np.random.PCG64(seed))
 
     def windows(self, num_steps: int, start: int = 0) -> Iterator[Window]:
         """See Scheme."""
@@ -252,16 +251,8 @@ class RandomizedWindows:
         rows = min(self.KEPT * self.bptt, num_steps)
         return Footprint(rows, rows, states=-(-num_steps // self.bptt))
 
-    def state_dict(self) -> dict[str, Any]:
-        """See Scheme."""
-        return {"generator": dict(self._generator.bit_generator.state)}
 
-    def load_state_dict(self, state: dict[str, Any]) -> None:
-        """See Scheme."""
-        self._generator.bit_generator.state = state["generator"]
-
-
-class FullWindows:
+class FullWindows(Scheme):
     """Full BPTT: one window over all rows of the epoch, whose history is never cut.
 
     The window is run in segments of bptt rows. All but the last are recomputed in backward, so that
@@ -271,9 +262,6 @@ class FullWindows:
         bptt: rows per segment, >= 1; changes results by rounding only (a gradient filter, however,
             filters each segment separately).
     """
-
-    def __init__(self, bptt: int) -> None:
-        self.bptt = bptt
 
     def windows(self, num_steps: int, start: int = 0) -> Iterator[Window]:
         """See Scheme; start is 0 or num_steps."""
@@ -289,13 +277,6 @@ class FullWindows:
         rows = min(self.bptt, num_steps)
         return Footprint(rows, rows, states=-(-num_steps // self.bptt))
 
-    def state_dict(self) -> dict[str, Any]:
-        """Empty: full BPTT draws nothing."""
-        return {}
-
-    def load_state_dict(self, state: dict[str, Any]) -> None:
-        """See Scheme."""
-
 
 def segments(length: int, size: int) -> tuple[int, ...]:
     """Lengths of the segments of size rows (the last may be shorter) that make up length rows.
@@ -306,4 +287,4 @@ def segments(length: int, size: int) -> tuple[int, ...]:
     if length <= size:
         return ()
     whole, rest = divmod(length, size)
-    return (*repeat(size, whole), rest) if rest else tuple(repeat(size, whole))
+    return (size,) * whole + ((rest,) if rest else ())

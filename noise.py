@@ -1,19 +1,9 @@
 """Random factors (dropout masks) of one update, drawn on first request and cached by name."""
 
-from dataclasses import dataclass, field
+from copy import copy
 
 import torch
 from torch import Tensor
-
-
-@dataclass
-class _Drawn:
-    """The factors drawn so far and their generator, shared by all views of a Noise."""
-
-    generator: torch.Generator | None
-    rank: int
-    ranks: int
-    factors: dict[str, Tensor] = field(default_factory=dict)
 
 
 class Noise:
@@ -33,21 +23,23 @@ class Noise:
     def __init__(
         self, generator: torch.Generator | None = None, rank: int = 0, ranks: int = 1
     ) -> None:
-        self._drawn = _Drawn(generator, rank, ranks)
+        self._generator = generator
+        self._rank = rank
+        self._ranks = ranks
+        self._factors: dict[str, Tensor] = {}  # by name; all views share them
         self._prefix = ""
         self._row = 0
 
     def of(self, name: str) -> "Noise":
         """A view that prefixes all names with this one, for one part of the model."""
-        return self._view(f"{self._prefix}{name}.", self._row)
+        view = copy(self)
+        view._prefix = f"{self._prefix}{name}."
+        return view
 
     def at(self, row: int) -> "Noise":
         """A view for the piece of the window that starts at this row; see drop_by_step."""
-        return self._view(self._prefix, row)
-
-    def _view(self, prefix: str, row: int) -> "Noise":
-        view = Noise.__new__(Noise)
-        view._drawn, view._prefix, view._row = self._drawn, prefix, row
+        view = copy(self)
+        view._row = row
         return view
 
     def drop(
@@ -68,10 +60,9 @@ class Noise:
             batch_dim: dimension of the batch's columns; None: the factors have no batch dimension.
         """
         name = self._prefix + name
-        factors = self._drawn.factors
-        if name not in factors:
-            factors[name] = self._draw(shape, dropout, like, batch_dim)
-        return factors[name]
+        if name not in self._factors:
+            self._factors[name] = self._draw(shape, dropout, like, batch_dim)
+        return self._factors[name]
 
     def drop_by_step(
         self,
@@ -91,16 +82,15 @@ class Noise:
     def _draw(
         self, shape: tuple[int, ...], dropout: float, like: Tensor, batch_dim: int | None
     ) -> Tensor:
-        drawn = self._drawn
         whole = list(shape)
         if batch_dim is not None:
-            whole[batch_dim] *= drawn.ranks
+            whole[batch_dim] *= self._ranks
         dtype = torch.promote_types(like.dtype, torch.float32)
-        factors = drop_factors(torch.Size(whole), dropout, dtype, like.device, drawn.generator)
-        if batch_dim is None or drawn.ranks == 1:
+        factors = drop_factors(torch.Size(whole), dropout, dtype, like.device, self._generator)
+        if batch_dim is None or self._ranks == 1:
             return factors
         width = shape[batch_dim]
-        return factors.narrow(batch_dim, drawn.rank * width, width)
+        return factors.narrow(batch_dim, self._rank * width, width)
 
 
 def drop_factors(

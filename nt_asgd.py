@@ -1,6 +1,6 @@
 """NT-ASGD: SGD that starts averaging its iterates when validation stops improving."""
 
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
@@ -70,12 +70,8 @@ class NTASGD(torch.optim.Optimizer):
         self.num_averaged = 0
 
     @torch.no_grad()
-    def step(self, closure: Callable[[], Any] | None = None) -> Any:  # type: ignore[override]
+    def step(self) -> None:  # type: ignore[override]
         """Take one SGD step and, while averaging, update the average; no device synchronisation."""
-        loss = None
-        if closure is not None:
-            with torch.enable_grad():
-                loss = closure()
         self.num_averaged += self.averaging
         for group in self.param_groups:
             params = [p for p in group["params"] if p.grad is not None]
@@ -85,7 +81,6 @@ class NTASGD(torch.optim.Optimizer):
                 torch._foreach_add_(params, [p.grad for p in params], alpha=-group["lr"])
             if self.averaging:
                 self._average(group["params"])
-        return loss
 
     def _average(self, params: list[Tensor]) -> None:
         for p in params:

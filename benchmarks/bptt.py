@@ -9,58 +9,47 @@ CPU it measures the CPU time of a single thread, which depends little on the mac
 
 import argparse
 import json
+import shlex
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import replace
-from functools import partial
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 
+from assembly import build_model, build_optimizer, build_scheme, build_updater
 from benchmarks.training import hardware_of
-from bptt import FixedWindows, FullWindows, RandomizedWindows, Scheme, VariableWindows, Window
+from bptt import Window
 from data.corpus import Corpus, batchify, load_corpus
 from data.download import ensure_corpus
 from engine.device import peak_memory, select_device
+from engine.ranks import Ranks
 from evaluation.evaluate import evaluate, perplexity
 from evaluation.plain import Plain
-from model import RNNModel
-from noise import Noise
-from nt_asgd import NTASGD
-from training.objective import Objective, paper_penalties
+from flags.training import parse_training, settle_scheme
 from training.state import Position
-from training.step import PlainStep
-from training.update import Updater
 
-SIZES = dict(ninp=64, nhid=128, nlayers=2, tie_weights=True)
-RATES = dict(dropout=0.2, dropouth=0.15, dropouti=0.2, dropoute=0.05, wdrop=0.3)
-BATCH, BPTT, LR, CLIP, WDECAY, SEED = 40, 35, 20.0, 0.25, 1.2e-6, 1
-VALID_TOKENS = 10_000
-
-
-class Contender(NamedTuple):
-    """A scheme and its --bptt. rate: learning rate for bptt rows; None: LR for any length."""
-
-    make: Callable[[], Scheme]
-    bptt: int = BPTT
-    rate: float | None = LR
-
-
-# If --bptt is not 35, the rate is chosen such that a row has the same weight in all schemes. For
-# full BPTT that would be hundreds of times LR per update: it gets LR instead.
-CONTENDERS = {
-    "variable, 35": Contender(lambda: VariableWindows(35, SEED)),
-    "fixed, k1 = k2 = 35": Contender(lambda: FixedWindows(35)),
-    "fixed, k1 = k2 = 5": Contender(lambda: FixedWindows(5), 5, LR * 5 / BPTT),
-    "fixed, k1 = k2 = 1": Contender(lambda: FixedWindows(1), 1, LR / BPTT),
-    "fixed, k1 = 12, k2 = 35": Contender(lambda: FixedWindows(35, 12)),
-    "fixed, k1 = 70, k2 = 35": Contender(lambda: FixedWindows(35, 70)),
-    "randomized, 35, keep 0.5": Contender(lambda: RandomizedWindows(35, 0.5, SEED)),
-    "full, segments of 35": Contender(lambda: FullWindows(35), rate=None),
+FLAGS = (
+    "--emsize 64 --nhid 128 --nlayers 2 --batch_size 40 --clip 0.25 --wdecay 1.2e-6 --seed 1 "
+    "--dropout 0.2 --dropouth 0.15 --dropouti 0.2 --dropoute 0.05 --wdrop 0.3 --bptt 35 --lr 20"
+)
+# The flags of each scheme. If --bptt is not 35, the rate is chosen such that a row has the same
+# weight in all schemes. For full BPTT that would be hundreds of times --lr per update: it gets --lr
+# for any length.
+SCHEMES = {
+    "variable, 35": "",
+    "fixed, k1 = k2 = 35": "--bptt-scheme fixed",
+    "fixed, k1 = k2 = 5": f"--bptt-scheme fixed --bptt 5 --lr {20 * 5 / 35}",
+    "fixed, k1 = k2 = 1": f"--bptt-scheme fixed --bptt 1 --lr {20 / 35}",
+    "fixed, k1 = 12, k2 = 35": "--bptt-scheme fixed --k1 12",
+    "fixed, k1 = 70, k2 = 35": "--bptt-scheme fixed --k1 70",
+    "randomized, 35, keep 0.5": "--bptt-scheme randomized",
+    "full, segments of 35": "--bptt-scheme full",
 }
+VALID_TOKENS = 10_000
 
 
 class Training:
@@ -71,39 +60,40 @@ class Training:
     """
 
     def __init__(self, name: str, corpus: Corpus, device: torch.device) -> None:
-        contender = CONTENDERS[name]
-        torch.manual_seed(SEED)
-        model = RNNModel("LSTM", len(corpus.vocabulary), **SIZES, **RATES)  # type: ignore[arg-type]
-        self.model = model.to(device)
-        self.scheme = contender.make()
-        self.rows = batchify(corpus.train, BATCH).to(device)
-        self.num_steps = len(self.rows) - 1
-        self.lr = contender.rate or LR * contender.bptt / self.num_steps
-        optimizer = NTASGD(model.parameters(), self.lr, WDECAY)
-        generator = torch.Generator(device).manual_seed(SEED)
-        self.updater = Updater(
-            Objective(model, paper_penalties(alpha=2, beta=1)), self.rows,
-            PlainStep(optimizer, CLIP), bptt=contender.bptt, make_noise=partial(Noise, generator),
-        )  # fmt: skip
+        self.args, _ = parse_training(shlex.split(f"{FLAGS} {SCHEMES[name]}"))
+        settle_scheme(self.args)
+        rows = batchify(corpus.train, self.args.batch_size).to(device)
+        self.num_steps = len(rows) - 1
+        if self.args.bptt_scheme == "full":
+            self.args.lr *= self.args.bptt / self.num_steps
+        torch.manual_seed(self.args.seed)
+        self.model = build_model(self.args, len(corpus.vocabulary)).to(device)
+        self.scheme = build_scheme(self.args)
+        self.device = device
+        optimizer = build_optimizer(self.args, self.model)
+        generator = torch.Generator(device).manual_seed(self.args.seed)
+        self.updater, _ = build_updater(
+            self.args, self.model, optimizer, rows, generator, "fp32", None, Ranks()
+        )
         self.at = Position()
         self.seconds = 0.0
 
     def windows(self) -> Iterator[Window]:
         """Yield windows without end, and train on each after yielding it."""
         while True:
-            hidden = self.model.init_hidden(BATCH)
+            hidden = self.model.init_hidden(self.args.batch_size)
             for window in self.scheme.windows(self.num_steps):
                 yield window
                 self.model.train()
                 start = self._clock()
                 hidden = self.updater(window, hidden).hidden
                 self.seconds += self._clock() - start
-                self.at.advance(window.counted, window.counted * BATCH)
+                self.at.advance(window.counted, window.counted * self.args.batch_size)
 
     def _clock(self) -> float:
-        if self.rows.device.type == "cpu":
+        if self.device.type == "cpu":
             return time.process_time()
-        torch.cuda.synchronize(self.rows.device)
+        torch.cuda.synchronize(self.device)
         return time.perf_counter()
 
 
@@ -131,8 +121,8 @@ def measure(name: str, corpus: Corpus, goal: argparse.Namespace) -> dict[str, An
         if training.seconds >= 1.5 * goal.seconds or (timed and not marks):
             break
     return dict(
-        lr=training.lr, tokens=at.tokens, updates=at.update, seconds=training.seconds, curve=curve,
-        memory_before=before, memory=peak,
+        lr=training.args.lr, tokens=at.tokens, updates=at.update, seconds=training.seconds,
+        curve=curve, memory_before=before, memory=peak,
     )  # fmt: skip
 
 
@@ -153,11 +143,9 @@ def table(goal: argparse.Namespace, results: dict[str, dict[str, Any]]) -> str:
     lines = [
         f"`python -m benchmarks.bptt {' '.join(goal.shown)}`",
         "",
-        f"{hardware}, torch {torch.__version__}, float32. "
-        f"{SIZES['nlayers']} layers, embedding {SIZES['ninp']}, hidden {SIZES['nhid']}, "
-        f"{BATCH} columns, clip {CLIP}, AR 2, TAR 1, dropouts {', '.join(map(str, RATES.values()))}"
-        f"; one seed, one process a scheme, one after the other. Trained on the first "
-        f"{goal.text:,} tokens of the text, again and again; perplexity on the first "
+        f"{hardware}, torch {torch.__version__}, float32. Flags: `{FLAGS}`; one process a scheme, "
+        f"one after the other. Trained on the first {goal.text:,} tokens of the text, again and "
+        "again; perplexity on the first "
         f"{VALID_TOKENS:,} tokens of the validation text. Time is that of training alone (on a CPU "
         "the time of the one thread that computes); memory is the process's peak, in brackets "
         "before the first update.",
@@ -188,7 +176,7 @@ def main() -> int:
     parser.add_argument("--text", type=int, default=50_000, help="tokens of text to train on")
     parser.add_argument("--device", default="auto")
     parser.add_argument("--output", type=Path, help="write the Markdown here, and JSON beside it")
-    parser.add_argument("--only", choices=list(CONTENDERS), help=argparse.SUPPRESS)
+    parser.add_argument("--only", choices=list(SCHEMES), help=argparse.SUPPRESS)
     goal = parser.parse_args()
     goal.shown = sys.argv[1:]
     if goal.only:
@@ -199,7 +187,7 @@ def main() -> int:
         return 0
     ensure_corpus(goal.data)
     results = {}
-    for name in CONTENDERS:
+    for name in SCHEMES:
         command = [sys.executable, "-m", "benchmarks.bptt", *sys.argv[1:], "--only", name]
         print(f"{name} …", file=sys.stderr, flush=True)
         done = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=True)

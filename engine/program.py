@@ -72,6 +72,11 @@ def _run(name: str, argv: Sequence[str], parse: str | None) -> int:
         full = error.errno in FULL
         way_on = "; nothing was lost, and with more room the same command goes on"
         return _fail(f"{error}{way_on if full else ''}")
+    except UnicodeEncodeError as error:
+        if error.encoding == "utf-8":
+            raise
+        cause = f"the locale's encoding, {error.encoding}, cannot name this file"
+        return _fail(f"{error.object}: {cause}; PYTHONUTF8=1 does")
     except OSError as error:
         place = f"{error.filename}: " if error.filename else ""
         return _fail(f"{place}{error.strerror or error}")

@@ -11,13 +11,6 @@ from layers.layer import Layer, State, Weights
 from layers.lstm import LSTM, WEIGHTS
 from noise import Noise
 
-# Dtype of states and gates, by the dtype of the products.
-STATE_DTYPES = {
-    torch.bfloat16: torch.float32,
-    torch.float32: torch.float32,
-    torch.float64: torch.float64,
-}
-
 
 class CpuLSTM:
     """layers.lstm.LSTM, computed by lstm_layer.
@@ -82,30 +75,10 @@ def lstm_layer(
     Returns:
         Outputs (T, B, H) in the dtype of x; h[T] (B, H) in that of h0; c[T] (B, H) in that of c0.
         Gradients have their tensors' dtypes; there is no double backward.
-
-    Raises:
-        ValueError: mismatched shapes, an empty input, or another dtype of x.
     """
-    _check(x, h0, c0, w_ih, w_hh, b_ih, b_hh)
     training = torch.is_grad_enabled()
     output, h_n, c_n = _LSTMLayer.apply(x, h0, c0, w_ih, w_hh, b_ih, b_hh, training)
     return output, h_n, c_n
-
-
-def _check(x: Tensor, h0: Tensor, c0: Tensor, w_ih: Tensor, w_hh: Tensor, *biases: Tensor) -> None:
-    if x.dtype not in STATE_DTYPES:
-        raise ValueError(f"x is {x.dtype}; it must be bfloat16, float32 or float64")
-    if x.dim() != 3 or not x.numel():
-        raise ValueError(f"x is {tuple(x.shape)}; it must be (T, B, E), none of them 0")
-    _, batch, width = x.shape
-    units = w_hh.size(-1)
-    expected: dict[str, tuple[int, ...]] = dict(
-        h0=(batch, units), c0=(batch, units), w_ih=(4 * units, width), w_hh=(4 * units, units),
-        b_ih=(4 * units,), b_hh=(4 * units,),
-    )  # fmt: skip
-    for (name, shape), given in zip(expected.items(), (h0, c0, w_ih, w_hh, *biases), strict=True):
-        if tuple(given.shape) != shape or not given.numel():
-            raise ValueError(f"{name} is {tuple(given.shape)}; it must be {shape}")
 
 
 class _LSTMLayer(torch.autograd.Function):
@@ -137,7 +110,7 @@ class _LSTMLayer(torch.autograd.Function):
     ) -> tuple[Tensor, Tensor, Tensor]:
         ctx.dtypes = [v.dtype for v in (x, h0, c0, w_ih, w_hh, b_ih, b_hh)]
         (steps, batch, width), units, dtype = x.shape, w_hh.size(1), x.dtype
-        state = STATE_DTYPES[dtype]
+        state = torch.promote_types(dtype, torch.float32)  # of cells and gates
         w_ih = _double_g(w_ih.to(dtype, copy=True))
         w_hh = _double_g(w_hh.to(dtype, copy=True))
         bias = _double_g((b_ih.to(state) + b_hh.to(state)).to(dtype))

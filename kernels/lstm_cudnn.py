@@ -38,39 +38,24 @@ class CudnnLSTM:
         units: size of the layer, H.
         dtype: cuDNN's dtype: float32, float16, bfloat16 or float64.
         device: a GPU with cuDNN.
-        multiple: sizes are padded to a multiple of this; 1: no padding.
     """
 
     name = "cudnn"
 
-    def __init__(
-        self,
-        width: int,
-        units: int,
-        dtype: torch.dtype,
-        device: torch.device,
-        multiple: int = MULTIPLE,
-    ) -> None:
+    def __init__(self, width: int, units: int, dtype: torch.dtype, device: torch.device) -> None:
         self.width = width
         self.units = units
-        self.padded_width = -(-width // multiple) * multiple
-        self.padded_units = -(-units // multiple) * multiple
+        self.padded_width = -(-width // MULTIPLE) * MULTIPLE
+        self.padded_units = -(-units // MULTIPLE) * MULTIPLE
         self.dtype = dtype
         shapes = [(4 * self.padded_units, size) for size in (self.padded_width, self.padded_units)]
         parts = [torch.zeros(shape, dtype=dtype, device=device) for shape in shapes]
         parts += [torch.zeros(shapes[0][:1], dtype=dtype, device=device) for _ in range(2)]
         with torch.no_grad():
             # Turns the tensors of parts into views of the buffer that it returns.
+            sizes = self.padded_width, LSTM_MODE, self.padded_units
             self.buffer: Tensor = torch.ops.aten._cudnn_rnn_flatten_weight(
-                parts,
-                COUNT,
-                self.padded_width,
-                LSTM_MODE,
-                self.padded_units,
-                0,
-                1,
-                False,
-                False,
+                parts, COUNT, *sizes, 0, 1, False, False
             )
         self.parts = parts
 
@@ -104,54 +89,14 @@ class CudnnLSTM:
 
     def gradients(self, d_parts: Sequence[Tensor], weights: Sequence[Tensor]) -> list[Tensor]:
         """The weights' gradients, in their dtype, from those of the buffer's parts."""
-        grads = []
-        for d_part, weight in zip(d_parts, weights, strict=True):
-            grads.append(torch.empty_like(weight, memory_format=torch.contiguous_format))
-            gates = self._without_padding(d_part, weight.size(-1))
-            grads[-1].unflatten(0, (4, self.units)).copy_(gates)
+        grads = [torch.empty_like(w, memory_format=torch.contiguous_format) for w in weights]
+        for grad, d_part in zip(grads, d_parts, strict=True):
+            gates = self._without_padding(d_part, grad.size(-1))
+            grad.unflatten(0, (4, self.units)).copy_(gates)
         return grads
 
-    def forward(self, x: Tensor, h: Tensor, c: Tensor) -> tuple[Tensor, ...]:
-        """cuDNN's forward with the weights in the buffer, without autograd.
-
-        Args:
-            x: (T, B, padded_width); like all that follow contiguous and in dtype.
-            h: (1, B, padded_units).
-            c: (1, B, padded_units).
-
-        Returns:
-            Outputs (T, B, padded_units), last h and c, and cuDNN's reserve for one backward.
-        """
-        found = torch.ops.aten._cudnn_rnn(x, self.parts, COUNT, self.buffer, h, c, *self._options)
-        return tuple(found[:4])
-
-    def backward(
-        self,
-        inputs: tuple[Tensor, Tensor, Tensor],
-        output: Tensor,
-        d_output: Tensor,
-        d_states: Sequence[Tensor | None],
-        reserve: Tensor,
-        of_weights: bool = True,
-    ) -> tuple[Tensor, Tensor, Tensor, list[Tensor]]:
-        """cuDNN's backward: gradients of x, h and c, and of the buffer's parts if of_weights.
-
-        Args:
-            inputs: forward's x, h and c.
-            output: forward's outputs.
-            d_output: gradient of the outputs.
-            d_states: gradients of the last h and c.
-            reserve: forward's reserve.
-            of_weights: compute the gradients of the parts.
-        """
-        found: tuple[Tensor, Tensor, Tensor, list[Tensor]] = torch.ops.aten._cudnn_rnn_backward(
-            inputs[0], self.parts, COUNT, self.buffer, *inputs[1:], output, d_output, *d_states,
-            *self._options, reserve, [True, True, True, of_weights],
-        )  # fmt: skip
-        return found
-
     @property
-    def _options(self) -> list[Any]:
+    def options(self) -> list[Any]:
         """cuDNN's options, the same in both calls: one layer, time first, no dropout."""
         return [LSTM_MODE, self.padded_units, 0, 1, False, 0.0, True, False, [], None]
 
@@ -170,7 +115,9 @@ class _Layer(torch.autograd.Function):
         x = x.contiguous()
         h, c = (pad_last(state.to(layer.dtype), layer.padded_units) for state in (h0, c0))
         h, c = h.contiguous(), c.contiguous()
-        output, h_n, c_n, reserve = layer.forward(x, h, c)
+        output, h_n, c_n, reserve, _ = torch.ops.aten._cudnn_rnn(
+            x, layer.parts, COUNT, layer.buffer, h, c, *layer.options
+        )
         ctx.layer = layer
         ctx.save_for_backward(x, h, c, output, reserve, *weights)
         ctx.state_dtypes = h0.dtype, c0.dtype
@@ -189,23 +136,17 @@ class _Layer(torch.autograd.Function):
             None if g is None else pad_last(g.to(layer.dtype), layer.padded_units).contiguous()
             for g in (grad_h, grad_c)
         ]
-        if grad_output is None:
-            grad_output = torch.zeros_like(output)
+        d_output = torch.zeros_like(output) if grad_output is None else grad_output.contiguous()
         wanted = ctx.needs_input_grad
-        of_weights = any(wanted[4:])
-        d_x, d_h, d_c, d_parts = layer.backward(
-            (x, h, c), output, grad_output.contiguous(), states, reserve, of_weights
-        )
-        grads: list[Tensor | None] = [None] * 8
-        if wanted[1]:
-            grads[1] = d_x
-        for k, (grad, dtype) in enumerate(zip((d_h, d_c), ctx.state_dtypes, strict=True), 2):
-            if wanted[k]:
-                grads[k] = grad[..., : layer.units].to(dtype)
-        if of_weights:
-            found = layer.gradients(d_parts, weights)
-            grads[4:] = [g if w else None for g, w in zip(found, wanted[4:], strict=True)]
-        return tuple(grads)
+        which = [True, True, True, any(wanted[4:])]
+        d_x, d_h, d_c, d_parts = torch.ops.aten._cudnn_rnn_backward(
+            x, layer.parts, COUNT, layer.buffer, h, c, output, d_output, *states,
+            *layer.options, reserve, which,
+        )  # fmt: skip
+        d_states = zip((d_h, d_c), ctx.state_dtypes, strict=True)
+        grads = [None, d_x, *(grad[..., : layer.units].to(dtype) for grad, dtype in d_states)]
+        grads += layer.gradients(d_parts, weights) if which[3] else [None] * COUNT
+        return tuple(grad if w else None for grad, w in zip(grads, wanted, strict=True))
 
 
 def why_not(layer: Layer, dtype: torch.dtype | None, device: torch.device) -> str:

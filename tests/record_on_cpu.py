@@ -7,10 +7,10 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_flatten
 
-from kernels.graphs import Work
+from kernels.graphs import Graphs, Work
 
 
-class CpuRecorder:
+class CpuGraphs(Graphs):
     """Captures the operators that work calls, with the very tensors that they are called on.
 
     As with a CUDA graph, a replay reads and writes the memory of the capture: Python's numbers are
@@ -25,9 +25,10 @@ class CpuRecorder:
 
     def __init__(self, generator: torch.Generator | None = None) -> None:
         self.generators = [torch.default_generator, *([generator] if generator else [])]
+        self.seen, self.replays = set(), {}
         self.ran = self.captured = self.replayed = 0
 
-    def run(self, work: Work) -> None:
+    def run_eagerly(self, work: Work) -> None:
         self.ran += 1
         work()
 

@@ -28,6 +28,7 @@ from training.objective import paper_penalties
 
 BATCH, LR, WDECAY, CLIP, ALPHA, BETA = 3, 2.0, 0.01, 0.3, 2.0, 1.0
 ROWS = 23
+RATES = dict(dropout=0.4, dropouth=0.25, dropouti=0.3, dropoute=0.1, wdrop=0.5)
 Parts = tuple[Tensor, ...]
 # From the input, the state and the weights to the next state, of a layer in a row.
 Cell = Callable[[Tensor, Parts, dict[str, Tensor], int, int], Parts]
@@ -80,17 +81,15 @@ def filters_of(model: RNNModel) -> list[GradientFilter]:
 class Reference:
     """Weights, states and gradients, row by row."""
 
-    def __init__(
-        self,
-        trainer: SmallTrainer,
-        clip: float = CLIP,
-        beta: float = BETA,
-    ) -> None:
+    def __init__(self, trainer: SmallTrainer) -> None:
         self.model = trainer.model
         self.rows = trainer.updater.rows
         self.weights = {n: p.detach().clone() for n, p in self.model.named_parameters()}
         self.hidden = [tuple(part[0] for part in state) for state in trainer.hidden]
-        self.bptt, self.clip, self.beta = trainer.updater.bptt, clip, beta
+        self.bptt, self.clip = trainer.updater.bptt, trainer.step.clip
+        self.wdecay = trainer.optimizer.param_groups[0]["weight_decay"]
+        penalties = {p.over_pairs: p.weight for p in trainer.updater.gradient.objective.penalties}
+        self.alpha, self.beta = penalties.get(False, 0), penalties.get(True, 0)
         self.cell: Cell = lstm_cell
         self.filters = [
             GradientFilter(threshold=f.threshold, normalize=f.normalize)
@@ -113,14 +112,14 @@ class Reference:
             x, raw = self._layer(layer, x, w, update, noise.of(f"layer {layer}"))
         total = torch.zeros((), dtype=torch.float64)
         for t in update.counted:
-            scores = x[t] @ embedding.T + w["decoder.bias"]
+            scores = x[t] @ w.get("decoder.weight", embedding).T + w["decoder.bias"]
             for b in range(BATCH):
                 total = total - scores[b].log_softmax(0)[self.rows[t + 1, b].long()]
         n = len(update.counted)
         loss = total / (n * BATCH)
         units = BATCH * self.model.layer_sizes[-1]
         ar = sum(((x[t] ** 2).sum() for t in update.counted), torch.zeros(())) / (n * units)
-        return loss, loss + ALPHA * ar + self.beta * self._slowness(raw, update), w
+        return loss, loss + self.alpha * ar + self.beta * self._slowness(raw, update), w
 
     def _locked(self, noise: Noise, features: int, dropout: float) -> Tensor:
         like = self.model.encoder.weight
@@ -130,7 +129,7 @@ class Reference:
         self, layer: int, x: dict[int, Tensor], w: dict[str, Tensor], update: Update, noise: Noise
     ) -> tuple[dict[int, Tensor], dict[int, Tensor]]:
         """Dropped and raw outputs of a layer, by row."""
-        prefix = f"rnns.{layer}.module."
+        prefix = f"rnns.{layer}." + ("module." if self.model.wdrop else "")
         own = {n.removeprefix(prefix): v for n, v in w.items() if n.startswith(prefix)}
         for name in [name for name in own if name.endswith("_raw")]:
             value, name = own.pop(name), name.removesuffix("_raw")
@@ -184,7 +183,7 @@ class Reference:
         factor = min(1.0, self.clip / (norm + 1e-6)) if self.clip else 1.0
         lr = LR * len(update.counted) / self.bptt
         self.weights = {
-            n: (v - lr * (factor * gradients[n] + WDECAY * v)).detach() for n, v in w.items()
+            n: (v - lr * (factor * gradients[n] + self.wdecay * v)).detach() for n, v in w.items()
         }
         self.hidden = self.states[update.next_first]
         return float(loss.detach())
@@ -196,22 +195,20 @@ def build_trainer(
     bptt: int,
     kind: str = "LSTM",
     *,
-    grad_filter: float = 0,
-    grad_filter_normalize: bool = False,
+    alpha: float = ALPHA,
     beta: float = BETA,
     wdecay: float = WDECAY,
     clip: float = CLIP,
-    dtype: torch.dtype = torch.float64,
     device: torch.device | None = None,
+    **changes: Any,
 ) -> SmallTrainer:
-    """A trainer with everything on, ROWS rows an epoch."""
+    """A trainer with everything on, ROWS rows an epoch; changes: other keywords of the model."""
     corpus = load_corpus(write_corpus(folder / "corpus", lines=200))
     short = replace(corpus, train=corpus.train[: (ROWS + 1) * BATCH])
     torch.manual_seed(5)
-    rates = dict(dropout=0.4, dropouth=0.25, dropouti=0.3, dropoute=0.1, wdrop=0.5)
-    keywords: dict[str, Any] = dict(rates, tie_weights=True, grad_filter=grad_filter)
-    keywords["grad_filter_normalize"] = grad_filter_normalize
-    model = RNNModel(kind, len(corpus.vocabulary), 4, 5, 2, **keywords).to(device, dtype)
+    sizes: dict[str, Any] = dict(ninp=4, nhid=5, nlayers=2, tie_weights=True)
+    keywords = {**sizes, **RATES, **changes}
+    model = RNNModel(kind, len(corpus.vocabulary), **keywords).to(device, torch.float64)
     with torch.no_grad():  # larger weights, so that what crosses a boundary matters
         for p in model.parameters():
             p.mul_(2)
@@ -220,7 +217,7 @@ def build_trainer(
         model,
         scheme,
         short,
-        paper_penalties(ALPHA, beta),
+        paper_penalties(alpha, beta),
         batch_size=BATCH,
         bptt=bptt,
         lr=LR,

@@ -43,10 +43,11 @@ class SmallTrainer(Trainer):
         device = model.encoder.weight.device
         generator = torch.Generator(device).manual_seed(3)
         optimizer = NTASGD(model.parameters(), lr, wdecay)
+        self.step = PlainStep(optimizer, clip)
         updater = Updater(
             Objective(model, penalties),
             batchify(corpus.train, batch_size).to(device),
-            PlainStep(optimizer, clip),
+            self.step,
             bptt=bptt,
             make_noise=partial(Noise, generator),
         )

@@ -57,8 +57,7 @@ RUNS_CODE = {
     *("marshal.loads", "shelve.open", "yaml.load", "os.system", "os.popen", "torch.hub.load"),
 }
 RESTRICTED = "engine/original.py"  # has an unpickler of its own, which calls what it lists
-LONGEST_FILE, LONGEST_FUNCTION = 310, 60  # lines
-LONGER = {"training/trainer.py": 370}
+LONGEST_FILE, LONGEST_FUNCTION = 300, 60  # lines
 
 
 def imports(path: Path) -> Iterator[str]:
@@ -116,7 +115,7 @@ def test_the_model_knows_no_machine() -> None:
 def test_no_state_nothing_done_at_import_nothing_long(path: Path) -> None:
     text = (ROOT / path).read_text()
     tree = ast.parse(text)
-    assert text.count("\n") <= LONGER.get(path.as_posix(), LONGEST_FILE)
+    assert text.count("\n") <= LONGEST_FILE
     for node in ast.walk(tree):
         assert not isinstance(node, ast.Global), f"{path}:{node.lineno}"
         if isinstance(node, ast.FunctionDef):

@@ -7,7 +7,7 @@ import pytest
 import torch
 from conftest import TINY, write_corpus
 from cudnn_on_cpu import cudnn_on_cpu
-from record_on_cpu import CpuRecorder
+from record_on_cpu import CpuGraphs
 from torch import Tensor, nn
 
 import assembly
@@ -185,7 +185,7 @@ def test_what_a_gpu_computes_with(
     monkeypatch.setattr(
         choose, "CudnnLSTM", type("Fake", (), {"name": "cudnn", "__init__": lambda *_: None})
     )
-    monkeypatch.setattr(assembly, "CudaRecorder", lambda device, generator: CpuRecorder(generator))
+    monkeypatch.setattr(assembly, "Graphs", lambda device, generator: CpuGraphs(generator))
     args, _ = parse_training([*flags.split(), "--emsize", "4", "--nhid", "4"])
     model = assembly.build_model(args, 9)
     rows: Any = SimpleNamespace(device=CUDA)

@@ -9,7 +9,6 @@ from torch import nn
 
 from embed_regularize import embedded_dropout
 from locked_dropout import LockedDropout
-from noise import Noise
 
 
 def test_locked_mask_is_one_for_all_steps(device: torch.device) -> None:
@@ -61,14 +60,6 @@ def test_embedding_drops_words_wherever_they_occur(device: torch.device) -> None
     torch.testing.assert_close(embed.weight.grad, expected, rtol=1e-7, atol=1e-9)
 
 
-def test_embedding_equals_masking_the_whole_matrix() -> None:
-    embed, noise = nn.Embedding(20, 3), Noise()
-    words = torch.randint(0, 20, (5, 2))
-    y = embedded_dropout(embed, words, 0.5, noise=noise)
-    mask = noise.drop("words", (20, 1), 0.5, like=embed.weight)
-    assert torch.equal(y, nn.functional.embedding(words, embed.weight * mask))
-
-
 def test_embedding_rate_over_the_vocabulary() -> None:
     embed = nn.Embedding(100_000, 1)
     nn.init.ones_(embed.weight)
@@ -108,29 +99,6 @@ def test_an_embedding_s_own_options_hold(options: dict[str, Any]) -> None:
     assert embed.weight.grad is not None
     assert embed.weight.grad.is_sparse == plain.weight.grad.is_sparse
     assert torch.equal(embed.weight.grad.to_dense(), plain.weight.grad.to_dense())
-
-
-def test_rates_by_default() -> None:
-    y = LockedDropout()(torch.ones(1, 2, 20_000))
-    assert y.eq(0).double().mean() == pytest.approx(0.5, abs=0.02)
-    embed = nn.Embedding(40_000, 1)
-    y = embedded_dropout(embed, torch.arange(40_000))
-    assert y.eq(0).double().mean() == pytest.approx(0.1, abs=0.01)
-
-
-def test_columns_of_several_processes_have_the_masks_of_the_whole_batch() -> None:
-    x, words, embed = torch.randn(5, 6, 4), torch.randint(0, 20, (5, 6)), nn.Embedding(20, 4)
-
-    def drop(columns: slice, rank: int, ranks: int) -> tuple[torch.Tensor, torch.Tensor]:
-        noise = Noise(torch.Generator().manual_seed(1), rank, ranks)
-        looked_up = embedded_dropout(embed, words[:, columns], 0.5, noise=noise)
-        return looked_up, LockedDropout()(x[:, columns], 0.5, noise)
-
-    whole = drop(slice(0, 6), 0, 1)
-    for rank in (0, 1):
-        columns = slice(3 * rank, 3 * rank + 3)
-        for mine, all_columns in zip(drop(columns, rank, 2), whole, strict=True):
-            assert torch.equal(mine, all_columns[:, columns])
 
 
 @pytest.mark.parametrize("words", [torch.tensor([[50]]), torch.tensor([[-1]])])

@@ -121,7 +121,7 @@ def test_a_change_trains_and_resumes_and_is_a_row(
         train(row, ROWS[name]),
         # Both runs are done, so nothing is left to run; were a flag lost, they would be refused.
         ("ablate", [str(table), "--output", str(tmp_path / "results")]),
-        ("pytest", [own_test, "-p", "no:cacheprovider"]),
+        ("pytest", [own_test, "-n", "0", "-p", "no:cacheprovider"]),
     ]
     if name == "program":
         programs.append(("score", [str(row), str(awd_lstm / "corpus" / "test.txt")]))

@@ -117,11 +117,8 @@ def process_state() -> dict[str, Any]:
 @pytest.mark.parametrize(
     "names",
     [
-        ("plain", "another seed"),
-        ("plain", "bf16"),
-        ("bf16", "other sizes"),
-        ("random cuts", "adam"),
-        ("GRU", "random cuts", "bf16"),
+        ("another seed", "bf16", "other sizes"),
+        ("GRU", "random cuts", "adam"),
     ],
     ids=" and ".join,
 )
@@ -148,7 +145,7 @@ def test_alternating_runs_end_as_each_does_alone(
     assert process_state() == before
 
 
-@pytest.mark.parametrize("name", RUNS)
+@pytest.mark.parametrize("name", ["plain", "bf16", "random cuts", "adam"])
 def test_a_state_that_was_loaded_is_the_one_that_is_saved(
     corpus_folder: Path, tmp_path: Path, name: str
 ) -> None:

@@ -122,11 +122,3 @@ def test_each_rank_has_its_columns_of_the_whole_batch(
     parts = [draw(seeded(0, rank, 3), 2) for rank in range(3)]
     dim = next(d for d in range(whole.dim()) if whole.size(d) != parts[0].size(d))
     assert torch.equal(torch.cat(parts, dim), whole)
-
-
-def test_what_no_column_belongs_to_is_the_same_on_all_ranks() -> None:
-    assert torch.equal(narrow(seeded(0, 0, 3)), narrow(seeded(0, 2, 3)))
-    generators = [torch.Generator().manual_seed(0) for _ in range(2)]
-    for generator, rank in zip(generators, (0, 1), strict=True):
-        Noise(generator, rank, 2).drop("a", (1, 3, 5), 0.5, like=torch.zeros(()), batch_dim=1)
-    assert torch.equal(generators[0].get_state(), generators[1].get_state())

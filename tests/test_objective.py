@@ -148,26 +148,6 @@ def test_training_and_diagnosis_have_one_objective() -> None:
     assert found[1].item() == pytest.approx(total.item(), rel=1e-12)
 
 
-def test_a_penalty_over_pairs_sees_the_row_before_and_otherwise_the_same_trace() -> None:
-    seen: list[Trace] = []
-
-    def record(trace: Trace, weight: float) -> Tensor:
-        seen.append(trace)
-        return weight * trace.raw_outputs[-1].mean()
-
-    model = RNNModel("LSTM", NTOKEN, NINP, NHID, 3, tie_weights=True)
-    text, hidden = torch.randint(0, NTOKEN, (9, BATCH)), model.init_hidden(BATCH)
-    hidden = [tuple(torch.randn_like(part) for part in state) for state in hidden]
-    objective = Objective(model, [Penalty(record, 1.0), Penalty(record, 1.0, over_pairs=True)])
-    objective(text[:-1], text[1:], hidden, share=Share(linked=True))
-    single, linked = seen
-    *lower, last = linked.raw_outputs
-    assert torch.equal(last, torch.cat([hidden[-1][0], single.raw_outputs[-1]]))
-    assert all(a is b for a, b in zip(lower, single.raw_outputs[:-1], strict=True))
-    assert (linked.outputs, linked.after) == (single.outputs, single.after)
-    assert linked.before is single.before is hidden
-
-
 def test_of_three_layers_the_last_is_decoded_and_penalised() -> None:
     """At the rows that count; the decoder draws factors under a name of its own."""
     model = RNNModel("LSTM", NTOKEN, NINP, NHID, 3, tie_weights=True).double()

@@ -106,30 +106,6 @@ def test_two_and_four_processes_train_as_one(
 
 
 @pytest.mark.slow
-def test_one_process_goes_on_with_four(
-    run: Callable[..., Result], tmp_path: Path, corpus: Path
-) -> None:
-    flags = [*FLAGS, "--data", corpus]
-    assert run(*flags, "--save", tmp_path / "one.pt").code == 0
-    assert run(*flags, "--save", tmp_path / "part.pt", "--max-updates", "20").code == 0
-    train(4, "--resume", tmp_path / "part")
-    assert_same_run(tmp_path / "part", tmp_path / "one")
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize("extra", [["--precision", "fp16"], ["--precision", "bf16"]])
-def test_sixteen_bits_and_the_loss_scale_agree(
-    run: Callable[..., Result], tmp_path: Path, corpus: Path, extra: list[str]
-) -> None:
-    bounds = ["--loss-scale-bounds", "1", "1e6", "--loss-scale-window", "5"]
-    flags = [*FLAGS, *extra, *bounds, "--data", corpus, "--grad-filter", "0"]
-    assert run(*flags, "--save", tmp_path / "one.pt").code == 0
-    train(2, *flags, "--save", tmp_path / "two.pt")
-    found, expected = figures(tmp_path / "two"), figures(tmp_path / "one")
-    assert found[-1][2:] == pytest.approx(expected[-1][2:], rel=0.01)
-
-
-@pytest.mark.slow
 def test_a_process_that_dies_stops_the_others_and_a_restart_resumes(
     run: Callable[..., Result], tmp_path: Path, corpus: Path
 ) -> None:
@@ -320,17 +296,3 @@ def test_two_and_four_ranks_are_one(
         assert found.keys() == expected.keys()
         for name, value in found.items():
             torch.testing.assert_close(value, expected[name], rtol=1e-6, atol=1e-9, msg=name)
-
-
-def test_masks_are_shared_out_by_columns() -> None:
-    """Those of a dimension without columns are everyone's."""
-    like = torch.zeros(())
-    noises = [Noise(torch.Generator().manual_seed(1), rank, 3) for rank in range(3)]
-    whole = Noise(torch.Generator().manual_seed(1))
-    for name, by_step in (("a", False), ("b", True)):
-        draw = [n.at(4).of("x").drop_by_step if by_step else n.of("x").drop for n in noises]
-        parts = [d(name, (5, 2, 7), 0.5, like, batch_dim=1) for d in draw]
-        one = whole.at(4).of("x").drop_by_step if by_step else whole.of("x").drop
-        assert torch.equal(torch.cat(parts, 1), one(name, (5, 6, 7), 0.5, like, batch_dim=1))
-    shared = [n.drop("words", (9, 1), 0.5, like) for n in (*noises, whole)]
-    assert all(torch.equal(mask, shared[0]) for mask in shared)

@@ -73,15 +73,6 @@ def test_evaluation_uses_the_raw_weight_however_often(
     assert "module.weight_hh_l0" not in names
 
 
-def test_first_step_does_not_see_the_mask_and_only_one_noise_gives_it_again() -> None:
-    dropped = WeightDrop(LSTM(10, 10), ["weight_hh_l0"], dropout=0.9)
-    x, state, noise = torch.randn(3, 1, 10), (torch.zeros(1, 1, 10),) * 2, Noise()
-    first, second = dropped(x, state)[0], dropped(x, state)[0]
-    assert torch.equal(first[0], second[0])
-    assert not torch.equal(first[1], second[1])
-    assert torch.equal(dropped(x, state, noise=noise)[0], dropped(x, state, noise=noise)[0])
-
-
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])
 def test_masked_weights_for_a_kernel_of_another_dtype(dtype: torch.dtype) -> None:
     """The product is rounded once; its gradient is masked in float32, and not in place."""
@@ -129,13 +120,6 @@ def test_variational_drops_rows_and_only_in_training() -> None:
     torch.testing.assert_close(linear(torch.eye(8)), linear.module.weight_raw.T)
 
 
-def test_without_a_rate_nothing_is_dropped_or_drawn() -> None:
-    linear = nn.Linear(4, 3)
-    x, before = torch.randn(2, 4), torch.get_rng_state()
-    assert torch.equal(WeightDrop(copy.deepcopy(linear), ["weight"])(x), linear(x))
-    assert torch.equal(torch.get_rng_state(), before)
-
-
 @pytest.mark.parametrize("kind", [nn.LSTM, nn.GRU, nn.RNN])
 def test_wraps_any_recurrent_module_as_a_black_box(kind: Any) -> None:
     plain = kind(3, 4, num_layers=2, bidirectional=True)
@@ -146,29 +130,6 @@ def test_wraps_any_recurrent_module_as_a_black_box(kind: Any) -> None:
     assert all(p.grad is not None for p in dropped.parameters())
     dropped.eval()
     torch.testing.assert_close(dropped(packed)[0].data, plain(packed)[0].data)
-
-
-def test_pytorch_s_list_of_weights_is_rebuilt_only_if_another_weight_was_replaced(
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
-    """To rebuild it is to move the parameters' storage, on CUDA."""
-    dropped = WeightDrop(nn.LSTM(3, 4), ["weight_hh_l0"], dropout=0.5)
-    x, noise, new = torch.randn(5, 2, 3), Noise(), torch.randn(16, 3)
-    rebuilt: list[nn.Module] = []
-    rebuild = nn.LSTM._init_flat_weights
-
-    def note(lstm: nn.LSTM) -> None:
-        rebuilt.append(lstm)
-        rebuild(lstm)
-
-    monkeypatch.setattr(nn.LSTM, "_init_flat_weights", note)
-    for _ in range(2):
-        dropped(x, noise=noise)
-    assert not rebuilt
-    replaced = {"module.weight_ih_l0": new}
-    found = torch.func.functional_call(dropped, replaced, (x,), {"noise": noise})[0]
-    dropped.get_parameter("module.weight_ih_l0").data.copy_(new)
-    assert torch.equal(found, dropped(x, noise=noise)[0])
 
 
 def test_state_dicts_of_the_original_load_and_copies_work() -> None:

@@ -5,6 +5,7 @@ import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 
+from bptt import Scheme
 from engine.progress import Progress
 from engine.report import RULE, duration, epoch_line, interval_line, short_epoch_line, short_number
 from evaluation.evaluate import perplexity
@@ -22,16 +23,16 @@ class Display:
         at: the run's position.
         options: how long the run is.
         num_steps: rows of an epoch.
-        expected_updates: updates of an epoch, approximately.
+        scheme: divides them into updates.
     """
 
     def __init__(
-        self, at: Position, options: TrainingOptions, num_steps: int, expected_updates: float
+        self, at: Position, options: TrainingOptions, num_steps: int, scheme: Scheme
     ) -> None:
         self._at = at
         self._options = options
         self._num_steps = num_steps
-        self._expected_updates = expected_updates
+        self._expected_updates = scheme.expected_windows(num_steps)
         self._bar: Progress | None = None
         self._loss = math.nan  # of the last logging interval
         self._begin_seconds, self._begin_epochs = at.seconds, self._epochs_done()
@@ -82,11 +83,10 @@ class Display:
         if self._bar is not None:
             self._bar.report(line + remarks)
 
-    def validated(self, train_loss: float, loss: float, lr: float, best: bool) -> None:
+    def validated(self, loss: float, lr: float, best: bool) -> None:
         """Report a validation; the bar makes room for its line.
 
         Args:
-            train_loss: mean loss of the epoch so far; nan: unknown.
             loss: validation loss.
             lr: learning rate.
             best: it is the run's best.
@@ -98,7 +98,7 @@ class Display:
         width = len(str(self._options.epochs))
         short = short_epoch_line(
             place=f"{'' if whole else 'within '}epoch {at.epoch:{width}}/{self._options.epochs}",
-            train_loss=train_loss,
+            train_loss=at.epoch_mean,
             loss=loss,
             best=best,
             seconds=at.epoch_seconds,

@@ -3,6 +3,7 @@
 import math
 import time
 from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from typing import Any, Protocol
 
@@ -10,6 +11,7 @@ import torch
 from torch import Tensor
 
 from bptt import Window
+from engine.interrupt import StopRequested
 
 
 class Stateful(Protocol):
@@ -105,7 +107,7 @@ class Position:
 
 
 class Undo:
-    """Undoes an update that was abandoned before its step.
+    """Undoes an update that was abandoned before its step, because a stop was requested.
 
     Args:
         at: the position.
@@ -128,7 +130,7 @@ class Undo:
         self._before: tuple[dict[str, Any], list[dict[str, Any]], list[float], Tensor]
 
     def watch(self, windows: Iterator[Window]) -> Iterator[Window]:
-        """Yield the same windows; before each is drawn, copy the state that restore loads."""
+        """Yield the same windows; before each is drawn, copy the state to return to."""
         while True:
             states = [part.state_dict() for part in self._parts]
             rates = [group["lr"] for group in self._groups]
@@ -139,8 +141,16 @@ class Undo:
                 return
             yield window
 
-    def restore(self) -> None:
-        """Restore the state from before the last window was drawn."""
+    @contextmanager
+    def if_stopped(self) -> Iterator[None]:
+        """On StopRequested return to the state from before the last window was drawn."""
+        try:
+            yield
+        except StopRequested:
+            self._restore()
+            raise
+
+    def _restore(self) -> None:
         position, states, rates, generator = self._before
         vars(self._at).update(position)
         for part, state in zip(self._parts, states, strict=True):

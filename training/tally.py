@@ -112,6 +112,16 @@ class Tally:
             if not abs(value) < math.inf:
                 raise DivergenceError(self.describe(f"{name} is {value}", unread.update))
 
+    def store(self) -> None:
+        """Write the interval's loss and the norm to the position; synchronises."""
+        self.at.interval_loss = float(self.summed)
+        self.at.grad_norm = float(self.grad_norm)
+
+    def restore(self) -> None:
+        """Read them from the position, after it was loaded."""
+        self.summed.fill_(self.at.interval_loss)
+        self.grad_norm = torch.full_like(self.grad_norm, self.at.grad_norm)
+
     def _copy(self, update: int, tokens: int, scalars: dict[str, Tensor]) -> _Unread:
         dtype = scalars["loss"].dtype
         values = torch.stack([value.detach().to(dtype) for value in scalars.values()])

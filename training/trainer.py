@@ -46,8 +46,7 @@ class Trainer:
         interrupt: records requests to stop.
         identity: plain values that checkpoints store for the caller.
         callbacks: called in this order; see training.callback.
-        ranks: the processes that share the batch's columns; each has a trainer, and only the
-            leader writes to the folder. None: one process.
+        ranks: the processes that share the batch's columns, each with a trainer; None: one process.
     """
 
     def __init__(
@@ -79,20 +78,16 @@ class Trainer:
         self.callbacks = callbacks
         self.ranks = ranks = ranks or Ranks()
         self.device = model.encoder.weight.device
-        self.columns = options.batch_size // ranks.size
         self.num_steps = len(corpus.train) // options.batch_size - 1
-        self.hidden = model.init_hidden(self.columns)
-        self.at = Position()
-        self.tally = Tally(self.device, self.at, self._end_step, self._describe_divergence)
-        self.undo = Undo(self.at, [scheme, *callbacks], optimizer.param_groups, generator)
-        self.writer = CheckpointWriter(background=self.device.type == "cuda")
-        self.evaluated = EvaluatedModel(model, optimizer, corpus, folder, self.writer)
-        self.requests = Requests(interrupt, options, ranks)
-        expected = scheme.expected_windows(self.num_steps)
-        self.display = Display(self.at, options, self.num_steps, expected)
-        self._stopwatch = Stopwatch(self.at)
-
-    # The loop
+        self.hidden = model.init_hidden(options.batch_size // ranks.size)
+        self.at = at = Position()
+        self.tally = Tally(self.device, at, self._end_step, self._describe_divergence)
+        self.undo = Undo(at, [scheme, *callbacks], optimizer.param_groups, generator)
+        self.writer = writer = CheckpointWriter(background=self.device.type == "cuda")
+        self.requests = requests = Requests(interrupt, options, ranks)
+        self.evaluated = EvaluatedModel(model, optimizer, corpus, folder, writer, requests, at)
+        self.display = Display(at, options, self.num_steps, scheme)
+        self._stopwatch = Stopwatch(at)
 
     def train(self, tracker: Tracker) -> str:
         """Train until the epochs or updates are done or a stop is requested.
@@ -154,19 +149,16 @@ class Trainer:
         Raises:
             StopRequested: the update was abandoned and undone.
         """
-        at = self.at
+        at, tokens = self.at, window.counted * self.options.batch_size
         progress = (at.epoch - 1 + at.row / self.num_steps) / self.options.epochs
         for callback in self.callbacks:
             callback.update_begins(UpdateStart(at.update + 1, progress, self.optimizer))
-        at.advance(window.counted, window.counted * self.options.batch_size)
+        at.advance(window.counted, tokens)
         looking = [c for c in self.callbacks if c.wants_gradients(at.update)]
-        try:
+        with self.undo.if_stopped():
             outcome = self.updater(window, self.hidden, bool(looking), self.requests.check)
-        except StopRequested:
-            self.undo.restore()
-            raise
         self.hidden = outcome.hidden
-        self.tally.add(at.update, outcome, window.counted * self.options.batch_size)
+        self.tally.add(at.update, outcome, tokens)
         if self.updater.step.synchronizes:
             self.tally.check()
         self._stopwatch.lap(training=True)
@@ -178,8 +170,6 @@ class Trainer:
                     callback.update_ended(end)
             self._stopwatch.lap()  # callbacks do not count as training time
 
-    # Around the loop
-
     def log_interval(self) -> None:
         """Report the updates since the last report."""
         self.tally.check()
@@ -188,30 +178,22 @@ class Trainer:
         loss = summed / counted if counted else math.nan
         self._stopwatch.lap(training=True)
         self.display.interval(loss, lr, "".join(callback.remark() for callback in self.callbacks))
-        figures: dict[str, float] = {}
+        found = dict(loss=loss, ppl=perplexity(loss), lr=lr, grad_norm=float(self.tally.grad_norm))
+        speed = at.interval_tokens / max(at.interval_seconds, 1e-9)
+        found.update(tokens_per_second=speed, seconds=at.seconds)
         for callback in self.callbacks:
-            figures.update(callback.figures())
-        self._log(
-            "train",
-            epoch=at.epoch,
-            loss=loss,
-            ppl=perplexity(loss),
-            lr=lr,
-            grad_norm=float(self.tally.grad_norm),
-            tokens_per_second=at.interval_tokens / max(at.interval_seconds, 1e-9),
-            seconds=at.seconds,
-            **figures,
-        )
+            found.update(callback.figures())
+        self._log("train", epoch=at.epoch, **found)
         self.tally.summed.zero_()
         at.end_interval(summed, counted)
 
     def end_epoch(self) -> None:
         """Validate, keep the best model, let the callbacks act, checkpoint."""
         epoch, loss = self.at.epoch, self.validate()
-        save_copy = partial(self.save_model, loss)
+        save_copy = partial(self.evaluated.save, loss)
         for callback in self.callbacks:
             callback.epoch_ended(EpochEnd(epoch, loss, self.optimizer, save_copy, self._log))
-        self.hidden = self.model.init_hidden(self.columns)
+        self.hidden = self.model.init_hidden(self.options.batch_size // self.ranks.size)
         self.at.begin_epoch()
         self.checkpoint()
 
@@ -223,39 +205,24 @@ class Trainer:
             DivergenceError: the loss is not finite.
         """
         self.tally.check()
-        loss = -1.0
-        if self.ranks.leader:
-            with suppress(StopRequested):
-                columns = self.options.eval_batch_size
-                loss = self.evaluated.valid_loss(columns, self.interrupt.check)
-        loss = self.ranks.from_leader(loss)
+        at, loss = self.at, self.evaluated.valid_loss(self.options.eval_batch_size)
         self._stopwatch.lap()
-        if loss < 0:
-            self.requests.share()
-            raise StopRequested
         if not math.isfinite(loss):
             what = f"validation loss is {loss}"
-            raise DivergenceError(self._describe_divergence(what, self.at.update))
-        at, num_words = self.at, len(self.corpus.vocabulary)
-        best, lr = loss < at.best_loss, self.optimizer.param_groups[0]["lr"]
-        self.display.validated(at.epoch_mean, loss, lr, best)
-        before, begun = at.diverged, at.epoch == 1
-        at.diverged = divergence(
-            "validation", loss, num_words, early=begun and at.row < self.num_steps
-        ) or divergence("training", at.epoch_mean, num_words, early=begun)
+            raise DivergenceError(self._describe_divergence(what, at.update))
+        best, before, lr = loss < at.best_loss, at.diverged, self.optimizer.param_groups[0]["lr"]
+        self.display.validated(loss, lr, best)
+        words, early, whole = len(self.corpus.vocabulary), at.epoch == 1, at.row == self.num_steps
+        reason = divergence("validation", loss, words, early and not whole)
+        at.diverged = reason or divergence("training", at.epoch_mean, words, early)
         if at.diverged and not before:
             warn(f"epoch {at.epoch} has diverged: {at.diverged}")
         figures = dict(loss=loss, ppl=perplexity(loss), averaged=self.evaluated.averaged)
         self._log("valid", epoch=at.epoch, **figures, seconds=at.seconds)
         if best:
-            self.save_model(loss)
+            self.evaluated.save(loss)
             at.best_loss, at.best_epoch = loss, at.epoch
         return loss
-
-    def save_model(self, loss: float | None, suffix: str = "") -> None:
-        """Write the weights, or their average, as the best model or beside it."""
-        if self.ranks.leader:
-            self.evaluated.save(self.at, loss, suffix)
 
     def _log(self, event: str, **values: Any) -> None:
         self.tracker.log(event, **{"step": self.at.update, **values})
@@ -268,8 +235,6 @@ class Trainer:
     def _describe_divergence(self, what: str, update: int) -> str:
         lr = self.optimizer.param_groups[0]["lr"]
         return f"{what} at update {update} (epoch {self.at.epoch}, lr {lr:g}): training stopped"
-
-    # Stopping and checkpoints
 
     def stop_reason(self) -> str | None:
         """Why training shall stop now; None: it continues."""
@@ -289,7 +254,7 @@ class Trainer:
             with suppress(StopRequested):
                 self.validate()
         if self.at.best_epoch is None and not self.interrupt.terminated:
-            self.save_model(None)
+            self.evaluated.save(None)
 
     def checkpoint(self) -> None:
         """Write the state that an exact resume needs."""
@@ -304,8 +269,7 @@ class Trainer:
 
     def state_dict(self) -> dict[str, Any]:
         """Tensors and plain values for load_state_dict."""
-        self.at.interval_loss = float(self.tally.summed)
-        self.at.grad_norm = float(self.tally.grad_norm)
+        self.tally.store()
         return dict(
             self.identity,
             model=self.model.state_dict(),
@@ -330,7 +294,6 @@ class Trainer:
                 callback.load_state_dict(state["callbacks"][callback.name])
         self.updater.step.restore()
         vars(self.at).update(vars(Position(**state["position"])))
-        self.tally.summed.fill_(self.at.interval_loss)
-        self.tally.grad_norm = torch.full_like(self.tally.grad_norm, self.at.grad_norm)
+        self.tally.restore()
         if state["random"]["device"] == self.device.type:  # else another kind of generator
             self.generator.set_state(state["random"]["state"])
