@@ -125,6 +125,29 @@ def load_training_state(path: Path) -> dict[str, Any]:
         return state
 
 
+def file_version(path: Path) -> tuple[int, int] | None:
+    """Changes when the file is replaced; None: no such file."""
+    try:
+        status = path.stat()
+    except FileNotFoundError:
+        return None
+    return status.st_ino, status.st_mtime_ns
+
+
+def check_unchanged(path: Path, version: tuple[int, int] | None) -> None:
+    """Check, once the run's folder is locked, that the state is still the one that was read.
+
+    Args:
+        path: the training state.
+        version: its file_version before it was read; None: it did not exist.
+
+    Raises:
+        RunError: another process has meanwhile begun the run or continued it.
+    """
+    if file_version(path) != version:
+        raise RunError(f"{path}: another process has just replaced it; the same command goes on")
+
+
 def previous_path(path: Path) -> Path:
     """The path of the checkpoint that the one at path has replaced: last.previous.pt."""
     return path.with_suffix(f".previous{path.suffix}")
@@ -199,7 +222,9 @@ def _read(path: Path, expected: str) -> dict[str, Any]:
         if found == TRAINING_FORMAT and isinstance(flags := payload.get("flags"), dict):
             model = f"{path.parent}{Path(str(flags.get('save'))).suffix}"
             raise CheckpointError(f"{path}: a training state; the model of this run is {model}")
-        kind = f"a {found!r} file" if isinstance(found, str) else "not a checkpoint of this project"
+        kind = "not a checkpoint of this project"
+        if isinstance(found, str):
+            kind = f"a {found!r} file (the commit that the run's config.json names reads it)"
         raise CheckpointError(f"{path}: {kind}, where {expected!r} is needed")
     assert isinstance(payload, dict)
     return payload

@@ -98,18 +98,25 @@ class RunFolder:
         )
 
     def set_aside(self) -> Path:
-        """Rename an earlier run to NAME.1.pt and NAME.1/ (or .2, …); returns its new folder."""
-        name, suffix, number = self.folder.name, self.model_path.suffix, 1
-        while any(self.folder.with_name(f"{name}.{number}{end}").exists() for end in ("", suffix)):
-            number += 1
-        aside = self.folder.with_name(f"{name}.{number}")
-        self.folder.rename(aside)
+        """Rename an earlier run to NAME.1.pt and NAME.1/ (or .2, …); returns its new folder.
+
+        The folder is renamed last, so that a move that was cut short is finished under its number.
+        """
+        name, number = self.folder.name, 1
         # The best model and the copies of --when: PTB.pt, PTB.pt.e25, …
-        copies = self.model_path.parent.glob(f"{glob.escape(self.model_path.name)}.e*")
-        for path in [self.model_path, *copies]:
-            if path.exists():
-                path.rename(path.with_name(aside.name + path.name.removeprefix(name)))
+        files = [*self.model_path.parent.glob(f"{glob.escape(self.model_path.name)}.e*")]
+        files += [self.model_path] if self.model_path.exists() else []
+
+        def moved(path: Path) -> Path:
+            return path.with_name(f"{name}.{number}{path.name.removeprefix(name)}")
+
+        while any(moved(path).exists() for path in (self.folder, *files)):
+            number += 1
+        for path in (*files, self.folder):
+            path.rename(moved(path))
+        aside = moved(self.folder)
         self._lock.release()  # of the renamed folder
+        (aside / LOCK).unlink()
         self._lock = lock_folder(self.folder)
         return aside
 

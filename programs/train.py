@@ -11,7 +11,12 @@ from typing import Any
 import torch
 
 from assembly import build_model, build_trainer, read_corpus
-from engine.checkpoint import damage_reported, load_training_state
+from engine.checkpoint import (
+    check_unchanged,
+    damage_reported,
+    file_version,
+    load_training_state,
+)
 from engine.device import keep_freed_memory, select_device, use_threads
 from engine.errors import CheckpointError, DivergenceError, RunError, UsageError
 from engine.launch import local_rank
@@ -102,6 +107,9 @@ def start(
     named = (state or {}).get("origin") if origin is None else origin.named()
     trainer, precision, kernels = build_trainer(args, corpus, device, ranks, origin, named)
     with trainer.folder, trainer.interrupt:
+        if state is not None or args.resume == "auto":
+            last = trainer.folder.last_path if state is None else Path(args.resume)
+            check_unchanged(last, (state or {}).get("version"))
         if state is not None:  # before any file changes, since the state may be damaged
             with damage_reported(Path(args.resume)):
                 trainer.load_state_dict(state)
@@ -225,7 +233,7 @@ def find_state(
             return args, None
     else:
         path = find_run(args.resume)
-    state = load_training_state(path)
+    state = {"version": file_version(path), **load_training_state(path)}
     with damage_reported(path):
         args = resume_flags(args, given, state["flags"])
         if "save" not in given:

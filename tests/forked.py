@@ -12,6 +12,7 @@ import warnings
 from collections.abc import Callable, Iterable
 from pathlib import Path
 
+import torch
 from conftest import Result
 
 import main
@@ -55,6 +56,7 @@ class Child:
                     if not terminal:
                         os.dup2(file.fileno(), number)
                 sys.stdout, sys.stderr = (open(n, "w", 1, closefd=False) for n in (1, 2))  # noqa: SIM115
+                torch.set_num_threads(1)  # libgomp's threads are not there after a fork
                 prepare()
                 code = main.main([str(arg) for arg in argv])
             except BaseException:

@@ -1,6 +1,7 @@
 """A terminal or a pipe that goes away ends no run: training goes on, results go where they can."""
 
 import fcntl
+import json
 import os
 import signal
 import struct
@@ -11,7 +12,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
-from conftest import ROOT, TINY, Result, read_events, read_summary
+from conftest import ROOT, TINY, Result, read_events, read_summary, write_corpus
 from forked import Child
 
 import programs.conclusion
@@ -116,3 +117,30 @@ def test_the_summary_does_not_wait_for_the_samples(
     monkeypatch.setattr(programs.conclusion, "sample_sentences", fail)
     assert run(*argv, "--samples", 1).code == 1
     assert_done(tmp_path)
+
+
+@pytest.mark.slow
+def test_words_and_paths_that_the_locale_cannot_write(tmp_path: Path) -> None:
+    """In ASCII: main.py with such words, ablate.py in such a folder, given by its bytes."""
+    corpus, place = write_corpus(tmp_path / "corpus"), tmp_path / "é"
+    place.mkdir()
+    for path in corpus.glob("*.txt"):
+        path.write_text(path.read_text().replace("w", "é"), encoding="utf-8")
+    flags = [flag for flag in TINY if flag not in ("--seed", "7")]
+    flags += ["--data", str(corpus), "--epochs", "1"]
+    table = tmp_path / "table.toml"
+    rows = f'seeds = [1]\nflags = {json.dumps(flags)}\n[[rows]]\nname = "é"\n'
+    table.write_text(f'title = "é †"\n{rows}', encoding="utf-8")
+    environment = {**os.environ, "LC_ALL": "C", "PYTHONUTF8": "0", "PYTHONIOENCODING": "ascii"}
+    environment["PYTHONCOERCECLOCALE"] = "0"
+
+    def start(program: str, *argv: object) -> str:
+        command = [sys.executable, str(ROOT / program), *map(str, argv)]
+        done = subprocess.run(command, env=environment, capture_output=True, timeout=120)
+        assert done.returncode == 0, done.stderr
+        return done.stdout.decode("ascii")
+
+    assert "| It writes: ?" in start("main.py", *flags, "--save", place / "r.pt", "--samples", 2)
+    assert read_summary(place / "r.pt")["test_ppl"] > 1
+    assert "# ? ?" in start("ablate.py", table, "--output", place / "out")
+    assert "# é †" in (place / "out" / "table.md").read_text(encoding="utf-8")

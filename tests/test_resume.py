@@ -4,6 +4,7 @@ import json
 import os
 import signal
 from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +13,9 @@ import torch
 from conftest import TINY, Result, read_events, write_corpus
 from forked import Child
 
+import assembly
 import main
+import programs.train
 from engine.interrupt import Interrupt
 from engine.run_folder import RunFolder
 
@@ -209,3 +212,57 @@ def test_a_folder_belongs_to_one_run(whole: Path, tmp_path: Path, run: Run) -> N
         holder = f"{tmp_path / 'run'}: another process is running there (process {os.getpid()}: "
         assert result.err.startswith(f"error: {holder}")
     assert start(save, whole / "corpus", "--max-updates", 1) == 0
+
+
+def test_a_run_that_goes_on_between_reading_and_locking_is_not_resumed_from_the_old_state(
+    whole: Path, tmp_path: Path, run: Run, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    save, build = tmp_path / "whole.pt", assembly.build_trainer
+    flags = [*FLAGS, "--data", whole / "corpus", "--save", save, "--resume", "auto"]
+    for updates in (9, 20):  # no state was there yet; a state was
+
+        def meanwhile(*args: Any, updates: int = updates) -> Any:
+            monkeypatch.setattr(programs.train, "build_trainer", build)
+            assert start(save, whole / "corpus", "--max-updates", updates) == 0
+            return build(*args)
+
+        monkeypatch.setattr(programs.train, "build_trainer", meanwhile)
+        result = run(*flags, "--max-updates", 30)
+        last = tmp_path / "whole" / "last.pt"
+        message = f"{last}: another process has just replaced it; the same command goes on"
+        assert (result.code, result.err.splitlines()[-1]) == (1, f"error: {message}")
+    assert start(save, whole / "corpus") == 0
+    assert_same_run(whole / "whole.pt", save)
+
+
+def test_a_run_that_is_moved_aside_stays_together(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Killed before each of the renamings."""
+    rename, calls = Path.rename, 0
+
+    def killed(path: Path, target: Path) -> None:
+        nonlocal calls
+        calls -= 1
+        if calls < 0:
+            raise KeyboardInterrupt
+        rename(path, target)
+
+    names = ["config.json", "metrics.jsonl", "last.pt", "summary.json", "last.previous.pt"]
+    for number in range(8):
+        folder = tmp_path / str(number) / "run"
+        folder.mkdir(parents=True)
+        expected = {f"run.1/{name}" for name in names} | {"run.1.pt", "run.1.pt.e3"}
+        for name in expected:
+            (folder.parent / name.replace(".1", "")).write_text(name)
+        with monkeypatch.context() as patch, suppress(KeyboardInterrupt):
+            patch.setattr(Path, "rename", killed)
+            calls = number
+            with RunFolder(f"{folder}.pt") as begun:
+                begun.begin()
+        with RunFolder(f"{folder}.pt") as begun:
+            begun.begin()
+        files = [path for path in folder.parent.rglob("*") if path.is_file()]
+        found = {str(path.relative_to(folder.parent)): path.read_text() for path in files}
+        assert found.pop("run/.lock") == ""
+        assert found == {name: name for name in expected}
