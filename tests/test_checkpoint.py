@@ -147,9 +147,7 @@ def test_a_model_that_was_saved_long_ago() -> None:
     loss = evaluate(Plain(model), torch.tensor([vocabulary.index(word) for word in words]), 1)
     reported = json.loads((folder / "run" / "summary.json").read_text())["test_ppl"]
     assert math.exp(loss) == pytest.approx(reported, rel=1e-6)
-    with pytest.raises(
-        CheckpointError, match=r"training state 1' file \(the commit that"
-    ):
+    with pytest.raises(CheckpointError, match=r"training state 1' file \(the commit that"):
         load_training_state(folder / "run" / "last.pt")
 
 

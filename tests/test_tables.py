@@ -203,6 +203,15 @@ def test_no_line_is_wider_than_the_terminal(figures: dict[str, Any], width: int)
     assert "The rest (flags and runs) is in" in whole
 
 
+def test_decimals_go_before_columns(figures: dict[str, Any]) -> None:
+    whole = on_terminal(figures, 1000, Path("table.md"))
+    width = max(len(line) for line in whole.splitlines() if line.startswith("|"))
+    shorter = on_terminal(figures, width - 1, Path("table.md"))
+    assert "(flags and runs)" in " ".join(shorter.split())  # no column is missing
+    assert " ± " in shorter
+    assert not re.search(r"± \d+\.\d\d", shorter)
+
+
 def test_a_page_is_aligned(figures: dict[str, Any]) -> None:
     text = markdown(figures, "curves.png")
     assert "| a\\|b_c & 50% of" in text

@@ -10,28 +10,29 @@ HUGE = 1e6  # from here on a perplexity is written as 1.2e+06
 Columns = dict[str, Callable[[dict[str, Any]], str]]
 
 
-def number(value: float | None, sign: str = "") -> str:
+def number(value: float | None, sign: str = "", digits: int = 2) -> str:
     """A perplexity, or a difference of two, as tables show it."""
     if value is None:
         return MISSING
-    return f"{value:{sign}.2f}" if abs(value) < HUGE else f"{value:{sign}.2g}"
+    return f"{value:{sign}.{digits}f}" if abs(value) < HUGE else f"{value:{sign}.2g}"
 
 
-def _mean_and_sd(spread: dict[str, Any]) -> str:
+def _mean_and_sd(spread: dict[str, Any], digits: int) -> str:
     if spread["mean"] is None:
         return "-"
-    return number(spread["mean"]) + ("" if spread["sd"] is None else f" ± {number(spread['sd'])}")
+    sd = "" if spread["sd"] is None else f" ± {number(spread['sd'], digits=digits)}"
+    return f"{number(spread['mean'], digits=digits)}{sd}"
 
 
-def _difference(row: dict[str, Any], split: str) -> str:
+def _difference(row: dict[str, Any], split: str, digits: int) -> str:
     if row["difference"] is None:
         return "base"
     difference = row["difference"][split]
     if difference["mean"] is None:
         return "-"
-    ends = [number(difference[end], "+") for end in ("low", "high")]
+    ends = [number(difference[end], "+", digits) for end in ("low", "high")]
     reach = ", ".join(ends) if difference["low"] is not None else MISSING
-    return f"{number(difference['mean'], '+')} [{reach}]"
+    return f"{number(difference['mean'], '+', digits)} [{reach}]"
 
 
 def _p(row: dict[str, Any]) -> str:
@@ -53,20 +54,25 @@ def _pair(values: dict[str, float], sign: str = "") -> str:
     return " / ".join(number(values.get(split), sign) for split in ("valid", "test"))
 
 
-def main_columns(figures: dict[str, Any]) -> Columns:
-    """The table's own columns, and one for each stage and split that it measures."""
+def main_columns(figures: dict[str, Any], digits: int = 2) -> Columns:
+    """The table's own columns, and one for each stage and split that it measures.
+
+    Args:
+        figures: from results.collect.
+        digits: decimals of perplexities and their differences.
+    """
 
     def after(name: str, split: str) -> Callable[[dict[str, Any]], str]:
-        return lambda row: _mean_and_sd(row["after"][name][split])
+        return lambda row: _mean_and_sd(row["after"][name][split], digits)
 
     stages = [(name, split) for name, splits in figures["after"].items() for split in splits]
     return {
         "": lambda row: row["name"],
         "seeds": _seeds,
-        "valid ppl": lambda row: _mean_and_sd(row["valid"]),
-        "test ppl": lambda row: _mean_and_sd(row["test"]),
-        "valid - base [95%]": lambda row: _difference(row, "valid"),
-        "test - base [95%]": lambda row: _difference(row, "test"),
+        "valid ppl": lambda row: _mean_and_sd(row["valid"], digits),
+        "test ppl": lambda row: _mean_and_sd(row["test"], digits),
+        "valid - base [95%]": lambda row: _difference(row, "valid", digits),
+        "test - base [95%]": lambda row: _difference(row, "test", digits),
         "p (test)": _p,
         **{f"{name}, {split} ppl": after(name, split) for name, split in stages},
     }
@@ -105,11 +111,14 @@ HOW_TO_READ_FILTER = (
 Section = tuple[str, Columns, list[dict[str, Any]], list[str]]
 
 
-def sections(figures: dict[str, Any]) -> list[Section]:
-    """The report's tables: the title of each, its columns and rows, and what to know of them."""
+def sections(figures: dict[str, Any], digits: int = 2) -> list[Section]:
+    """The report's tables: the title of each, its columns and rows, and what to know of them.
+
+    digits: see main_columns.
+    """
     rows = figures["rows"]
     words = [*daggers(rows), how_to_read(figures)]
-    found: list[Section] = [(figures["title"], main_columns(figures), rows, words)]
+    found: list[Section] = [(figures["title"], main_columns(figures, digits), rows, words)]
     published = []
     for row in rows:
         stages = [dict(own, name=f"{row['name']}, {name}") for name, own in row["after"].items()]

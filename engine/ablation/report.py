@@ -5,6 +5,7 @@ import io
 import json
 import re
 import textwrap
+from itertools import product
 from pathlib import Path
 from typing import Any
 
@@ -91,7 +92,7 @@ def markdown(figures: dict[str, Any], curves: str = "") -> str:
 def on_terminal(figures: dict[str, Any], width: int, page: Path) -> str:
     """The report without flags and links, in lines of at most `width` characters.
 
-    Tables that are too wide have fewer columns.
+    Tables that are too wide have fewer decimals, then fewer columns.
 
     Args:
         figures: from results.collect.
@@ -100,22 +101,26 @@ def on_terminal(figures: dict[str, Any], width: int, page: Path) -> str:
     """
     parts = [_filled(figures["note"], width)] if figures["note"] else []
     missing = ["flags and runs"]
-    for title, columns, rows, notes in sections(figures):
-        table, left_out = _fitted(columns, rows, width)
+    for section, shorter in zip(sections(figures), sections(figures, digits=1), strict=True):
+        title, columns, rows, notes = section
+        table, left_out = _fitted([columns, shorter[1]], rows, width)
         missing += left_out
         parts += [_filled(title, width), table, *(_filled(note, width) for note in notes)]
     parts.append(_filled(f"The rest ({', '.join(missing)}) is in {page}", width))
     return "\n\n".join(parts) + "\n"
 
 
-def _fitted(columns: Columns, rows: list[dict[str, Any]], width: int) -> tuple[str, list[str]]:
-    """A table of at most `width` characters, and the headings of the columns it leaves out."""
+def _fitted(forms: list[Columns], rows: list[dict[str, Any]], width: int) -> tuple[str, list[str]]:
+    """A table of at most `width` characters, and the headings of the columns it leaves out.
+
+    forms: the same columns in two or more forms, the widest first.
+    """
     room = max(NARROWEST_NAME, width // 3)
     rows = [dict(row, name=_shortened(row["name"], room)) for row in rows]
-    first, *names = columns
+    first, *names = forms[0]
     order = [name for name in LEAST if name in names]
     order += [name for name in reversed(names) if name not in LEAST]
-    for number in range(len(order) + 1):
+    for number, columns in product(range(len(order) + 1), forms):
         kept = [first, *(name for name in names if name not in order[:number])]
         table = aligned({name: columns[name] for name in kept}, rows)
         if table.index("\n") <= width:
