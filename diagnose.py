@@ -3,16 +3,17 @@
 The program is programs/diagnose.py.
 """
 
-import sys
 from collections.abc import Sequence
 
-from engine.program import run_program
+from engine.launch import leave
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the program; returns its exit code."""
+    from engine.program import run_program
+
     return run_program("programs.diagnose", argv, "flags.diagnosis.parse_diagnosis")
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    leave(main)

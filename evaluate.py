@@ -6,13 +6,14 @@ The program is programs/evaluate.py.
 from collections.abc import Sequence
 
 from engine.launch import leave
-from engine.program import run_program
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the program; returns its exit code."""
+    from engine.program import run_program
+
     return run_program("programs.evaluate", argv, "flags.evaluation.parse_evaluation")
 
 
 if __name__ == "__main__":
-    leave(main())
+    leave(main)

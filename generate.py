@@ -3,16 +3,17 @@
 The program is programs/generate.py.
 """
 
-import sys
 from collections.abc import Sequence
 
-from engine.program import run_program
+from engine.launch import leave
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the program; returns its exit code."""
+    from engine.program import run_program
+
     return run_program("programs.generate", argv, "flags.generation.parse_generation")
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    leave(main)

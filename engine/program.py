@@ -2,6 +2,7 @@
 
 import importlib
 import os
+import signal
 import sys
 import warnings
 from collections.abc import MutableMapping, Sequence
@@ -46,6 +47,8 @@ def share_cores(environment: MutableMapping[str, str]) -> None:
 
 def _run(name: str, argv: Sequence[str], parse: str | None) -> int:
     try:
+        if signal.getsignal(signal.SIGINT) is signal.SIG_DFL:  # see engine.launch.leave
+            signal.signal(signal.SIGINT, signal.default_int_handler)
         if parse is not None:
             module, _, function = parse.rpartition(".")
             getattr(importlib.import_module(module), function)(argv)

@@ -4,6 +4,7 @@ import importlib
 import json
 import os
 import re
+import signal
 import subprocess
 import sys
 from collections.abc import Callable
@@ -305,3 +306,25 @@ def test_commands_of_the_original_follow_each_other(
 def test_parameters_of_the_papers_model() -> None:
     args, _ = parse_training(WORD_LEVEL[0].split())
     assert sum(p.numel() for p in assembly.build_model(args, 10_000).parameters()) == 24_221_600
+
+
+@pytest.mark.parametrize(
+    ("module", "code", "printed"),
+    [("engine.program", -signal.SIGINT, ""), ("torch", 1, "error: interrupted\n")],
+)
+def test_control_c_during_imports_leaves_no_traceback(module: str, code: int, printed: str) -> None:
+    program = (
+        "import builtins, os, runpy, signal, sys\n"
+        "load = builtins.__import__\n"
+        "def interrupt(name, *rest):\n"
+        f"    if name == {module!r}:\n"
+        "        builtins.__import__ = load\n"
+        "        os.kill(os.getpid(), signal.SIGINT)\n"
+        "    return load(name, *rest)\n"
+        "builtins.__import__ = interrupt\n"
+        "sys.argv = ['main.py', '--quick']\n"
+        "runpy.run_path('main.py', run_name='__main__')\n"
+    )
+    command = [sys.executable, "-c", program]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+    assert (done.returncode, done.stdout, done.stderr) == (code, "", printed)
