@@ -1,7 +1,7 @@
 """Signals that stop a run: Ctrl-C and those that clusters and terminals send."""
 
 import signal
-from types import FrameType, TracebackType
+from types import FrameType
 from typing import Any
 
 # Sent by clusters before they reclaim a machine (slurm: SIGUSR1, if --signal says so), and by a
@@ -34,12 +34,7 @@ class Interrupt:
                 self._previous[number] = signal.signal(number, self._on_terminate)
         return self
 
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        traceback: TracebackType | None,
-    ) -> None:
+    def __exit__(self, *exception: object) -> None:
         for number, handler in self._previous.items():
             signal.signal(number, handler)
 

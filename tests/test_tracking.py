@@ -219,35 +219,37 @@ def test_names_and_the_command_to_upload(
     wandb: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """A run has its folder's name, and goes on there; in another folder it is a new one."""
-    folder, elsewhere, state = tmp_path / "my PTB", tmp_path / "elsewhere", dict[str, Any]()
-    assert sync_command(folder) is None
-    for _ in range(2):
-        tracker = Tracker(folder, {}, WandbOptions(mode="offline"), state)
-        state = tracker.state_dict()
+    folder, state, runs = tmp_path / "my PTB", dict[str, Any](), list[Any]()
+
+    def begin_and_end(place: Path) -> dict[str, Any]:
+        tracker = Tracker(place, {}, WandbOptions(mode="offline"), state)
+        assert tracker.wandb_url == str(offline_folders(place)[-1])
+        runs.append(tracker._wandb._run)
+        found = tracker.state_dict()
         tracker.close()
-    new, resumed = offline_folders(folder)
-    assert tracker.wandb_url == str(resumed)
-    one, two = started(records(new)), started(records(resumed))
-    assert one["display_name"] == "my PTB"
-    assert not two.get("display_name")  # W&B keeps the one that it has
-    assert one["run_id"] == two["run_id"] == state["wandb_id"]
+        return found
+
+    assert sync_command(folder) is None
+    state = begin_and_end(folder)
+    begin_and_end(folder)
+    assert [run.name for run in runs] == ["my PTB", None]  # W&B keeps the one that it has
+    assert [run.id for run in runs] == [state["wandb_id"]] * 2
     command = sync_command(folder)
     assert command is not None
     # As a shell reads it, and only lists it.
     listed = subprocess.run(
         ["sh", "-c", command.replace("wandb sync", "ls -d")], capture_output=True, text=True
     )
-    assert listed.stdout.split("\n")[:-1] == [str(new), str(resumed)]
+    assert listed.stdout.split("\n")[:-1] == list(map(str, offline_folders(folder)))
     assert sync_command(tmp_path, "*") == f"wandb sync {tmp_path}/*/wandb/offline-run-*"
 
     wandb.teardown()  # it reads the environment once
     for name, value in {"PROJECT": "p", "NAME": "n", "RUN_GROUP": "g", "TAGS": "a,b"}.items():
         monkeypatch.setenv(f"WANDB_{name}", value)
-    Tracker(elsewhere, {}, WandbOptions(mode="offline"), state).close()
-    run = started(records(offline_folders(elsewhere)[0]))
-    assert run["run_id"] != state["wandb_id"]
-    assert (run["project"], run["display_name"], run["run_group"]) == ("p", "n", "g")
-    assert run["tags"] == ["a", "b"]
+    begin_and_end(tmp_path / "elsewhere")
+    assert runs[2].id != state["wandb_id"]
+    assert (runs[2].project, runs[2].name, runs[2].group) == ("p", "n", "g")
+    assert runs[2].tags == ("a", "b")
 
 
 def assert_one_warning(text: str) -> None:
