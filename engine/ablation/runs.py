@@ -1,12 +1,11 @@
 """The runs of a table, and their states as read from their folders."""
 
 from collections import Counter
-from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from engine.ablation.stages import Job, Step, StepState
+from engine.ablation.stages import NOT_FINITE, Job, Step, StepState
 from engine.ablation.table import Row
 from engine.history import read_events, read_json
 
@@ -30,10 +29,7 @@ class Run(Job):
     save: Path
     steps: list[Step] = field(default_factory=list)
 
-    @property
-    def program(self) -> str:
-        """Its program's file."""
-        return "main.py"
+    program = "main.py"
 
     @property
     def name(self) -> str:
@@ -83,15 +79,12 @@ def read_state(run: Run) -> State:
     summary = read_json(run.folder / "summary.json")
     config = read_json(run.folder / "config.json")
     events = read_events(run.folder / "metrics.jsonl")
-    cause = ""
-    with suppress(OSError):
-        cause = run.failure_path.read_text(encoding="utf-8").strip()
+    cause = run.failure()
     if summary.get("diverged"):
         kind, cause = "diverged", str(summary.get("cause") or "")
     elif _reached(summary, run.flags):
         finite = None not in (summary["test_ppl"], summary["best_valid_ppl"])
-        kind = "done" if finite else "diverged"
-        cause = "" if finite else "its perplexity is not finite"
+        kind, cause = ("done", "") if finite else ("diverged", NOT_FINITE)
     elif cause:
         kind = "failed"
     else:
