@@ -82,8 +82,6 @@ def test_a_table_with_fine_tuning_and_a_cache(
     assert line.split("|")[-2].strip() == f"{cached:.2f}"
     against = next(line for line in result.out.splitlines() if line.startswith("| base, finetune"))
     assert "60.00 / 57.30" in against
-    assert f"{tuned['best_valid_ppl']:.2f} / {tuned['test_ppl']:.2f}" in against
-    assert f"& {cached:.2f} \\\\" in (out / "table.tex").read_text()
     with (out / "table.csv").open() as file:
         (figures,) = csv.DictReader(file)
     assert float(figures["finetune_test_mean"]) == tuned["test_ppl"]
