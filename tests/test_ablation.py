@@ -171,17 +171,12 @@ def test_more_seeds_and_epochs_are_added_and_other_flags_refused(
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("kills", [1, 10])
-def test_killed_at_random_moments_it_gives_the_same_table(tmp_path: Path, kills: int) -> None:
-    rows = {"base": "", "filter": "--grad-filter"}
-    if kills > 1:
-        rows["diverges"] = "--lr 1e10 --clip 0"
-    table = write_table(
-        tmp_path, rows, (1, 2) if kills > 1 else (1,), "--checkpoint-every 7 --nonmono 0"
-    )
+def test_killed_at_random_moments_it_gives_the_same_table(tmp_path: Path) -> None:
+    rows = {"base": "", "filter": "--grad-filter", "diverges": "--lr 1e10 --clip 0"}
+    table = write_table(tmp_path, rows, (1, 2), "--checkpoint-every 7 --nonmono 0")
     command = [sys.executable, str(ROOT / "ablate.py"), str(table), "--jobs", "2", "--output"]
-    draw = random.Random(kills)
-    for _ in range(kills):
+    draw = random.Random(10)
+    for _ in range(10):
         process = subprocess.Popen(
             [*command, str(tmp_path / "killed")], stdout=subprocess.DEVNULL,
             stderr=subprocess.DEVNULL, start_new_session=True,
