@@ -102,63 +102,48 @@ def _layers(
     generator: torch.Generator,
     say: Callable[[str], None],
 ) -> list[dict[str, Any]]:
+    layers: list[dict[str, Any]] = [{} for _ in model.layers]
+
+    def add_lag_norms(noise: Noise, suffix: str = "") -> tuple[Unrolled, list[Tensor]]:
+        window = settings.lag_window
+        unrolled = unroll(model, rows[:window], hidden, noise)
+        targets = rows[1 : window + 1]
+        norms = lag_norms.lag_norms(model, unrolled, targets, settings.lags, settings.positions)
+        for n, figures in enumerate(layers):
+            for state, found in (("hidden", norms.hidden[n]), ("cells", norms.cells[n])):
+                figures[f"{state}{suffix}"] = lag_norms.describe(found, settings.bptt)
+        return unrolled, norms.arriving
+
     say(f"gradients of single steps, {settings.lags} steps back")
-    unrolled, norms = _lag_norms(model, rows, hidden, settings, Noise())
-    looks = [
-        dict(gates=gates.gate_figures(unrolled, n), states=gates.state_figures(unrolled, n))
-        for n in range(model.nlayers)
-    ]
+    unrolled, arriving = add_lag_norms(Noise())
+    for n, figures in enumerate(layers):
+        figures["gates"] = gates.gate_figures(unrolled, n)
+        figures["states"] = gates.state_figures(unrolled, n)
     del unrolled  # and with it the graph, before there is another one
-    masked = None
     if any((model.dropout, model.dropouth, model.dropouti, model.dropoute, model.wdrop)):
         say("the same under the masks of training")
         model.train()
-        _, masked = _lag_norms(model, rows, hidden, settings, Noise(generator))
+        add_lag_norms(Noise(generator), "_masked")
         model.eval()
-    layers = []
-    for n in range(model.nlayers):
+    for n, figures in enumerate(layers):
         say(f"recurrent matrices of layer {n}")
         matrices = recurrent_matrices(model.layers[n])
-        figures: dict[str, Any] = dict(
-            hidden=lag_norms.describe(norms.hidden[n], settings.bptt),
-            cells=lag_norms.describe(norms.cells[n], settings.bptt),
-            prediction=_prediction(matrices, norms.arriving[n], settings.lags),
-            spectrum=_spectrum(spectra.spectrum(matrices)),
-            **looks[n],
-        )
-        if masked is not None:
-            figures["hidden_masked"] = lag_norms.describe(masked.hidden[n], settings.bptt)
-            figures["cells_masked"] = lag_norms.describe(masked.cells[n], settings.bptt)
+        curves = spectra.power_prediction(matrices, arriving[n], settings.lags)
+        figures["prediction"] = {
+            gate: dict(far=lag_norms.factor_per_step(curve[len(curve) // 2 :]), sizes=curve)
+            for gate, curve in zip(LSTM.gates, curves, strict=True)
+        }
+        figures["spectrum"] = _by_gate(spectra.spectrum(matrices))
         if model.wdrop and settings.masks:
             noise = Noise(generator)
             found = spectra.masked_spectrum(matrices, model.wdrop, settings.masks, noise)
-            figures["spectrum_masked"] = _spectrum(found)
-        layers.append(figures)
+            figures["spectrum_masked"] = _by_gate(found)
     return layers
 
 
-def _lag_norms(
-    model: RNNModel, rows: Tensor, hidden: Hidden, settings: Settings, noise: Noise
-) -> tuple[Unrolled, lag_norms.LagNorms]:
-    window = settings.lag_window
-    unrolled = unroll(model, rows[:window], hidden, noise)
-    found = lag_norms.lag_norms(
-        model, unrolled, rows[1 : window + 1], settings.lags, settings.positions
-    )
-    return unrolled, found
-
-
-def _prediction(matrices: Tensor, arriving: Tensor, lags: int) -> dict[str, Any]:
-    curves = spectra.power_prediction(matrices, arriving, lags)
+def _by_gate(found: dict[str, Tensor]) -> dict[str, Any]:
     return {
-        gate: dict(far=lag_norms.factor_per_step(curve[len(curve) // 2 :]), sizes=curve)
-        for gate, curve in zip(LSTM.gates, curves, strict=True)
-    }
-
-
-def _spectrum(found: dict[str, Tensor]) -> dict[str, Any]:
-    return {
-        gate: dict(radius=found["radius"][n], singular_values=found["singular_values"][n])
+        gate: {name: values[n] for name, values in found.items()}
         for n, gate in enumerate(LSTM.gates)
     }
 

@@ -114,10 +114,7 @@ def read_history(path: str | Path) -> History:
         folder = path.with_suffix("")
     if not (folder / METRICS).is_file():
         raise RunError(f"{path}: no such run (looked for {folder / METRICS})")
-    whole = {"train": {"step", "epoch"}, "valid": {"step", "epoch"}, "averaging": {"epoch"}}
-    events = read_events(folder / METRICS)
-    events = [line for line in events if whole.get(str(line["event"]), set()) <= _integers(line)]
-    return History(folder, read_json(folder / "config.json"), events)
+    return History(folder, read_json(folder / "config.json"), read_events(folder / METRICS))
 
 
 def corpus_of_run(model: str | Path) -> str | None:
@@ -130,10 +127,6 @@ def flags_of_run(model: str | Path) -> dict[str, Any]:
     """The flags of the run that wrote a model; empty if its config.json cannot be read."""
     run = Path(model).with_suffix("")
     return History(run, read_json(run / "config.json"), []).flags
-
-
-def _integers(line: dict[str, Any]) -> set[str]:
-    return {name for name, value in line.items() if isinstance(value, int)}
 
 
 def read_json(path: Path) -> dict[str, Any]:

@@ -162,8 +162,8 @@ def check_folders(runs: list[Run], fingerprint: str | None = None) -> None:
     for run in runs:
         state = read_state(run)
         differences = ""
-        if saved := state.config.get("flags"):
-            differences = other_flags(run.flags, saved, also=("test_batch_size", "bigram"))
+        if state.flags:
+            differences = other_flags(run.flags, state.flags, also=("test_batch_size", "bigram"))
         for name, done in (("epochs", "epochs"), ("max_updates", "updates")):
             most, reached = run.flags[name], state.summary.get(done, 0)
             if most is not None and reached > most:

@@ -3,7 +3,7 @@
 import argparse
 import gc
 import sys
-from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 
@@ -30,8 +30,7 @@ from training.rehearsal import Pace, rehearse
 KEPT_IN_PIECES = 1.3
 
 
-@dataclass(frozen=True)
-class Forecast:
+class Forecast(NamedTuple):
     """What a few updates of a run, in memory, say about it.
 
     precision: fp32, tf32, bf16 or fp16.
@@ -43,9 +42,13 @@ class Forecast:
     pace: Pace
     memory: float | None
 
-    def seconds(self, epochs: float) -> float:
-        """Seconds of a run of that many epochs."""
-        return epochs * self.pace.epoch + self.pace.test
+    def in_words(self, epochs: float) -> str:
+        """Time of an epoch and of a run of that many, and memory."""
+        memory = "" if self.memory is None else f"; {self.memory / 2**20:,.0f} MiB at the peak"
+        return (
+            f"{self.pace.epoch:,.4g} s an epoch ({self.pace.validation:.3g} s of it validation), "
+            f"{duration(self.pace.run(epochs))} for {epochs:,.4g} epochs and the test{memory}"
+        )
 
 
 def forecast(
@@ -100,10 +103,10 @@ def print_plan(
     own = forecast(args, corpus, device)
     assert own is not None
     epochs = planned_epochs(args, corpus)
-    print(f"| {own.precision:17} | {described(own, epochs)}", flush=True)
+    print(f"| {own.precision:17} | {own.in_words(epochs)}", flush=True)
     if args.precision == "auto" and (other := forecast(args, corpus, device, "bf16")):
         ratio = own.pace.training / other.pace.training
-        print(f"| --precision bf16  | {described(other, epochs)}")
+        print(f"| --precision bf16  | {other.in_words(epochs)}")
         print(f"|                   | {ratio:.1f} times the speed in training")
 
 
@@ -113,16 +116,6 @@ def planned_epochs(args: argparse.Namespace, corpus: Corpus) -> float:
     if args.max_updates is None or updates <= 0:
         return float(args.epochs)
     return float(min(args.epochs, args.max_updates / updates))
-
-
-def described(found: Forecast, epochs: float) -> str:
-    """A forecast in words."""
-    pace = found.pace
-    memory = "" if found.memory is None else f"; {found.memory / 2**20:,.0f} MiB at the peak"
-    return (
-        f"{pace.epoch:,.4g} s an epoch ({pace.validation:.3g} s of it validation), "
-        f"{duration(found.seconds(epochs))} for {epochs:,.4g} epochs and the test{memory}"
-    )
 
 
 def memory_needed(args: argparse.Namespace, model: RNNModel, corpus: Corpus) -> int:

@@ -75,7 +75,7 @@ def time_needed(runs: list[Run], corpus: Corpus, args: argparse.Namespace) -> st
     found = {slug: forecast_of(run, corpus) for slug, run in rows.items()}
     torch.set_num_threads(before)
     forecasts = [(left[run.name], found[run.row.slug]) for run in open_runs]
-    seconds = sum(start + one.seconds(epochs) for epochs, one in forecasts if one)
+    seconds = sum(start + one.pace.run(epochs) for epochs, one in forecasts if one)
     memory = max((one.memory or 0 for _, one in forecasts if one), default=0)
     size = f"; up to {memory / 2**20:,.0f} MiB a run" if memory else ""
     return f"about {duration(seconds / jobs)}, by a few updates of each row{size}"

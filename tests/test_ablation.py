@@ -149,16 +149,9 @@ def test_more_seeds_and_epochs_are_added_and_other_flags_refused(
 
     # The figures, from the runs' own files.
     (row,) = json.loads((out / "table.json").read_text())["rows"]
-    folders = [out / "runs" / f"base-seed{seed}" for seed in (1, 2)]
-    summaries = [json.loads((folder / "summary.json").read_text()) for folder in folders]
-    one, two = (summary["test_ppl"] for summary in summaries)
-    assert row["test"]["mean"] == pytest.approx((one + two) / 2)
+    one, two = (read_summary(out / run["folder"])["test_ppl"] for run in row["runs"])
     assert row["test"]["sd"] == pytest.approx(abs(one - two) / 2**0.5)
-    valid = [summary["best_valid_ppl"] for summary in summaries]
-    assert row["valid"]["mean"] == pytest.approx(sum(valid) / 2)
-    for run, folder in zip(row["runs"], folders, strict=True):
-        assert (out / run["folder"]).samefile(folder)
-        assert (run["epochs"], len(run["curve"])) == (3, 3)
+    assert [(run["epochs"], len(run["curve"])) for run in row["runs"]] == [(3, 3), (3, 3)]
     with (out / "table.csv").open() as file:
         (line,) = csv.DictReader(file)
     assert line["row"] == "base"
@@ -178,17 +171,12 @@ def test_more_seeds_and_epochs_are_added_and_other_flags_refused(
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("kills", [1, 10])
-def test_killed_at_random_moments_it_gives_the_same_table(tmp_path: Path, kills: int) -> None:
-    rows = {"base": "", "filter": "--grad-filter"}
-    if kills > 1:
-        rows["diverges"] = "--lr 1e10 --clip 0"
-    table = write_table(
-        tmp_path, rows, (1, 2) if kills > 1 else (1,), "--checkpoint-every 7 --nonmono 0"
-    )
+def test_killed_at_random_moments_it_gives_the_same_table(tmp_path: Path) -> None:
+    rows = {"base": "", "filter": "--grad-filter", "diverges": "--lr 1e10 --clip 0"}
+    table = write_table(tmp_path, rows, (1, 2), "--checkpoint-every 7 --nonmono 0")
     command = [sys.executable, str(ROOT / "ablate.py"), str(table), "--jobs", "2", "--output"]
-    draw = random.Random(kills)
-    for _ in range(kills):
+    draw = random.Random(10)
+    for _ in range(10):
         process = subprocess.Popen(
             [*command, str(tmp_path / "killed")], stdout=subprocess.DEVNULL,
             stderr=subprocess.DEVNULL, start_new_session=True,

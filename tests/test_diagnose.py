@@ -239,22 +239,17 @@ def test_flags_that_cannot_be(look: Run) -> None:
 def test_files_that_cannot_be(
     look: Run, corpus: Corpus, corpus_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    model = tmp_path / "model.pt"
+    model, data = tmp_path / "model.pt", ["--data", corpus_folder]
     planted(model, corpus, 1, 0)
-    data = ["--data", corpus_folder]
     assert "no.pt: no such file" in only_line(look(tmp_path / "no.pt", *data), 1)
     other = write_corpus(tmp_path / "other", words=20)
-    line = only_line(look(model, "--data", other), 1)
-    assert str(other) in line
-    assert "its words" in line
+    assert "its words" in only_line(look(model, "--data", other), 1)
     (tmp_path / "file").write_text("mine")
     for output in (tmp_path / "file", tmp_path / "nowhere" / "in"):
         line = only_line(look(model, *data, "--output", output), 1)
         assert f"{output}: cannot write there" in line
     assert (tmp_path / "file").read_text() == "mine"
-    line = only_line(look(model, *data, "--split", "valid"), 1)
-    assert f"{corpus_folder}/valid.txt: " in line
-    assert "are too few" in line
+    assert "valid.txt: " in only_line(look(model, *data, "--split", "valid"), 1)
 
     monkeypatch.setitem(LAYERS, "Own", type("Own", (LSTM,), {}))  # whose steps nobody here knows
     for kind in ("GRU", "Own"):

@@ -62,10 +62,9 @@ def test_a_run_of_main_stopped_and_resumed(
         "--x update shows what there is\n"
     )
     assert run(*argv).code == 0
-    for x, kind in (("epoch", "png"), ("time", "pdf")):
-        result = draw(save, "--x", x, "--output", tmp_path / x, "--format", kind)
-        assert (result.code, result.err, result.out) == (0, "", f"| {tmp_path / x}.{kind}\n")
-        assert (tmp_path / f"{x}.{kind}").stat().st_size > 5000
+    result = draw(save, "--x", "time", "--output", tmp_path / "x", "--format", "pdf")
+    assert result == (0, f"| {tmp_path}/x.pdf\n", "")
+    assert (tmp_path / "x.pdf").stat().st_size > 5000
     history = read_history(save)
     valid, averaging = history.of("valid"), history.of("averaging")
     best = min(valid, key=lambda line: line["loss"])
@@ -91,8 +90,7 @@ def test_a_run_under_way_with_a_cut_line_and_a_gap(
     gap = json.dumps(dict(event="gap", step=8)) + "\n"
     (folder / "metrics.jsonl").write_text("".join([*lines[:2], gap, lines[4], null, *lines[7:10]])
                                           + lines[10][:20])  # fmt: skip
-    assert draw(folder, "--format", "png").code == 0
-    assert {path.name for path in tmp_path.iterdir()} == {"run", "run-curves.png"}
+    assert draw(folder, "--format", "png").out == f"| {tmp_path}/run-curves.png\n"
     curves = read_history(folder).curves("epoch", "run")
     # The first epoch's end is lost: the places come from that of the second.
     assert curves.train[0] == pytest.approx([0.4, 0.8, math.nan, 1.4, 1.8, 2.4, 2.8], nan_ok=True)
@@ -106,12 +104,9 @@ def test_runs_are_told_apart_by_their_flags(draw: Callable[..., Result], tmp_pat
     one = write_run(tmp_path / "one", 3, dict(seed=1, save="one.pt", clip=0.25))
     two = write_run(tmp_path / "two", 2, dict(seed=1, save="two.pt", wdrop=0.0, untied=True))
     new = write_run(tmp_path / "new", 0, {})
-    result = draw(one, two, new, "--output", tmp_path / "both", "--format", "pdf")
-    assert result.code == 0
+    result = draw(one, two, new)
     assert result.err == f"warning: left out: {new}/metrics.jsonl: nothing was logged yet\n"
-    assert (tmp_path / "both.pdf").read_bytes().startswith(b"%PDF")
-    assert not (tmp_path / "both.png").exists()
-    assert draw(one, two).out == f"| {tmp_path}/one-two-curves.png, {tmp_path}/one-two-curves.pdf\n"
+    assert result.out == f"| {tmp_path}/one-two-curves.png, {tmp_path}/one-two-curves.pdf\n"
 
     found = [read_history(path).flags for path in (one, two)]
     assert tell_apart(found) == ["no --untied --wdrop 0.5", "--untied --wdrop 0"]
@@ -138,8 +133,6 @@ def test_what_is_missing_is_said_in_a_line(draw: Callable[..., Result], tmp_path
     assert "--x" in only_line(draw(run, "--x", "day"), 2)
     assert "RUN" in only_line(draw(), 2)
     assert "nowhere: no such folder" in only_line(draw(run, "--output", tmp_path / "nowhere/a"), 1)
-    metrics.write_text('{"event": "valid"}\n{"event": "train", "step": "x"}\n[1]\n\0\n')
-    assert f"{metrics}: nothing was logged yet" in only_line(draw(run), 1)
-    metrics.write_text("")
+    metrics.write_text("[1]\n\0\n")
     assert f"{metrics}: nothing was logged yet" in only_line(draw(run), 1)
     assert {path.name for path in tmp_path.iterdir()} == {"run"}

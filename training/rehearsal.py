@@ -2,7 +2,8 @@
 
 import time
 from collections.abc import Iterator
-from dataclasses import dataclass, replace
+from dataclasses import replace
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -20,8 +21,7 @@ SEGMENTS = 6
 TEST_ROWS = 128
 
 
-@dataclass(frozen=True)
-class Pace:
+class Pace(NamedTuple):
     """Seconds of a run's parts: an epoch's training, a validation, the test."""
 
     training: float
@@ -32,6 +32,10 @@ class Pace:
     def epoch(self) -> float:
         """Seconds of an epoch, without the writing of files."""
         return self.training + self.validation
+
+    def run(self, epochs: float) -> float:
+        """Seconds of a run of that many epochs."""
+        return epochs * self.epoch + self.test
 
 
 def rehearse(trainer: Trainer, bptt: int, test_batch_size: int) -> Pace:

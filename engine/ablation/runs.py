@@ -1,14 +1,13 @@
 """The runs of a table, and their states as read from their folders."""
 
 from collections import Counter
-from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from engine.ablation.stages import Job, Step, StepState
+from engine.ablation.stages import NOT_FINITE, Job, Step, StepState
 from engine.ablation.table import Row
-from engine.history import read_events, read_json
+from engine.history import METRICS, History, read_events, read_json
 
 FINISHED = ("done", "diverged")
 
@@ -30,10 +29,7 @@ class Run(Job):
     save: Path
     steps: list[Step] = field(default_factory=list)
 
-    @property
-    def program(self) -> str:
-        """Its program's file."""
-        return "main.py"
+    program = "main.py"
 
     @property
     def name(self) -> str:
@@ -47,7 +43,7 @@ class Run(Job):
 
 
 @dataclass(frozen=True)
-class State:
+class State(History):
     """A run's progress.
 
     kind: "new", "started", "done", "diverged" or "failed": that of main.py or, once that is done,
@@ -56,8 +52,6 @@ class State:
     trained: main.py's part is done.
     steps: the states of the steps by name; empty unless trained.
     summary: its summary.json, or empty.
-    config: its config.json, or empty.
-    events: the lines of its metrics.jsonl.
     """
 
     kind: str
@@ -65,12 +59,6 @@ class State:
     trained: bool
     steps: dict[str, StepState]
     summary: dict[str, Any]
-    config: dict[str, Any]
-    events: list[dict[str, Any]]
-
-    def of(self, event: str) -> list[dict[str, Any]]:
-        """The events of one kind."""
-        return [line for line in self.events if line["event"] == event]
 
     @property
     def epochs(self) -> int:
@@ -82,16 +70,13 @@ def read_state(run: Run) -> State:
     """Read a run's files. A run whose --epochs were raised since is not done."""
     summary = read_json(run.folder / "summary.json")
     config = read_json(run.folder / "config.json")
-    events = read_events(run.folder / "metrics.jsonl")
-    cause = ""
-    with suppress(OSError):
-        cause = run.failure_path.read_text(encoding="utf-8").strip()
+    events = read_events(run.folder / METRICS)
+    cause = run.failure()
     if summary.get("diverged"):
         kind, cause = "diverged", str(summary.get("cause") or "")
     elif _reached(summary, run.flags):
         finite = None not in (summary["test_ppl"], summary["best_valid_ppl"])
-        kind = "done" if finite else "diverged"
-        cause = "" if finite else "its perplexity is not finite"
+        kind, cause = ("done", "") if finite else ("diverged", NOT_FINITE)
     elif cause:
         kind = "failed"
     else:
@@ -105,7 +90,7 @@ def read_state(run: Run) -> State:
             kind = "started" if step.kind == "new" else step.kind
             cause = f"{name}: {step.cause}" if step.cause else name
             break
-    return State(kind, cause, trained, steps, summary, config, events)
+    return State(run.folder, config, events, kind, cause, trained, steps, summary)
 
 
 def source_of(summary: dict[str, Any]) -> list[Any]:

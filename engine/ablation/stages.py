@@ -11,6 +11,7 @@ from data.files import atomic_write
 from engine.history import read_json
 
 SPLITS = ("valid", "test")
+NOT_FINITE = "its perplexity is not finite"
 
 
 @dataclass(frozen=True)
@@ -34,7 +35,8 @@ class Stage:
     makes_model: bool = False
 
 
-EVALUATE = "{model} --data {data} --device {device} --split test --summary {folder}.summary.json"
+SUMMARY = "{folder}.summary.json"
+EVALUATE = f"{{model}} --data {{data}} --device {{device}} --split test --summary {SUMMARY}"
 # By the names that a table's `after` takes.
 STAGES: dict[str, Stage] = {
     "finetune": Stage(
@@ -44,10 +46,8 @@ STAGES: dict[str, Stage] = {
         dict(valid="best_valid_ppl", test="test_ppl"),
         makes_model=True,
     ),
-    "cache": Stage("evaluate.py", f"{EVALUATE} --cache", "{folder}.summary.json", dict(test="ppl")),
-    "dynamic": Stage(
-        "evaluate.py", f"{EVALUATE} --dynamic rms", "{folder}.summary.json", dict(test="ppl")
-    ),
+    "cache": Stage("evaluate.py", f"{EVALUATE} --cache", SUMMARY, dict(test="ppl")),
+    "dynamic": Stage("evaluate.py", f"{EVALUATE} --dynamic rms", SUMMARY, dict(test="ppl")),
 }
 
 
@@ -94,6 +94,12 @@ class Job:
     def failure_path(self) -> Path:
         """The cause, if its last start failed; beside its folder, which may not exist."""
         return self.save.with_suffix(".failed")
+
+    def failure(self) -> str:
+        """Why its last start failed, one line; empty if it did not."""
+        with suppress(OSError):
+            return self.failure_path.read_text(encoding="utf-8").strip()
+        return ""
 
 
 @dataclass(frozen=True)
@@ -145,8 +151,8 @@ class Step(Job):
         record = read_json(self.record_path)
         if record.get("source") == source:
             return StepState(record["kind"], record["cause"], record["ppl"], record["flags"])
-        with suppress(OSError):
-            return StepState("failed", self.failure_path.read_text(encoding="utf-8").strip())
+        if cause := self.failure():
+            return StepState("failed", cause)
         return StepState("started" if self.log_path.exists() else "new")
 
     def keep(self, code: int, source: list[Any]) -> bool:
@@ -159,7 +165,7 @@ class Step(Job):
         elif code or not summary or summary.get("ended") == "interrupted":
             return False
         elif None in ppl.values():
-            kind, cause, ppl = "diverged", "its perplexity is not finite", {}
+            kind, cause, ppl = "diverged", NOT_FINITE, {}
         record = dict(source=source, flags=self.after.flags, kind=kind, cause=cause, ppl=ppl)
         with atomic_write(self.record_path, "w") as file:
             file.write(json.dumps(record, indent=1, allow_nan=False) + "\n")
