@@ -16,13 +16,15 @@ from conftest import TINY, Result, write_corpus
 import evaluate as program
 import main
 import pointer
+from data.corpus import Vocabulary
 from data.text import read_text
-from engine.checkpoint import load_model
+from engine.checkpoint import load_model, model_payload, write_checkpoint
 from evaluation.cache import Cache
 from evaluation.dynamic import Dynamic, root_mean_squares
 from evaluation.evaluate import evaluate, perplexity, score
 from evaluation.plain import Plain
 from evaluation.predictor import Mean, Temperature
+from model import RNNModel
 
 Run = Callable[..., Result]
 
@@ -205,8 +207,8 @@ def test_errors_are_one_line(call: Run, trained: Path, tmp_path: Path, line: str
 
 
 def test_a_vocabulary_without_unk_names_the_words(call: Run, tmp_path: Path) -> None:
-    corpus, save = write_corpus(tmp_path / "corpus"), tmp_path / "m.pt"
-    assert main.main([*TINY, "--data", str(corpus), "--save", str(save), "--max-updates", "1"]) == 0
+    save, words = tmp_path / "m.pt", Vocabulary(["w1", "w2", "<eos>"])
+    write_checkpoint(save, model_payload(RNNModel("LSTM", 3, 4, 5, 1), words))
     (tmp_path / "text.txt").write_text("w1 to be\n")
     result = call(program, save, "--text", tmp_path / "text.txt")
     assert (result.code, result.out) == (1, "")
