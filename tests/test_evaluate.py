@@ -178,32 +178,28 @@ def test_search(call: Run, trained: Path, tmp_path: Path, dynamic: str | None) -
         assert summary_of(shown, path)["loss"] == found["loss"]
 
 
-ERRORS = {
-    "nowhere.pt": (1, "nowhere.pt: no such file"),
-    "MODEL --text nowhere.txt": (1, "nowhere.txt: no such file"),
-    "MODEL --text EMPTY": (1, "empty.txt: empty"),
-    "MODEL --cache --lambdasm 1.5": (2, "--lambdasm: '1.5' is not a number in [0, 1]"),
-    "MODEL --lambdasm 0.5": (2, "--lambdasm: goes with --cache only"),
-    "MODEL --cache --epsilon 1": (2, "--epsilon: goes with --dynamic rms only"),
-    "MODEL --cache --theta 1 2": (2, "--theta: several values go with --search only"),
-    "MODEL --search": (2, "--search: goes with --cache or --dynamic only"),
-    "MODEL --split test --text EMPTY": (2, "--split: does not go with --text"),
-    "MODEL --eval-batch-size 5000": (2, "--eval-batch-size: "),
-    "MODEL --dynamic rms --batch_size 9999": (1, "training text: "),
-    "MODEL --per-word nowhere/words.tsv": (1, "nowhere/words.tsv: cannot write: No such file"),
-}
-
-
-@pytest.mark.parametrize("line", ERRORS)
-def test_errors_are_one_line(call: Run, trained: Path, tmp_path: Path, line: str) -> None:
+def test_errors_are_one_line(call: Run, trained: Path, tmp_path: Path) -> None:
     (tmp_path / "empty.txt").write_text("")
     words = {"MODEL": str(trained), "EMPTY": str(tmp_path / "empty.txt")}
-    code, message = ERRORS[line]
-    result = call(program, *(words.get(word, word) for word in line.split()))
-    assert result.code == code
-    last = result.err.splitlines()[-1]
-    assert last.startswith("error: ")
-    assert message in last
+    for line, code, message in [
+        ("nowhere.pt", 1, "nowhere.pt: no such file"),
+        ("MODEL --text nowhere.txt", 1, "nowhere.txt: no such file"),
+        ("MODEL --text EMPTY", 1, "empty.txt: empty"),
+        ("MODEL --cache --lambdasm 1.5", 2, "--lambdasm: '1.5' is not a number in [0, 1]"),
+        ("MODEL --lambdasm 0.5", 2, "--lambdasm: goes with --cache only"),
+        ("MODEL --cache --epsilon 1", 2, "--epsilon: goes with --dynamic rms only"),
+        ("MODEL --cache --theta 1 2", 2, "--theta: several values go with --search only"),
+        ("MODEL --search", 2, "--search: goes with --cache or --dynamic only"),
+        ("MODEL --split test --text EMPTY", 2, "--split: does not go with --text"),
+        ("MODEL --eval-batch-size 5000", 2, "--eval-batch-size: "),
+        ("MODEL --dynamic rms --batch_size 9999", 1, "training text: "),
+        ("MODEL --per-word nowhere/words.tsv", 1, "nowhere/words.tsv: cannot write: No such file"),
+    ]:
+        result = call(program, *(words.get(word, word) for word in line.split()))
+        assert result.code == code
+        last = result.err.splitlines()[-1]
+        assert last.startswith("error: ")
+        assert message in last
 
 
 def test_a_vocabulary_without_unk_names_the_words(call: Run, tmp_path: Path) -> None:
