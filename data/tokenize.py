@@ -4,8 +4,6 @@ import re
 import unicodedata
 from collections.abc import Callable, Mapping
 from functools import lru_cache
-from types import MappingProxyType
-from typing import Final
 
 
 def words(line: str) -> list[str]:
@@ -21,9 +19,7 @@ def words(line: str) -> list[str]:
     return [match[0] for match in _pattern().finditer(line.replace("’", "'"))]
 
 
-TOKENIZERS: Final[Mapping[str, Callable[[str], list[str]]]] = MappingProxyType(
-    {"whitespace": str.split, "words": words}
-)
+TOKENIZERS: Mapping[str, Callable[[str], list[str]]] = {"whitespace": str.split, "words": words}
 
 
 @lru_cache

@@ -5,6 +5,7 @@ from collections.abc import Iterator
 
 import torch
 from torch import Tensor
+from torch.nn.utils.rnn import pad_sequence
 
 from evaluation.predictor import Check, Prediction, Predictor
 
@@ -86,18 +87,11 @@ def stretches(ids: Tensor, columns: int) -> tuple[Tensor, Tensor]:
     Raises:
         ValueError: fewer predictions than columns.
     """
-    predictions = len(ids) - 1
-    if predictions < columns:
+    if len(ids) - 1 < columns:
         raise ValueError(f"{len(ids)} tokens are too few for {columns} stretches")
-    sizes = _sizes(predictions, columns)
-    inputs = ids.new_zeros(sizes[0], columns)
-    targets = ids.new_full((sizes[0], columns), -100)
-    start = 0
-    for column, size in enumerate(sizes):
-        inputs[:size, column] = ids[start : start + size]
-        targets[:size, column] = ids[start + 1 : start + size + 1]
-        start += size
-    return inputs, targets
+    sizes = _sizes(len(ids) - 1, columns)
+    targets = pad_sequence(ids[1:].split(sizes), padding_value=-100)
+    return pad_sequence(ids[:-1].split(sizes)), targets
 
 
 def in_text_order(values: Tensor, predictions: int) -> Tensor:

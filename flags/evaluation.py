@@ -137,15 +137,6 @@ LAMBS = [0.001, 0.002, 0.003, 0.005]
 FIRST_RATES = {"rms": 5e-5, "sgd": 0.1}
 
 
-def evaluation_parser() -> Parser:
-    """The parser of evaluate.py."""
-    return Parser(
-        EVALUATION,
-        prog="evaluate.py",
-        description="Measure the perplexity of a text under a trained model.",
-    )
-
-
 def pointer_parser() -> Parser:
     """The parser of pointer.py."""
     parser = Parser(POINTER, prog="pointer.py", description="Test a model with a continuous cache.")
@@ -162,7 +153,9 @@ def parse_evaluation(argv: Sequence[str]) -> argparse.Namespace:
     Raises:
         UsageError: an invalid flag or value.
     """
-    args, given = evaluation_parser().parse(argv)
+    description = "Measure the perplexity of a text under a trained model."
+    parser = Parser(EVALUATION, prog="evaluate.py", description=description)
+    args, given = parser.parse(argv)
     needs = dict.fromkeys(("window", "theta", "lambdasm"), ("cache", args.cache))
     needs |= dict.fromkeys(("lr", "lamb", "bptt"), ("dynamic", args.dynamic))
     rms = ("dynamic rms", args.dynamic == "rms")

@@ -40,22 +40,14 @@ EXPORT: Sections = {
 }
 
 
-def export_parser() -> Parser:
-    """The parser of export.py."""
-    return Parser(
-        EXPORT,
-        prog="export.py",
-        description="Write a model as a folder: safetensors, config.json, vocab.txt, README.md.",
-    )
-
-
 def parse_export(argv: Sequence[str]) -> argparse.Namespace:
     """Parse export.py's command line.
 
     Raises:
         UsageError: an invalid flag or value.
     """
-    args, given = export_parser().parse(argv)
+    description = "Write a model as a folder: safetensors, config.json, vocab.txt, README.md."
+    args, given = Parser(EXPORT, prog="export.py", description=description).parse(argv)
     if args.output is None:
         raise UsageError("argument --output: is missing; it names the folder to make")
     if args.from_original and (args.data is None) == (args.vocab is None):

@@ -136,7 +136,11 @@ def assert_nothing_left(folder: Path) -> None:
 
 
 def test_good_mirror(server: Server, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Also what a killed download left is swept away."""
     folder = tmp_path / "data" / "x"
+    (tmp_path / "data" / ".x.1-aa.tmp").mkdir(parents=True)
+    (tmp_path / "data" / ".x.1-aa.tmp" / "archive").write_bytes(b"half")
+    (tmp_path / "data" / ".x.lock").touch()
     fetch_corpus(plain_source(server, ""), folder)
     assert_complete(folder)
     output = capsys.readouterr()
@@ -235,14 +239,6 @@ def test_two_processes_at_once_download_once(server: Server, tmp_path: Path) -> 
     assert [process.exitcode for process in processes] == [0, 0]
     assert server.requests.total() == 3
     assert_complete(folder)
-
-
-def test_remains_of_a_killed_download_are_swept(server: Server, tmp_path: Path) -> None:
-    (tmp_path / ".x.1-aa.tmp").mkdir()
-    (tmp_path / ".x.1-aa.tmp" / "archive").write_bytes(b"half")
-    (tmp_path / ".x.lock").touch()
-    fetch_corpus(plain_source(server, ""), tmp_path / "x")
-    assert_complete(tmp_path / "x")
 
 
 def test_only_known_names_below_data_are_fetched(

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from evaluation.cache import Cache
 from evaluation.dynamic import Dynamic, root_mean_squares
-from evaluation.evaluate import evaluate, score
+from evaluation.evaluate import score
 from evaluation.plain import Plain
 from evaluation.predictor import Mean, Predictor, Temperature
 from model import RNNModel
@@ -140,13 +140,13 @@ def dynamic_by_hand(
 
 
 @pytest.mark.parametrize("method", ["sgd", "rms"])
-@pytest.mark.parametrize("segment", [1, 4, 5])
+@pytest.mark.parametrize("segment", [1, 4])
 def test_dynamic_evaluation(method: str, segment: int) -> None:
     """Losses, and the weights after all segments but the last, which nothing follows."""
-    model, ids = small_model(), text(43)
+    model, ids = small_model(), text(23)
     lr, lamb, epsilon = 0.05, 0.3, 0.01
     trained = [p.detach().clone() for p in model.parameters()]
-    roots = root_mean_squares(model, text(90, 5), 2, segment) if method == "rms" else None
+    roots = root_mean_squares(model, text(50, 5), 2, segment) if method == "rms" else None
     learner = Dynamic(model, lr, lamb, segment, roots, epsilon)
     scores = score(learner, ids, 1).tolist()
     before = [list[Tensor]()]
@@ -292,8 +292,3 @@ def test_settings_that_cannot_be(values: tuple[int, float, float]) -> None:
         Cache(Plain(small_model()), *values)
     with pytest.raises(ValueError, match="temperature"):
         Temperature(Plain(small_model()), 0)
-
-
-def test_evaluate_is_the_mean() -> None:
-    model, ids = small_model(), text()
-    assert evaluate(Plain(model), ids, 3) == -float(score(Plain(model), ids, 3).mean())

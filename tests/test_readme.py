@@ -16,6 +16,7 @@ from flags import evaluation, export, generation
 from flags.ablation import ablation_parser, parse_ablation
 from flags.diagnosis import diagnosis_parser, parse_diagnosis
 from flags.finetuning import finetuning_parser, parse_finetuning
+from flags.parser import Parser
 from flags.plotting import parse_plotting, plotting_parser
 from flags.preparation import parse_preparation, preparation_parser
 from flags.training import parse_training, training_parser
@@ -34,8 +35,8 @@ PARSE: dict[str, Callable[[list[str]], object]] = {
 }
 PARSERS = [
     *(training_parser(), finetuning_parser(), ablation_parser(), diagnosis_parser()),
-    *(evaluation.evaluation_parser(), evaluation.pointer_parser(), plotting_parser()),
-    *(preparation_parser(), export.export_parser(), generation.generation_parser()),
+    *(Parser(evaluation.EVALUATION), evaluation.pointer_parser(), plotting_parser()),
+    *(preparation_parser(), Parser(export.EXPORT), generation.generation_parser()),
 ]
 TORCHRUN_FLAGS = {"--nproc-per-node", "--max-restarts"}
 
