@@ -99,9 +99,3 @@ def test_an_embedding_s_own_options_hold(options: dict[str, Any]) -> None:
     assert embed.weight.grad is not None
     assert embed.weight.grad.is_sparse == plain.weight.grad.is_sparse
     assert torch.equal(embed.weight.grad.to_dense(), plain.weight.grad.to_dense())
-
-
-@pytest.mark.parametrize("words", [torch.tensor([[50]]), torch.tensor([[-1]])])
-def test_embedding_refuses_unknown_ids(words: torch.Tensor) -> None:
-    with pytest.raises(IndexError):
-        embedded_dropout(nn.Embedding(50, 6), words, 0.1)
