@@ -149,12 +149,15 @@ def test_overflows_without_end_are_divergence(run: Run, tmp_path: Path, flags: l
     assert all(event["overflow"] for event in found)
 
 
-def test_logmax_and_its_history_are_logged(run: Run, tmp_path: Path, flags: list[str]) -> None:
+def test_logmax_is_logged_and_resumed_exactly(run: Run, tmp_path: Path, flags: list[str]) -> None:
     """A bound on the scale of 1e9 makes it overflow."""
     extra = ["--loss-scale", "logmax", "--loss-scale-bounds", "1", "1e9", "--precision", "fp16"]
-    result = run(*flags, *extra, "--save", tmp_path / "a.pt")
-    assert result.code == 0, result.err
+    flags = [*flags, *extra, "--model", "GRU", "--bptt-scheme", "fixed", "--k1", "4"]
+    assert run(*flags, "--save", tmp_path / "a.pt").code == 0
+    assert run(*flags, "--save", tmp_path / "b.pt", "--max-updates", 20).code == 0
+    assert run("--resume", tmp_path / "b", "--test-batch-size", "1").code == 0
     events = read_events(tmp_path / "a")
+    assert read_events(tmp_path / "b") == events
     told = [line for line in events if line["event"] == "loss_scale"]
     history = [(line["step"], line["scale"], line["overflow"]) for line in told]
     assert len(history) > 0
