@@ -52,8 +52,7 @@ def filtered(
     return [t.grad for t in inputs if t.grad is not None], gate
 
 
-@pytest.mark.parametrize("batch", [1, 2, 5, 8])
-@pytest.mark.parametrize("threshold", [0.5, 2.0, 10.0])
+@pytest.mark.parametrize(("batch", "threshold"), [(1, 2.0), (2, 10.0), (5, 0.5), (8, 2.0)])
 @pytest.mark.parametrize("normalize", [False, True])
 def test_equations(batch: int, threshold: float, normalize: bool, device: torch.device) -> None:
     g = torch.randn(6, batch, 3, dtype=torch.float64) * torch.logspace(-2, 2, batch)[:, None]
@@ -156,7 +155,6 @@ def test_half_precision_neither_overflows_nor_underflows(dtype: torch.dtype) -> 
 def test_statistics_without_a_backward_pass() -> None:
     expected = dict(singled_out=0, scale=0.75, smallest=1, params=1)
     assert GradientFilter(threshold=3.0).summary() == expected
-    assert GradientFilter().summary() == {**expected, "scale": 10 / 11}
 
 
 def test_threshold_has_to_be_positive() -> None:

@@ -11,19 +11,15 @@ import numpy as np
 import pytest
 import torch
 from conftest import Result, read_events
-from torch import Tensor, nn
+from torch import nn
 
 from assembly import build_loss_scale
-from bptt import Window
 from flags.training import parse_training
 from kernels.fused_step import FusedStep
-from loss_scale import AnyLossScale, LogMax, LossScale
-from model import RNNModel
+from loss_scale import LogMax, LossScale
 from nt_asgd import NTASGD
-from training.objective import Objective, paper_penalties
 from training.step import PlainStep
 from training.tally import MOST_OVERFLOWS
-from training.update import Updater
 
 Run = Callable[..., Result]
 
@@ -87,70 +83,20 @@ def test_logmax_stays_within_its_bounds_and_resumes_exactly() -> None:
         scale.note(0, False)
 
 
-# In an update
+# In a step
 
 
-def spoil(parameter: nn.Parameter, when: set[int]) -> None:
-    """Make the parameter's gradient infinite in some updates."""
-    update = 0
-
-    def hook(grad: Tensor) -> Tensor:
-        nonlocal update
-        update += 1
-        return grad * math.inf if update in when else grad
-
-    parameter.register_hook(hook)
-
-
-CASES = [(PlainStep, LossScale), (FusedStep, LossScale), (PlainStep, LogMax)]
-
-
-@pytest.mark.parametrize(("make_step", "kind"), CASES)
-def test_an_overflowing_update_changes_neither_weights_nor_average(
-    make_step: Any, kind: type[AnyLossScale]
-) -> None:
-    """And the scale is adapted to each update, by its largest gradient before clipping."""
-    model = RNNModel("LSTM", 40, 24, 36, 3, wdrop=0.5, tie_weights=True)
-    optimizer = NTASGD(model.parameters(), lr=1.0, nonmono=0)
-    optimizer.averaging = True
-    scale = LossScale(2.0**10, window=3) if kind is LossScale else LogMax()
-    step = make_step(optimizer, 0.25, scale)
-    objective = Objective(model, paper_penalties(2, 1))
-    updater = Updater(objective, torch.randint(0, 40, (7, 5)), step, bptt=6)
-    unclipped: dict[int, Tensor] = {}
-    for number, p in enumerate(model.parameters()):
-        p.register_post_accumulate_grad_hook(
-            lambda p, number=number: unclipped.update({number: p.grad.abs().max() / step.scale})
-        )
-    spoil(model.decoder.bias, {3, 4})  # type: ignore[arg-type]
-    hidden = model.init_hidden(5)
-    scales, counts = [], []
-    for update in range(1, 9):
-        before = [p.detach().clone() for p in model.parameters()]
-        outcome = updater(Window(0, 6), hidden)
-        hidden = outcome.hidden
-        assert outcome.overflow is not None
-        assert bool(outcome.overflow) == (update in (3, 4))
-        same = all(torch.equal(a, b) for a, b in zip(before, model.parameters(), strict=True))
-        assert same == bool(outcome.overflow)
-        largest = None if outcome.largest is None else float(outcome.largest)
-        if kind is LogMax and update not in (3, 4):
-            assert largest == pytest.approx(max(float(v) for v in unclipped.values()), rel=1e-5)
-        step.note(bool(outcome.overflow))
-        scale.note(update, bool(outcome.overflow), largest)
-        if isinstance(step, FusedStep):  # which follows the rules by itself, on the device
-            assert float(step.scale) == scale.value
-            assert float(step.num_averaged) == optimizer.num_averaged
-        scales.append(scale.value)
-        counts.append(optimizer.num_averaged)
-    if kind is LossScale:
-        assert scales == [1024, 1024, 512, 256, 256, 256, 512, 512]
-    else:
-        assert scales[1] > 2**10
-        assert scales[2] == scales[3] == 1
-    assert counts == [1, 2, 2, 2, 3, 4, 5, 6]
-    averages = [optimizer.state[p]["average"] for p in model.parameters()]
-    assert all(torch.isfinite(average).all() for average in averages)
+def test_logmax_gets_the_largest_gradient_before_clipping_without_the_scale() -> None:
+    p, rules = nn.Parameter(torch.zeros(3)), LogMax(low=8.0)
+    step = PlainStep(NTASGD([p], lr=1.0), 0.1, rules)
+    for gradient, largest in ([1.0, -5.0, 2.0], 5.0), ([1.0, math.inf, 2.0], math.inf):
+        before = p.detach().clone()
+        p.grad = torch.tensor(gradient) * rules.value
+        _, overflow, found = step(torch.zeros(()))
+        assert overflow is not None
+        assert found is not None
+        assert (bool(overflow), float(found)) == (largest == math.inf, largest)
+        assert torch.equal(p, before) == bool(overflow)
 
 
 @pytest.mark.parametrize("make_step", [PlainStep, FusedStep])
@@ -203,12 +149,15 @@ def test_overflows_without_end_are_divergence(run: Run, tmp_path: Path, flags: l
     assert all(event["overflow"] for event in found)
 
 
-def test_logmax_and_its_history_are_logged(run: Run, tmp_path: Path, flags: list[str]) -> None:
+def test_logmax_is_logged_and_resumed_exactly(run: Run, tmp_path: Path, flags: list[str]) -> None:
     """A bound on the scale of 1e9 makes it overflow."""
     extra = ["--loss-scale", "logmax", "--loss-scale-bounds", "1", "1e9", "--precision", "fp16"]
-    result = run(*flags, *extra, "--save", tmp_path / "a.pt")
-    assert result.code == 0, result.err
+    flags = [*flags, *extra, "--model", "GRU", "--bptt-scheme", "fixed", "--k1", "4"]
+    assert run(*flags, "--save", tmp_path / "a.pt").code == 0
+    assert run(*flags, "--save", tmp_path / "b.pt", "--max-updates", 20).code == 0
+    assert run("--resume", tmp_path / "b", "--test-batch-size", "1").code == 0
     events = read_events(tmp_path / "a")
+    assert read_events(tmp_path / "b") == events
     told = [line for line in events if line["event"] == "loss_scale"]
     history = [(line["step"], line["scale"], line["overflow"]) for line in told]
     assert len(history) > 0

@@ -35,7 +35,7 @@ def arguments(
 ) -> list[Tensor]:
     """x (T, B, E), h0 and c0 (1, B, H), and the weights, as large as those of a layer."""
     steps, batch, width, units = shape
-    shapes = [(steps, batch, width), (1, batch, units), (1, batch, units)]
+    shapes: list[tuple[int, ...]] = [(steps, batch, width), (1, batch, units), (1, batch, units)]
     shapes += [(4 * units, width), (4 * units, units), (4 * units,), (4 * units,)]
     values = [torch.randn(s, dtype=torch.float64) for s in shapes]
     values[3:] = [v / units**0.5 for v in values[3:]]
@@ -76,7 +76,7 @@ def test_outputs_states_and_every_gradient_equal_the_equations(
     shape: tuple[int, ...], name: str
 ) -> None:
     make, device = MAKERS[name]
-    values, kernel = arguments(shape, device), make(*shape[2:], torch.float64)
+    values, kernel = arguments(shape, device), make(shape[2], shape[3], torch.float64)
     expected = results(by_steps(values), values)
     for _ in range(2):  # the second call finds cuDNN's buffer filled
         found = results(by_kernel(kernel, values), values)
@@ -103,7 +103,7 @@ def test_weights_stay_float32_and_errors_are_those_of_the_dtype(
     set_products({2: "bf16", 4: "fp32"}[dtype.itemsize], device)
     exact = arguments(shape, device)
     values = [v.detach().float().requires_grad_() for v in exact]
-    output, states = by_kernel(make(*shape[2:], dtype), values)
+    output, states = by_kernel(make(shape[2], shape[3], dtype), values)
     assert [output.dtype, *(s.dtype for s in states)] == [dtype, torch.float32, torch.float32]
     found = results((output, states), values)
     for part, a, b in zip(NAMES, found, results(by_steps(exact), exact), strict=True):

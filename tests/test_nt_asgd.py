@@ -1,7 +1,5 @@
 """NT-ASGD against its definition, in float64 and in loops."""
 
-import copy
-
 import pytest
 import torch
 from torch import nn
@@ -72,38 +70,6 @@ def test_steps_and_average_are_those_of_the_definition(device: torch.device) -> 
         torch.testing.assert_close(p.detach().cpu(), v)
 
 
-def test_average_survives_a_resume_and_an_error() -> None:
-    params, _ = problem()
-    optimizer = NTASGD(params, lr=0.1, nonmono=0)
-    optimizer.observe(1.0)
-    optimizer.observe(2.0)
-
-    def advance(params: list[nn.Parameter], optimizer: NTASGD, seed: int) -> None:
-        generator = torch.Generator().manual_seed(seed)
-        for p in params:
-            p.grad = torch.randn(p.shape, generator=generator, dtype=p.dtype)
-        optimizer.step()
-
-    advance(params, optimizer, 1)
-    saved = copy.deepcopy(optimizer.state_dict())
-    twins = [nn.Parameter(p.detach().clone()) for p in params]
-    with pytest.raises(RuntimeError, match="planted"), optimizer.averaged_weights():
-        raise RuntimeError("planted")
-    advance(params, optimizer, 2)
-
-    resumed = NTASGD(twins, lr=0.1, nonmono=0)
-    resumed.load_state_dict(saved)
-    assert resumed.averaging
-    assert resumed.history == [1.0, 2.0]
-    advance(twins, resumed, 2)
-    for one, other in ((optimizer, resumed),):
-        with one.averaged_weights(), other.averaged_weights():
-            for p, q in zip(params, twins, strict=True):
-                assert torch.equal(p, q)
-    for p, q in zip(params, twins, strict=True):
-        assert torch.equal(p, q)
-
-
 def test_averaging_from_the_first_step_on() -> None:
     """Every iterate is averaged, not the first weights; the trigger fires once and is kept."""
     p = nn.Parameter(torch.zeros(1).double())
@@ -149,16 +115,3 @@ def test_parameters_without_gradient_are_averaged_too_and_not_moved() -> None:
 def test_values_out_of_range(wrong: dict) -> None:
     with pytest.raises(ValueError, match="must"):
         NTASGD([nn.Parameter(torch.zeros(1))], **{"lr": 1, **wrong})
-
-
-def test_decay_divides_the_learning_rate_at_each_trigger_and_forgets() -> None:
-    params, _ = problem()
-    optimizer = NTASGD(params, lr=8.0, nonmono=1, decay=2)
-    rates = []
-    for loss in [5, 4, 4.5, 4.2, 9, 9.5, 8, 9, 9]:
-        assert not optimizer.observe(loss)
-        rates.append(optimizer.param_groups[0]["lr"])
-    # 4.2 > min(5, 4), and the history starts anew; in it the last 9 > min(9, 9.5, 8) is the first.
-    assert rates == [8, 8, 8, 4, 4, 4, 4, 4, 2]
-    assert not optimizer.averaging
-    assert optimizer.num_averaged == 0

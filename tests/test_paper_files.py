@@ -9,11 +9,9 @@ import pytest
 import torch
 from conftest import TINY, Result
 
-import diagnose
 from activation_regularize import activation_regularization, temporal_activation_regularization
 from data.corpus import load_corpus
 from embed_regularize import embedded_dropout
-from engine.checkpoint import model_payload, write_checkpoint
 from evaluation.evaluate import evaluate
 from evaluation.plain import Plain
 from gradient_filter import GradientFilter, sequence_norms
@@ -23,10 +21,14 @@ from noise import drop_factors
 from weight_drop import WeightDrop
 
 Run = Callable[..., Result]
-SMALL = "--batch-size 4 --lags 12 --positions 3 --windows 2 --bptt 8 --device cpu"
 FORWARD = [WeightDrop.forward, LockedDropout.forward, embedded_dropout]
 PENALTIES = [activation_regularization, temporal_activation_regularization]
-# The filter's equations are in its backward pass, and diagnose.py has a use for these alone.
+FILES = {
+    "--wdrop": "weight_drop.py",
+    "--dropoute": "embed_regularize.py",
+    **dict.fromkeys(("--dropouti", "--dropouth", "--dropout"), "locked_dropout.py"),
+}
+# The filter's equations are in its backward pass.
 FILTER = [GradientFilter.forward, sequence_norms]
 
 
@@ -45,7 +47,7 @@ def files_below(error: BaseException) -> list[str]:
 
 
 @pytest.mark.parametrize("precision", ["fp32", "bf16"])
-@pytest.mark.parametrize("function", [*FORWARD, *PENALTIES, *FILTER], ids=lambda f: f.__qualname__)
+@pytest.mark.parametrize("function", [*PENALTIES, *FILTER], ids=lambda f: f.__qualname__)
 def test_training_stops_in_its_first_update(
     run: Run,
     corpus_folder: Path,
@@ -66,30 +68,20 @@ def test_training_stops_in_its_first_update(
 
 
 @pytest.mark.parametrize("precision", ["fp32", "bf16"])
-@pytest.mark.parametrize(
-    ("flag", "file"),
-    [
-        ("--wdrop", "weight_drop.py"),
-        ("--dropoute", "embed_regularize.py"),
-        *((flag, "locked_dropout.py") for flag in ("--dropouti", "--dropouth", "--dropout")),
-    ],
-)
 def test_each_dropout_is_drawn_for_in_its_own_file(
     run: Run,
     corpus_folder: Path,
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
-    flag: str,
-    file: str,
     precision: str,
 ) -> None:
-    rates = dict.fromkeys(("--wdrop", "--dropoute", "--dropouti", "--dropouth"), 0.0)
-    rates.update({"--dropout": 0.0, flag: 0.3})
-    flags = [*TINY, *(part for pair in rates.items() for part in pair), "--precision", precision]
+    flags = [*TINY, "--data", corpus_folder, "--save", tmp_path / "m.pt", "--precision", precision]
+    flags += [word for flag in FILES for word in (flag, 0)]
     plant(monkeypatch, drop_factors)
-    with pytest.raises(RuntimeError, match="planted") as caught:
-        run(*flags, "--data", corpus_folder, "--save", tmp_path / "m.pt")
-    assert {"update.py", file} <= set(files_below(caught.value))
+    for flag, file in FILES.items():
+        with pytest.raises(RuntimeError, match="planted") as caught:
+            run(*flags, flag, 0.3)
+        assert {"update.py", file} <= set(files_below(caught.value))
 
 
 @pytest.fixture
@@ -106,21 +98,3 @@ def test_evaluation_stops(model: RNNModel, monkeypatch: pytest.MonkeyPatch, func
     plant(monkeypatch, function)
     with pytest.raises(RuntimeError, match="planted"):
         evaluate(Plain(model), text, 3)
-
-
-@pytest.mark.parametrize(
-    "function", [*FORWARD, *PENALTIES, sequence_norms], ids=lambda f: f.__qualname__
-)
-def test_diagnosis_stops(
-    model: RNNModel,
-    corpus_folder: Path,
-    tmp_path: Path,
-    monkeypatch: pytest.MonkeyPatch,
-    function: Any,
-) -> None:
-    path = tmp_path / "m.pt"
-    write_checkpoint(path, model_payload(model, load_corpus(corpus_folder).vocabulary))
-    plant(monkeypatch, function)
-    with pytest.raises(RuntimeError, match="planted"):
-        diagnose.main([str(path), "--data", str(corpus_folder), *SMALL.split()])
-    assert not (tmp_path / "m-diagnosis" / "diagnosis.json").exists()

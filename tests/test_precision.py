@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 import torch
-from conftest import Result, read_events, read_weights
+from conftest import Result
 from cudnn_on_cpu import install_gpu_kernels
 from torch import Tensor
 
@@ -134,44 +134,6 @@ def test_the_decoder_computes_in_the_dtype(dtype: torch.dtype, fast: bool) -> No
     assert loss.dtype == torch.float32
     assert loss != exact
     torch.testing.assert_close(loss, exact, rtol=0.01, atol=0)
-
-
-# Through main.py
-
-
-@pytest.mark.parametrize(
-    ("precision", "more"),
-    [
-        ("bf16", ["--model", "GRU", "--bptt-scheme", "randomized"]),
-        ("bf16", ["--bptt-scheme", "fixed", "--k1", "25", "--kernel", "plain"]),
-        ("fp16", ["--loss-scale", "logmax", "--bptt-scheme", "fixed", "--k1", "4"]),
-    ],
-    ids=str,
-)
-def test_sixteen_bits_train_and_resume_exactly(
-    run: Run, tmp_path: Path, flags: list[str], precision: str, more: list[str]
-) -> None:
-    """The loss scale, its clean count and its history included."""
-    flags = [*flags, *more, "--precision", precision]
-    if precision == "fp16":  # a first scale that overflows, and one that grows soon
-        flags += ["--loss-scale-bounds", "1", "1e9", "--loss-scale-window", "5"]
-    whole = run(*flags, "--save", tmp_path / "whole.pt")
-    assert whole.code == 0, whole.err
-    assert f"| precision {precision} | " in whole.err
-    stopped = run(*flags, "--save", tmp_path / "part.pt", "--max-updates", 20)
-    assert stopped.code == 0
-    resumed = run("--resume", tmp_path / "part", "--test-batch-size", "1")
-    assert resumed.code == 0, resumed.err
-    assert read_events(tmp_path / "part") == read_events(tmp_path / "whole")
-    found = [read_weights(tmp_path / name) for name in ("part.pt", "whole.pt")]
-    assert all(torch.equal(found[0][name], found[1][name]) for name in found[0])
-    states = [
-        torch.load(tmp_path / name / "last.pt", weights_only=True)["callbacks"]
-        for name in ("part", "whole")
-    ]
-    assert states[0].get("loss_scale") == states[1].get("loss_scale")
-    if precision == "fp16":
-        assert states[0]["loss_scale"]["history"]
 
 
 def test_a_precision_that_the_device_lacks_is_one_line(
