@@ -6,6 +6,8 @@ from pathlib import Path
 
 from data.errors import DataError
 
+LONGEST_LINE = 1 << 24  # bytes; what is held in memory has a bound
+
 
 def find_texts(sources: Iterable[str | os.PathLike[str]], output: Path) -> list[Path]:
     """Files as they are given, and the .txt files in and below folders, by name.
@@ -46,14 +48,19 @@ def read_lines(paths: Iterable[Path]) -> Iterator[tuple[int, int, str]]:
         The byte of the whole at which the line begins, the number of its bytes, and its text.
 
     Raises:
-        DataError: a file cannot be read or is not UTF-8 text.
+        DataError: a file cannot be read, is not UTF-8 text, or has a line of 16 MiB.
     """
     first = 0
     for path in paths:
         at = 0
         try:
             with path.open("rb") as file:
-                for content in file:
+                while content := file.readline(LONGEST_LINE):
+                    if len(content) == LONGEST_LINE:
+                        raise DataError(
+                            f"{path}: the line at byte {at} is longer than "
+                            f"{LONGEST_LINE >> 20} MiB; break the text into lines"
+                        )
                     yield first + at, len(content), _decode(content, path, at)
                     at += len(content)
         except OSError as error:

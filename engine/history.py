@@ -139,12 +139,12 @@ def read_json(path: Path) -> dict[str, Any]:
 
 
 def read_events(path: Path) -> list[dict[str, Any]]:
-    """The complete lines of a metrics.jsonl, to which a run may be writing."""
+    """The events in the complete lines of a metrics.jsonl, to which a run may be writing."""
     events = []
     with suppress(OSError):
         for line in path.read_text(encoding="utf-8", errors="replace").splitlines():
             with suppress(ValueError):
                 event = json.loads(line)
-                if isinstance(event, dict) and "event" in event:
+                if isinstance(event, dict) and {"event", "step"} <= event.keys():
                     events.append(event)
     return events

@@ -144,6 +144,8 @@ def test_errors_are_one_line_and_leave_nothing(
     call: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr("data.raw_texts.LONGEST_LINE", 1 << 20)
+    Path("long.txt").write_text("a word\n" * 5 + "word " * 300_000)
     Path("good.txt").write_text("a word\n" * 50)
     Path("latin.txt").write_bytes(b"abc\n" * 10 + "caf\u00e9\n".encode("latin-1"))
     Path("binary.txt").write_bytes(b"abc\n" * 10 + b"\0\n")
@@ -156,6 +158,7 @@ def test_errors_are_one_line_and_leave_nothing(
     for argv, code, message in [
         ("latin.txt", 1, "latin.txt: not UTF-8 text (byte 43); iconv converts other encodings"),
         ("good.txt binary.txt", 1, "binary.txt: binary, not text (NUL at byte 40)"),
+        ("long.txt", 1, "long.txt: the line at byte 35 is longer than 1 MiB; break the text into"),
         ("short.txt", 1, "out/valid.txt: would be empty; --split 0.9,0.05,0.05 needs a longer"),
         ("none.txt", 1, "out/train.txt: would be empty"),
         ("nowhere.txt", 1, "nowhere.txt: no such file"),
