@@ -16,6 +16,7 @@ import pytest
 # Tiny models gain nothing from a second thread, and lose much where the cores are shared. Before
 # torch is imported, and inherited by the programs that tests start.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
+os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # where a program asks for several
 # Without it cuDNN's recurrent layers need not give the same twice.
 os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
 
