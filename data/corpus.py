@@ -163,13 +163,17 @@ def encode_text(path: Path, index: dict[str, int]) -> npt.NDArray[np.int32]:
     ids = array("i")
     try:
         with path.open(encoding="utf-8") as file:
-            while lines := file.readlines(BLOCK_CHARACTERS):
-                text = "".join(lines)
+            tail = last = ""  # the beginning of a word, and the last character
+            while text := file.read(BLOCK_CHARACTERS):
                 if "\0" in text:
                     raise DataError(_flaw(path))
-                text += "" if text.endswith("\n") else "\n"
                 # str.split() cuts at every whitespace, so a line's end can travel as a word.
-                ids.extend(map(index.__getitem__, text.replace("\n", f" {EOS} ").split()))
+                words = (tail + text.replace("\n", f" {EOS} ")).split()
+                last = text[-1]
+                tail = "" if last.isspace() else words.pop()
+                ids.extend(map(index.__getitem__, words))
+            rest = [tail] * bool(tail) + [EOS] * (last != "\n")
+            ids.extend(map(index.__getitem__, rest))
     except UnicodeDecodeError:
         raise DataError(_flaw(path)) from None
     except OSError as error:
@@ -203,7 +207,7 @@ def _flaw(path: Path) -> str:
 
 
 def _fingerprint(paths: Iterable[Path]) -> str:
-    """The hash of the hashes of several files."""
+    """The hash of the hashes of several files, as they are now."""
     whole = hashlib.sha256()
     for path in paths:
         with path.open("rb") as file:

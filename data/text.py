@@ -62,7 +62,11 @@ def read_text(
     pieces = [np.array([index[before]] if before else [], np.int32)]
     for name in several:
         with _file(name) as path:
-            pieces.append(encode_text(path, index))
+            try:
+                pieces.append(encode_text(path, index))
+            except DataError as error:
+                called = "standard input" if name == STDIN else str(path)
+                raise DataError(str(error).replace(str(path), called)) from None
     return _text(np.concatenate(pieces), index, vocabulary, f"{' '.join(map(str, several))}: ")
 
 

@@ -169,11 +169,13 @@ def write_checkpoint(path: Path, payload: dict[str, Any], keep: Path | None = No
     Args:
         path: file to write; the old file is replaced once the new one is complete.
         payload: from model_payload or training_payload.
-        keep: where to move the old file; None: it is not kept.
+        keep: where to move the old file, unless it is damaged; None: it is not kept.
 
     Raises:
         WriteError: the file could not be written; the old one is unchanged.
     """
+    if keep is not None and not _is_intact(path):
+        keep = None  # else a kill right now would leave two damaged files
     with atomic_write(path, keep=keep) as file:
         torch.save(payload, file)
 
@@ -246,6 +248,14 @@ def _damaged_part(file: IO[bytes]) -> str | None:
         part = archive.testzip()
     file.seek(0)
     return part
+
+
+def _is_intact(path: Path) -> bool:
+    try:
+        with path.open("rb") as file:
+            return _damaged_part(file) is None
+    except Exception:  # missing or damaged
+        return False
 
 
 def _refusal(message: str) -> str:

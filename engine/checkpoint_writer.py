@@ -55,6 +55,8 @@ class CheckpointWriter:
             return
         self.wait(MOST_PENDING - 1)
         before = self._pending[-1] if self._pending else None
+        if before is not None and before.done():
+            before.result()
         copied = _copied(payload, {})
         self._pending.append(self._pool.submit(_write_after, before, path, copied, keep))
 

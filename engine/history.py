@@ -14,6 +14,8 @@ from engine.errors import RunError
 from pictures.run_curves import Points, RunCurves
 
 METRICS = "metrics.jsonl"
+# What the events that curves need must have: whole numbers.
+NEEDED = {"train": ("step", "epoch"), "valid": ("step", "epoch"), "averaging": ("epoch",)}
 AXES = {"update": "update", "epoch": "epoch", "time": "hours, without those between sessions"}
 
 
@@ -47,6 +49,8 @@ class History:
             return f"{path}: nothing was logged yet"
         if x == "epoch" and not self._epoch_ends():
             return f"{path}: no epoch has ended yet; --x update shows what there is"
+        if x == "time" and not any("seconds" in line for line in self.events):
+            return f"{path}: has no times, which older runs did not log; --x update shows it"
         return ""
 
     def curves(self, x: str, label: str) -> RunCurves:
@@ -114,7 +118,12 @@ def read_history(path: str | Path) -> History:
         folder = path.with_suffix("")
     if not (folder / METRICS).is_file():
         raise RunError(f"{path}: no such run (looked for {folder / METRICS})")
-    return History(folder, read_json(folder / "config.json"), read_events(folder / METRICS))
+    events = [
+        event
+        for event in read_events(folder / METRICS)
+        if all(isinstance(event.get(name), int) for name in NEEDED.get(str(event["event"]), ()))
+    ]
+    return History(folder, read_json(folder / "config.json"), events)
 
 
 def corpus_of_run(model: str | Path) -> str | None:
@@ -145,6 +154,6 @@ def read_events(path: Path) -> list[dict[str, Any]]:
         for line in path.read_text(encoding="utf-8", errors="replace").splitlines():
             with suppress(ValueError):
                 event = json.loads(line)
-                if isinstance(event, dict) and {"event", "step"} <= event.keys():
+                if isinstance(event, dict) and "event" in event:
                     events.append(event)
     return events

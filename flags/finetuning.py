@@ -10,6 +10,7 @@ from typing import Any
 from engine.errors import UsageError
 from flags.flag import Flag, Sections, by_name, dashed, defaults
 from flags.parser import Parser
+from flags.resume import RETIRED
 from flags.training import TRAINING, check_bounds, fill_in, training_parser
 from flags.values import save_path
 
@@ -124,3 +125,8 @@ def taken_over(saved: Mapping[str, Any], given: Collection[str]) -> list[str]:
         values = value if isinstance(value, list) else [value]
         words += [dashed(name), *([] if value is True else map(str, values))]
     return words
+
+
+def unknown_flags(saved: Mapping[str, Any]) -> list[str]:
+    """Spellings of a saved run's flags that this version does not have."""
+    return sorted(dashed(name) for name in saved.keys() - _MAIN.keys() - RETIRED.keys())

@@ -139,6 +139,8 @@ def make_run(table: Table, row: Row, seed: int, args: argparse.Namespace, output
                 raise UsageError(f"argument {dashed(min(taken))}: the table sets it")
         parsed = parse_training(argv)[0]
         settle_scheme(parsed)
+        if parsed.dry_run:  # by the table's recipe
+            raise UsageError("argument --dry-run: nothing would be run")
         steps = steps_after(save, vars(parsed), table.after_of(row))
         for step in steps:
             place = f"{table.path}: row {row.name!r}: {step.after.name}"

@@ -13,9 +13,11 @@ from typing import Any
 
 from engine.checkpoint import damage_reported
 from engine.errors import RunError, UsageError
+from engine.launch import is_follower
 from engine.origin import Origin, read_origin
+from engine.tracking import warn
 from evaluation.evaluate import perplexity
-from flags.finetuning import parse_finetuning, taken_over
+from flags.finetuning import parse_finetuning, taken_over, unknown_flags
 from flags.flag import dashed, plain
 from flags.training import TRAINING
 from model import RNNModel
@@ -79,6 +81,9 @@ def settle(
         parse_finetuning([*words, "--save", str(origin.path)])
     except UsageError as error:
         raise RunError(f"{config}: {error}") from None
+    if not is_follower():
+        for name in unknown_flags(saved):
+            warn(f"{config}: {name}, which this version does not have, is left out")
     return parse_finetuning([*words, *argv])[0], describe(origin, config, saved)
 
 

@@ -30,6 +30,8 @@ def run(argv: Sequence[str]) -> None:
 
         def update(task: str, done: int, total: int) -> None:
             if task not in bars:
+                for bar in bars.values():  # of the task before
+                    bar.close()
                 bars[task] = stack.enter_context(Progress(total, description=task, unit="B"))
                 bars[task].report(f"| {task} words, {total:,} bytes")
             bars[task].update(done)

@@ -89,7 +89,7 @@ def start(
     """Build the objects of a run, and run it."""
     use_threads(args.threads)
     corpus = read_corpus(args, ranks)
-    if state is not None and state.get("fingerprint") != corpus.fingerprint:
+    if state is not None and state.get("fingerprint", "") != corpus.fingerprint:
         raise CheckpointError(f"{args.data}: its text is not that of the run to be resumed")
     if origin is not None:
         origin.check(args.data, corpus)
@@ -113,6 +113,7 @@ def start(
         if state is not None:  # before any file changes, since the state may be damaged
             with damage_reported(Path(args.resume)):
                 trainer.load_state_dict(state)
+                state["tracking"]["metrics_bytes"]  # the tracker needs it
         elif origin is not None:
             trainer.at.begin_validated(trainer.num_steps)
         if not ranks.leader:
@@ -152,7 +153,7 @@ def lead(
         git_commit=commit,
     )
     config = dict(flags, git_commit=commit)
-    tracker = Tracker(folder.folder, config, wandb_options(args), (state or {}).get("tracking"))
+    tracker = Tracker(folder.folder, config, wandb_options(args), state and state["tracking"])
     exit_code = 1
     try:
         if tracker.damage is not None:

@@ -75,6 +75,11 @@ class Child:
                 self._code = os.waitstatus_to_exitcode(status)
         return self._code is not None
 
+    def end(self) -> None:
+        """Kill the process, if it has not ended."""
+        if not self.ended():
+            self.send(signal.SIGKILL)
+
     def printed(self) -> list[str]:
         """What it has written to stdout and stderr so far."""
         texts = []
@@ -87,8 +92,9 @@ class Child:
         """Wait until a condition holds; fails if the process ends before, or hangs."""
         deadline = time.monotonic() + PATIENCE
         while not holds():
-            assert not self.ended(), self.printed()
-            assert time.monotonic() < deadline, self.printed()
+            if self.ended() or time.monotonic() > deadline:
+                self.end()
+                raise AssertionError(self.printed())
             time.sleep(0.01)
 
     def wait_for(self, path: Path, text: str = "") -> None:
@@ -100,7 +106,7 @@ class Child:
         deadline = time.monotonic() + PATIENCE
         while not self.ended():
             if time.monotonic() > deadline:
-                self.send(signal.SIGKILL)
+                self.end()
                 raise AssertionError(f"it hangs: {self.printed()}")
             time.sleep(0.01)
         assert self._code is not None

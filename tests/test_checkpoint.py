@@ -205,8 +205,8 @@ def test_after_a_file_that_could_not_be_written_none_is(
     def train(diverges: bool) -> None:
         with CheckpointWriter(True) as writer:
             writer.write(tmp_path / "gone" / "m.pt", model)
-            writer.write(tmp_path / "last.pt", state)
             assert not diverges
+            writer.write(tmp_path / "last.pt", state)
 
     with pytest.raises(WriteError, match=r"m\.pt: cannot write: No such file"):
         train(diverges=False)
@@ -221,15 +221,20 @@ def test_ctrl_c_leaves_no_file_half_written(
 ) -> None:
     save, model = torch.save, model_payload(small_model(), WORDS)
 
+    begun = threading.Event()
+
     def slow(payload: object, file: Any) -> None:
+        begun.set()
         time.sleep(0.3)
         save(payload, file)
 
     def write_three() -> None:
         with CheckpointWriter(True) as writer:
+            writer.write(tmp_path / "0.pt", model)
+            writer.write(tmp_path / "1.pt", model)
+            assert begun.wait(60)
             signal.setitimer(signal.ITIMER_REAL, 0.05)
-            for number in range(3):  # the third waits for the first
-                writer.write(tmp_path / f"{number}.pt", model)
+            writer.write(tmp_path / "2.pt", model)  # waits for the first
 
     monkeypatch.setattr(torch, "save", slow)
     handler = signal.signal(signal.SIGALRM, signal.default_int_handler)

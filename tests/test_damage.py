@@ -248,7 +248,7 @@ def test_a_power_failure_loses_only_what_was_not_synced(
     for number, image in enumerate(random.Random(0).sample(images, 3)):
         after = tmp_path / f"after-{number}"
         for folder, files in image.items():
-            if folder.is_relative_to(save.parent):  # not the corpus's cache
+            if folder.is_relative_to(save.parent):
                 place = after / folder.relative_to(save.parent)
                 place.mkdir(parents=True, exist_ok=True)
                 for name, content in files.items():

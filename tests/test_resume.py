@@ -16,7 +16,6 @@ from forked import Child
 import assembly
 import main
 import programs.train
-from engine.interrupt import Interrupt
 from engine.run_folder import RunFolder
 
 Run = Callable[..., Result]
@@ -196,12 +195,14 @@ def test_control_c_once_tests_the_best_model_and_twice_stops_at_once(tmp_path: P
     assert "End of training" not in out
 
 
-def test_once_is_enough_when_training_is_over() -> None:
-    with Interrupt() as interrupt:
-        interrupt.release()
-        for number in (signal.SIGINT, signal.SIGTERM):
-            with pytest.raises(KeyboardInterrupt):
-                os.kill(os.getpid(), number)
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_once_is_enough_when_training_is_over(
+    whole: Path, tmp_path: Path, run: Run, monkeypatch: pytest.MonkeyPatch, number: int
+) -> None:
+    monkeypatch.setattr(programs.train, "test_best", lambda *_: os.kill(os.getpid(), number))
+    flags = [*FLAGS, "--data", whole / "corpus", "--max-updates", 3]
+    result = run(*flags, "--save", tmp_path / "run.pt")
+    assert (result.code, result.err.splitlines()[-1]) == (1, "error: interrupted")
 
 
 def test_a_folder_belongs_to_one_run(whole: Path, tmp_path: Path, run: Run) -> None:

@@ -169,6 +169,8 @@ def _check_keys(content: dict[str, Any], required: dict[str, type], optional: st
     for key, kind in required.items():
         if not isinstance(content.get(key), kind):
             raise ValueError(f"{key} is missing or not a {kind.__name__}")
+        if kind is str and not content[key].isprintable():
+            raise ValueError(f"{key} has a line's end or another character that is none")
     if unknown := content.keys() - required.keys() - set(optional.split()):
         raise ValueError(f"unknown key {min(unknown)!r}")
 
