@@ -23,7 +23,13 @@ def _of_the_run(flag: Flag) -> Flag:
 
 DIAGNOSIS: Sections = {
     "": (
-        Flag("model", None, "a model that main.py saved", metavar="MODEL", nargs="?"),
+        Flag(
+            "model",
+            None,
+            "a model that main.py saved, or an exported folder",
+            metavar="MODEL",
+            nargs="?",
+        ),
         Flag("--compare", None, "two models, side by side", metavar=("A", "B"), nargs=2),
         Flag(
             "--fresh",

@@ -25,7 +25,9 @@ THETA = Flag(
 LAMBDA = Flag("--lambdasm", [0.1], "the cache's share of the mixture", share, "X", nargs="+")
 
 EVALUATION: Sections = {
-    "": (Flag("model", None, "a model that main.py or finetune.py saved", metavar="MODEL"),),
+    "": (
+        Flag("model", None, "a model that main.py saved, or an exported folder", metavar="MODEL"),
+    ),
     "text": (
         replace(
             _SHARED["data"],

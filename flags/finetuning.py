@@ -81,7 +81,9 @@ def parse_finetuning(argv: Sequence[str]) -> tuple[argparse.Namespace, set[str],
 def finetuning_parser() -> Parser:
     """The parser of finetune.py."""
     description = (
-        "Train a model further by averaged SGD until validation stops improving, then test it."
+        "Train a model further by averaged SGD until validation stops improving, then test it. "
+        "Flags that are not given are those of the model's own run; the defaults below hold where "
+        "that run is not there."
     )
     return training_parser(FINETUNING, "finetune.py", description)
 

@@ -16,7 +16,13 @@ _CACHE = ("window", "theta", "lambdasm")
 
 GENERATION: Sections = {
     "": (
-        Flag("path", None, "a model that main.py saved", metavar="MODEL", nargs="?"),
+        Flag(
+            "path",
+            None,
+            "a model that main.py saved, or an exported folder",
+            metavar="MODEL",
+            nargs="?",
+        ),
         Flag("--checkpoint", None, "the same, as in the original", metavar="MODEL"),
         Flag("--outf", None, "file to write instead of stdout", metavar="FILE"),
         _SHARED["device"],

@@ -97,7 +97,7 @@ RUNNING: Sections = {
             "--dry-run",
             False,
             "make a few updates in memory, print sizes, time and memory by precision, then exit; "
-            "writes nothing",
+            "writes no run (a known corpus that is missing is made or downloaded)",
             per_session=True,
         ),
         Flag(

@@ -83,8 +83,8 @@ TRAINING: Sections = {
         Flag(
             "--grad-filter-normalize",
             False,
-            "divide these factors by the median sequence's, THRESHOLD / (THRESHOLD + 1), which "
-            "acts like a smaller learning rate",
+            "divide these factors by the median sequence's, THRESHOLD / (THRESHOLD + 1), so that "
+            "the filter does not act like a smaller learning rate besides",
             belongs_to=("grad_filter", True),
         ),
         Flag("--batch_size", 80, "columns of text per update", positive_int),

@@ -60,6 +60,11 @@ def run(argv: Sequence[str]) -> None:
     runs = plan(table, args, output)
     if args.report_only:
         check_folders(runs)
+        if all(read_state(run).kind in ("new", "started") for run in runs):
+            raise RunError(
+                f"{output}: no run has ended with these flags, so there is nothing to report; "
+                "--flags has to be as it was"
+            )
         report(table, runs, output, args)
         return
     for gpu in args.gpus or []:

@@ -30,15 +30,15 @@ def test_best(
     tracker.log("test", step=trainer.at.update, **results)
     summary["test_ppl"] = results["ppl"]
     print(DOUBLE_RULE)
+    part = " | --quick: of a part of the text" * args.quick
     if args.bigram:
         corpus = trainer.corpus
         texts = (corpus.train.numpy(), corpus.valid.numpy(), ids.numpy())
         bigram = perplexity(bigram_loss(*texts, len(vocabulary)))
         summary["bigram_ppl"] = bigram
-        print(f"| Interpolated bigram model of the same text | test ppl {bigram:8.2f}")
+        print(f"| Interpolated bigram model of the same text | test ppl {bigram:8.2f}{part}")
         for text in beaten_by_bigrams(results["ppl"], bigram):
             warn(text)
-    part = " | --quick: of a part of the text" * args.quick
     print(f"{final_line(loss)}{part}", flush=True)
     print_end(trainer, loss, summary)
     conclude(trainer, tracker, summary)

@@ -48,6 +48,11 @@ def run(argv: Sequence[str]) -> None:
 def measure(args: argparse.Namespace, title: str = "") -> None:
     """Evaluate; print the loss after the title, and write the files that flags ask for."""
     started = time.monotonic()
+    for file in filter(None, (args.per_word, args.by_line, args.summary)):  # before the work
+        if Path(file).is_dir() or not Path(file).absolute().parent.is_dir():
+            raise RunError(
+                f"{file}: cannot be written; it has to be a file in a folder that is there"
+            )
     device = select_device(args.device, local_rank())
     use_threads(args.threads)
     if device.type == "cpu":

@@ -413,6 +413,11 @@ def test_ablate_prints_for_the_terminal_it_has(
     table = write_table(
         tmp_path, {"base": "", "a row with a name that is rather long": "--wdrop 0"}
     )
+    none = run_table(table, "--report-only", "--output", tmp_path / "out")
+    assert (none.code, (tmp_path / "out").exists()) == (1, False)
+    assert "no run has ended with these flags" in none.err
+    (tmp_path / "out" / "runs").mkdir(parents=True)
+    (tmp_path / "out" / "runs" / "base-seed1.failed").write_text("its cause")
     done = run_table(table, "--report-only", "--output", tmp_path / "out")
     assert done.code == 0
     assert max(map(len, done.out.splitlines())) <= 50

@@ -75,6 +75,8 @@ def test_of_a_table(
     table, out = tmp_path / "table.toml", tmp_path / "out"
     flags = json.dumps([*TINY[: TINY.index("--seed")], "--data", str(whole / "corpus")])
     table.write_text(f'title = "t"\nseeds = [1]\nflags = {flags}\n[[rows]]\nname = "base"\n')
+    (out / "runs").mkdir(parents=True)
+    (out / "runs" / "base-seed1.failed").write_text("its cause")  # there is something to report
     for name in ("table.md", "table.json"):
         with monkeypatch.context() as patch:
             full_disk_under(patch, name)
