@@ -13,6 +13,7 @@ import pytest
 import torch
 from conftest import TINY, Result, write_corpus
 
+import awd_lstm
 import evaluate as program
 import main
 import pointer
@@ -23,7 +24,7 @@ from evaluation.cache import Cache
 from evaluation.dynamic import Dynamic, root_mean_squares
 from evaluation.evaluate import evaluate, perplexity, score
 from evaluation.plain import Plain
-from evaluation.predictor import Mean, Temperature
+from evaluation.predictor import Mean, Predictor, Temperature
 from model import RNNModel
 
 Run = Callable[..., Result]
@@ -193,13 +194,14 @@ def test_errors_are_one_line(call: Run, trained: Path, tmp_path: Path) -> None:
         ("MODEL --split test --text EMPTY", 2, "--split: does not go with --text"),
         ("MODEL --eval-batch-size 5000", 2, "--eval-batch-size: "),
         ("MODEL --dynamic rms --batch_size 9999", 1, "training text: "),
-        ("MODEL --per-word nowhere/words.tsv", 1, "nowhere/words.tsv: cannot write: No such file"),
+        ("MODEL --per-word nowhere/words.tsv", 1, "nowhere/words.tsv: cannot write: it is a folder, or its"),
     ]:
         result = call(program, *(words.get(word, word) for word in line.split()))
-        assert result.code == code
-        last = result.err.splitlines()[-1]
-        assert last.startswith("error: ")
+        *told, last = result.err.splitlines()
+        assert (result.code, result.out) == (code, ""), line
+        assert last.startswith("error: "), line
         assert message in last
+        assert not any("Traceback" in text for text in told)
 
 
 def test_a_vocabulary_without_unk_names_the_words(call: Run, tmp_path: Path) -> None:
@@ -215,3 +217,28 @@ def test_a_vocabulary_without_unk_names_the_words(call: Run, tmp_path: Path) -> 
     cached = call(program, save, "--text", tmp_path / "one.txt", "--cache", "--summary", path)
     assert summary_of(cached, path)["predictions"] == 2
     assert "--window 500 is longer than" in cached.err
+
+
+def test_search_tokens_are_those_that_the_rates_are_searched_on(
+    call: Run, trained: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    lengths = []
+
+    def noted(predictor: Predictor, ids: torch.Tensor, columns: int) -> float:
+        lengths.append(len(ids))
+        return evaluate(predictor, ids, columns)
+
+    monkeypatch.setattr("programs.evaluate.evaluate", noted)
+    flags = [trained, "--dynamic", "sgd", "--search", "--lr", 0, 1e-3, "--lamb", 0.01]
+    assert call(program, *flags, "--search-tokens", 17).code == 0
+    assert lengths == [18, 18]  # and the first word, which is not predicted
+
+
+def test_the_library_divides_a_text_as_asked(trained: Path) -> None:
+    path = trained.parent / "corpus" / "valid.txt"
+    model, vocabulary = load_model(trained)
+    ids = read_text(path, vocabulary).ids
+    lm = awd_lstm.load(trained)
+    assert lm.evaluate(path).loss == evaluate(Plain(model), ids, 1)
+    assert lm.evaluate(path, columns=3).loss == evaluate(Plain(model), ids, 3)
+    assert lm.evaluate(path, columns=3).loss != lm.evaluate(path).loss

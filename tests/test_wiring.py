@@ -1,0 +1,237 @@
+"""Where parts meet: each test is red with a slip in the wiring that other tests let pass."""
+
+import json
+import re
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from conftest import TINY, Result, read_events, read_summary
+from test_fused_update import Built
+from test_predictors import small_model, text
+from test_tables import runs_of, write_summary
+
+from data.corpus import Vocabulary
+from engine.ablation.results import collect
+from engine.ablation.stages import SPLITS
+from engine.ablation.table import Row, Table
+from engine.checkpoint import load_model, model_payload
+from engine.checkpoint_writer import CheckpointWriter
+from engine.model_folder import write_model_folder
+from engine.ranks import Ranks
+from evaluation.cache import Cache
+from evaluation.dynamic import Dynamic
+from evaluation.evaluate import score
+from evaluation.plain import Plain
+from evaluation.predictor import Mean, Predictor, Temperature
+from flags.evaluation import parse_evaluation
+from gradient_filter import GradientFilter
+from kernels.fused_step import FusedStep
+from loss_scale import LossScale
+from model import RNNModel
+from programs.evaluate import default_columns
+from training.callbacks import FilterFigures
+
+Run = Callable[..., Result]
+
+# Training
+
+
+def test_checkpoints_are_due_by_the_run_s_updates(
+    run: Run, corpus_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Each fourth update of the run, whatever epoch it is in, and each epoch's end."""
+    write, written = CheckpointWriter.write, list[int]()
+
+    def noted(self: CheckpointWriter, path: Path, payload: dict[str, Any], *more: Any) -> None:
+        if path.name == "last.pt":
+            written.append(payload["position"]["update"])
+        write(self, path, payload, *more)
+
+    monkeypatch.setattr(CheckpointWriter, "write", noted)
+    save = tmp_path / "run.pt"
+    flags = [*TINY, "--data", corpus_folder, "--save", save, "--bptt-scheme", "fixed"]
+    assert run(*flags, "--epochs", 2, "--bptt", 7, "--checkpoint-every", 4).code == 0
+    ends = [line["step"] for line in read_events(save) if line["event"] == "valid"]
+    assert ends[0] % 4, "a count by the epoch's updates has to be another one"
+    assert written == sorted({*range(4, ends[-1], 4), *ends})
+
+
+def test_a_run_that_recovers_has_not_diverged(
+    run: Run, corpus_folder: Path, tmp_path: Path
+) -> None:
+    """Only its last epoch counts: a first one that is lost in training leaves no mark."""
+    flags = [*TINY, "--data", corpus_folder, "--save", tmp_path / "run.pt", "--epochs", 5]
+    flags += ["--alpha", 0, "--beta", 0, "--wdecay", 0, "--lr", 200, "--when", 1]
+    result = run(*flags)
+    assert result.code == 0, result.err
+    assert "warning: epoch 1 has diverged: " in result.err
+    assert "this run has diverged" not in result.err
+    assert read_summary(tmp_path / "run.pt")["diverged"] is False
+
+
+def test_a_stop_at_an_epoch_s_end_validates_once(
+    run: Run, corpus_folder: Path, tmp_path: Path
+) -> None:
+    save = tmp_path / "run.pt"
+    flags = [*TINY, "--data", corpus_folder, "--bptt-scheme", "fixed", "--save", save]
+    assert run(*flags, "--epochs", 1).code == 0
+    whole = read_events(save)
+    end = whole[-1]["step"]
+    assert run(*flags, "--epochs", 2, "--max-updates", end).code == 0
+    assert read_events(save) == whole
+    assert read_summary(save)["epochs"] == 1
+
+
+def test_each_rank_resumes_from_its_own_columns() -> None:
+    """The states of the whole batch are dealt out as its text is."""
+    states = [tuple(torch.rand(1, 6, units) for _ in range(2)) for units in (4, 5)]
+    columns = torch.arange(6)
+    for rank in range(3):
+        ranks = Ranks(rank, 3)
+        own = columns[ranks.share(6)].tolist()
+        assert own == [2 * rank, 2 * rank + 1]
+        for found, whole in zip(ranks.share_hidden(states), states, strict=True):
+            for part, of in zip(found, whole, strict=True):
+                assert torch.equal(part, of[:, own])
+
+
+# Skipped updates
+
+
+@pytest.mark.parametrize(("precision", "least"), [("fp32", 2.0**126), ("bf16", 2.0**60)])
+def test_a_skipped_update_has_no_diagnostics(
+    run: Run, corpus_folder: Path, tmp_path: Path, precision: str, least: float
+) -> None:
+    save = tmp_path / "run.pt"
+    flags = [*TINY, "--data", corpus_folder, "--save", save, "--epochs", 1, "--bptt", 3]
+    flags += ["--bptt-scheme", "fixed", "--loss-scale", "dynamic", "--loss-scale-window", 1]
+    flags += ["--loss-scale-bounds", least, 2.0**130, "--precision", precision]
+    result = run(*flags, "--diagnostics", 1)
+    assert result.code == 0, result.err
+    events = read_events(save)
+    skipped = {e["step"] for e in events if e["event"] == "loss_scale" and e["overflow"]}
+    measured = [e["step"] for e in events if e["event"] == "diagnostics"]
+    assert skipped
+    assert measured == [n for n in range(1, events[-1]["step"] + 1) if n not in skipped]
+
+
+def test_an_interval_s_line_says_how_many_updates_were_skipped(
+    run: Run, corpus_folder: Path, tmp_path: Path
+) -> None:
+    save = tmp_path / "run.pt"
+    flags = [*TINY, "--data", corpus_folder, "--save", save, "--epochs", 1]
+    flags += ["--loss-scale", "dynamic", "--loss-scale-window", 1]
+    result = run(*flags, "--loss-scale-bounds", 2.0**126, 2.0**130)
+    assert result.code == 0, result.err
+    lines = [e for e in read_events(save) if e["event"] == "train"]
+    assert any(line["overflows"] for line in lines)
+    told = re.findall(r"\| loss scale (\S+), (\d+) skipped", result.err)
+    assert told == [(f"{line['loss_scale']:g}", str(line["overflows"])) for line in lines]
+
+
+@pytest.mark.usefixtures("with_cudnn")
+def test_a_skipped_update_is_no_iterate_of_the_average() -> None:
+    """The optimizer's count, which checkpoints store, is the device's."""
+    for kind in ("plain", "fast"):
+        rules = LossScale(2.0**26, high=2.0**40, window=2)
+        built = Built(kind, loss_scale=rules, dtype=torch.float32)
+        bias = built.model.decoder.bias
+        assert isinstance(bias, torch.Tensor)
+        bias.register_hook(lambda g: g.where(g.abs() < 65504, torch.inf))
+        built.train(30)  # the average is of the last 15
+        skipped = sum(overflowed for number, _, overflowed in rules.history if number >= 15)
+        assert skipped > 0
+        assert built.optimizer.num_averaged == 15 - skipped
+        if isinstance(built.step, FusedStep):
+            assert int(built.step.num_averaged) == built.optimizer.num_averaged
+
+
+def test_a_filter_s_figures_are_those_of_one_interval() -> None:
+    gradient_filter = GradientFilter(threshold=2.0)
+    figures = FilterFigures([gradient_filter]).figures
+    for exploding, singled_out in ((True, 1 / 4), (False, 0.0), (True, 1 / 4)):
+        x = torch.ones(3, 4, 5, requires_grad=True)
+        sizes = torch.ones(4)
+        sizes[2] = 100.0 if exploding else 1.0
+        (gradient_filter(x)[0] * sizes[:, None]).sum().backward()
+        assert figures()["grad_filter_singled_out_l0"] == singled_out
+    assert figures()["grad_filter_smallest_l0"] == 1
+
+
+# After training
+
+
+def test_what_is_put_around_dynamic_evaluation_learns_after_the_same_segments() -> None:
+    """Settings that change nothing leave its predictions."""
+    model, ids = small_model(), text()
+
+    def dynamic() -> Predictor:
+        return Dynamic(model, 0.1, 0.2, segment=4)
+
+    expected = score(dynamic(), ids, 1)
+    assert not torch.allclose(expected, score(Plain(model), ids, 1))
+    for predictor in (Temperature(dynamic(), 1), Mean([dynamic()]), Cache(dynamic(), 6, 0.9, 0)):
+        torch.testing.assert_close(score(predictor, ids, 1), expected, rtol=1e-9, atol=0)
+
+
+def test_an_exported_model_has_every_setting(tmp_path: Path) -> None:
+    """Also those that do not act in evaluation: a run may start from it."""
+    settings: dict[str, Any] = dict(
+        dropout=0.11, dropouth=0.12, dropouti=0.13, dropoute=0.14, wdrop=0.15, tie_weights=True,
+        grad_filter=3.0, grad_filter_normalize=True,
+    )  # fmt: skip
+    model = RNNModel("GRU", 3, 4, 5, 2, **settings)
+    payload = model_payload(model, Vocabulary(["<eos>", "a", "b"]), epoch=1)
+    write_model_folder(tmp_path / "exported", payload)
+    found = load_model(tmp_path / "exported")[0].config()
+    assert found == model.config()
+    assert settings.items() <= found.items()
+
+
+@pytest.mark.parametrize(
+    ("flags", "columns"),
+    [
+        ("", 10), ("--cache", 1), ("--dynamic sgd", 1), ("--dynamic rms", 1), ("--by-line x", 1),
+        ("--per-word x", 1), ("--mc 2", 10), ("--temperature 2", 10),
+    ],
+)  # fmt: skip
+def test_the_validation_text_has_ten_columns_unless_what_is_asked_needs_one(
+    flags: str, columns: int
+) -> None:
+    args = parse_evaluation(["PTB.pt", "--split", "valid", *flags.split()])
+    assert default_columns(args) == columns
+    assert default_columns(parse_evaluation(["PTB.pt", *flags.split()])) == 1
+
+
+# Tables
+
+
+def test_holm_s_p_is_that_of_its_split(tmp_path: Path) -> None:
+    """Of two rows the smaller p counts twice, and the larger one no less than that."""
+    rows = [Row("base"), Row("one"), Row("two")]
+    runs = runs_of(tmp_path, rows, (1, 2, 3))
+    test = [60, 61, 62, 63.0, 65, 64.5, 61, 63, 62.5]
+    valid = [70, 71, 72, 70.5, 71, 73, 75, 75, 78.0]
+    for run, t, v in zip(runs, test, valid, strict=True):
+        write_summary(run, test_ppl=t, best_valid_ppl=v)
+    figures = collect(Table(tmp_path / "t.toml", "A", [], rows, [1, 2, 3]), runs, tmp_path)
+    for split in SPLITS:
+        differences = [row["difference"][split] for row in figures["rows"][1:]]
+        low, high = sorted(differences, key=lambda difference: difference["p"])
+        assert low["p_holm"] == pytest.approx(min(1, 2 * low["p"]))
+        assert high["p_holm"] == pytest.approx(min(1, max(2 * low["p"], high["p"])))
+
+
+def test_an_epoch_that_was_cut_short_has_no_time(tmp_path: Path) -> None:
+    row = Row("base")
+    table = Table(tmp_path / "t.toml", "A", [], [row], [1])
+    [one] = runs_of(tmp_path, [row], (1,), epochs=9, max_updates=20)
+    write_summary(one, updates=20, test_ppl=80.0, seconds=30.0)
+    for ends, expected in ((8, 20), 15.0), ((8, 16, 20), None):
+        lines = [dict(event="valid", step=s, epoch=e, ppl=9.0) for e, s in enumerate(ends, 1)]
+        (one.folder / "metrics.jsonl").write_text("".join(json.dumps(x) + "\n" for x in lines))
+        [found] = collect(table, [one], tmp_path)["rows"]
+        assert found["seconds_per_epoch"] == expected
