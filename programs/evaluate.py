@@ -50,9 +50,7 @@ def measure(args: argparse.Namespace, title: str = "") -> None:
     started = time.monotonic()
     for file in filter(None, (args.per_word, args.by_line, args.summary)):  # before the work
         if Path(file).is_dir() or not Path(file).absolute().parent.is_dir():
-            raise RunError(
-                f"{file}: cannot be written; it has to be a file in a folder that is there"
-            )
+            raise RunError(f"{file}: cannot write: it is a folder, or its folder is not there")
     device = select_device(args.device, local_rank())
     use_threads(args.threads)
     if device.type == "cpu":
