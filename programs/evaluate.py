@@ -108,7 +108,9 @@ def find_corpus(args: argparse.Namespace) -> Path:
     """
     data = args.data or corpus_of_run(args.model)
     if data is None:
-        raise UsageError(f"argument --data: which corpus? {args.model} names none")
+        raise UsageError(
+            f"argument --data: which corpus? {args.model} names none (--text takes any text)"
+        )
     ensure_corpus(data)
     return Path(data)
 

@@ -64,4 +64,4 @@ def run(argv: Sequence[str]) -> None:
                 "perplexities will look better than they are; a larger --vocab-size, a smaller "
                 "--min-count or more text leaves fewer"
             )
-    print(f"| python main.py --data {output} --dry-run says what training on it takes")
+    print(f"| python main.py --data {output} --epochs 20 --dry-run says what training on it takes")
