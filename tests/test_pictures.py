@@ -64,7 +64,7 @@ def assert_legible(seen: Seen, words: Iterable[str]) -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("layers", [1, 3, 5])
+@pytest.mark.parametrize("layers", [1, 2, 3, 5])
 @pytest.mark.parametrize("names", [["PTB"], [LONG, f"{LONG} (fresh)"]], ids=len)
 def test_diagnosis(seen: Seen, tmp_path: Path, layers: int, names: list[str]) -> None:
     settings = Settings(lags=24, positions=2, windows=2, bptt=10, masks=1, thresholds=(1.0, 10.0))
