@@ -82,8 +82,8 @@ def headline(layers: list[dict[str, Any]]) -> str:
 def _clipping(gradient: dict[str, Any], clip: float) -> str:
     shares = gradient["shares"]
     order = sorted(shares, key=shares.__getitem__, reverse=True)
-    most = ", ".join(f"`{name}` {percent(shares[name])}" for name in order[:3])
-    text = f"Of the squared global norm {most} hold most."
+    most = ", ".join(f"`{name}` ({percent(shares[name])})" for name in order[:3])
+    text = f"Most of the squared global norm is of {most}."
     if not clip:
         return f"{text} Nothing is clipped (--clip 0)."
     factors = gradient["clip_factors"]

@@ -18,7 +18,7 @@ FORMATS = {"png": ("png",), "pdf": ("pdf",), "both": ("png", "pdf")}
 COLOURS = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9", "#000000", "#8c564b")
 DASHES = ("-", "--", "-.", ":")
 AVERAGING = dict(marker="^", markersize=8, linestyle="")  # where averaging begins
-LETTER = 0.64  # width of a letter, as a share of the size of its font
+LETTER = 0.58  # width of a letter, as a share of the size of its font
 HANDLE = 6  # letters that a line of a legend takes besides its text
 
 
@@ -150,6 +150,8 @@ def logarithmic(axes: Any, low: float, high: float) -> None:
     ticks: Any = LogLocator(subs=(1, 2, 5), numticks=99)
     if high < 5 * low:  # holds one of those only
         ticks = MaxNLocator(4, steps=[1, 2, 5, 10])
+    elif inches > 3 * decades:  # room for more than these
+        ticks = LogLocator(subs=(1, 1.5, 2, 3, 5, 7), numticks=99)
     elif decades > 1.7 * inches:  # those would be too close
         ticks = LogLocator(numticks=max(2, int(3 * inches)))
     axes.set_yscale("log")
