@@ -216,6 +216,23 @@ def test_after_a_file_that_could_not_be_written_none_is(
     assert not list(tmp_path.iterdir())
 
 
+def test_a_write_that_failed_ends_the_run_at_the_next_one(tmp_path: Path) -> None:
+    model = model_payload(small_model(), WORDS)
+
+    def train() -> None:
+        with CheckpointWriter(True) as writer:
+            writer.write(tmp_path / "gone" / "m.pt", model)
+            deadline = time.monotonic() + 60
+            while not writer._pending[0].done():
+                assert time.monotonic() < deadline
+            writer.write(tmp_path / "next.pt", model)
+            pytest.fail("it goes on")
+
+    with pytest.raises(WriteError, match=r"m\.pt: cannot write: No such file"):
+        train()
+    assert not list(tmp_path.iterdir())
+
+
 def test_ctrl_c_leaves_no_file_half_written(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

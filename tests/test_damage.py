@@ -116,6 +116,31 @@ def test_a_damaged_state_is_replaced_by_the_one_before(
     assert_same_run(whole / "whole.pt", stopped)
 
 
+def test_what_is_damaged_is_not_kept(stopped: Path) -> None:
+    """Else a kill right after that would leave two damaged states."""
+    last = stopped.with_suffix("") / "last.pt"
+    before = last.with_name("last.previous.pt")
+    payload, kept = load_training_state(last), before.read_bytes()
+    flip_a_weight(last)
+    write_checkpoint(last, payload, before)
+    assert before.read_bytes() == kept
+    write_checkpoint(last, payload, before)
+    assert_same(load_training_state(before), load_training_state(last))
+
+
+@pytest.mark.parametrize("part", ["tracking", "optimizer", "position"])
+def test_a_state_that_lacks_a_part_is_refused(stopped: Path, run: Run, part: str) -> None:
+    last = stopped.with_suffix("") / "last.pt"
+    payload = load_training_state(last)
+    del payload[part]
+    write_checkpoint(last, payload)
+    before = contents(stopped.parent)
+    result = run("--resume", stopped)
+    assert result.code == 1
+    assert result.err.splitlines()[-1].startswith(f"error: {last}: damaged checkpoint: ")
+    assert before == contents(stopped.parent)
+
+
 def test_two_damaged_states_are_refused(stopped: Path, run: Run) -> None:
     folder = stopped.with_suffix("")
     for name in ("last.pt", "last.previous.pt"):

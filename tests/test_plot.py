@@ -133,6 +133,7 @@ def test_what_is_missing_is_said_in_a_line(draw: Callable[..., Result], tmp_path
     assert "--x" in only_line(draw(run, "--x", "day"), 2)
     assert "RUN" in only_line(draw(), 2)
     assert "nowhere: no such folder" in only_line(draw(run, "--output", tmp_path / "nowhere/a"), 1)
-    metrics.write_text("[1]\n\0\n")
+    odd = ('{"event": "valid", "step": 1}', '{"event": "train", "epoch": 1, "step": null}')
+    metrics.write_text("\n".join(["[1]", "\0", *odd, '{"event": "averaging", "step": 1}', ""]))
     assert f"{metrics}: nothing was logged yet" in only_line(draw(run), 1)
     assert {path.name for path in tmp_path.iterdir()} == {"run"}
