@@ -137,6 +137,14 @@ SCHEMES: dict[str, tuple[Callable[[], Scheme], int, list[Update]]] = {
 
 
 @pytest.mark.parametrize("name", SCHEMES)
+def test_a_gru_trains_in_every_scheme(tmp_path: Path, name: str) -> None:
+    """With weight drop, tied, and all other regularisers on."""
+    scheme, bptt, updates = SCHEMES[name]
+    trainer = build_trainer(tmp_path, scheme(), bptt, "GRU", grad_filter=1.5)
+    assert_same_epoch(trainer, updates, lambda noise, window: gru_cell)
+
+
+@pytest.mark.parametrize("name", SCHEMES)
 def test_a_layer_of_one_s_own_with_noise_per_step_trains_in_every_scheme(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str
 ) -> None:
