@@ -28,6 +28,7 @@ from test_whole_run import (
     Runs,
     assert_events,
     assert_weights,
+    train_in_two,
 )
 
 import finetune
@@ -117,6 +118,20 @@ def test_fine_tuning_by_hand(trained: Trained, call: Run, tmp_path: Path, case: 
     assert call(finetune, "--resume", whole, "--epochs", 20).code == 0 or not triggered
     if triggered:  # it is over, however many epochs there might be
         assert read_summary(whole)["updates"] == summary["updates"]
+
+
+@pytest.mark.slow
+def test_in_two_processes(trained: Trained, tmp_path: Path) -> None:
+    start = trained.model("model0", OLD)
+    flags = {**OLD, **CASES["k1 < k2"][1]}
+    del flags["optimizer"]  # no flag of finetune.py
+    expected = by_hand.train(
+        trained.corpus, read_weights(start), {**OLD, **flags}, fine_tuning=True
+    )
+    output = tmp_path / "two.pt"
+    train_in_two(trained.runs, start, flags, "--output", output, program="finetune.py")
+    assert_events(output, expected)
+    assert_weights(output, expected.best)
 
 
 @pytest.fixture
