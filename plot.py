@@ -12,7 +12,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Run the program; returns its exit code."""
     from engine.program import run_program
 
-    return run_program("programs.plot", argv)
+    return run_program("programs.plot", argv, "flags.plotting.parse_plotting")
 
 
 if __name__ == "__main__":

@@ -9,7 +9,6 @@ from pathlib import Path
 import torch
 
 from engine.errors import UsageError
-from engine.tracking import warn
 
 
 def select_device(name: str, local_rank: int | None = None) -> torch.device:
@@ -42,23 +41,9 @@ def select_device(name: str, local_rank: int | None = None) -> torch.device:
 
 
 def use_threads(number: int | None) -> None:
-    """Compute with this many CPU threads (None: as many as torch chose); see warn_if_busy."""
-    warn_if_busy()
+    """Compute with this many CPU threads (None: as many as torch chose)."""
     if number is not None:
         torch.set_num_threads(number)
-
-
-def warn_if_busy() -> None:
-    """Warn if more processes want to run on this machine than it has cores."""
-    cores = os.cpu_count() or 1
-    try:
-        load = os.getloadavg()[0]
-    except OSError:
-        return
-    if load > cores:
-        warn(
-            f"the machine is busy (load average {load:.1f} on {cores} cores): times will be longer"
-        )
 
 
 def keep_freed_memory() -> bool:

@@ -12,21 +12,25 @@ from data.files import FULL
 from engine.errors import PeerError, RunError, UsageError
 from engine.launch import end_with_agent, is_follower
 from engine.output import lasting_output, one_line
+from engine.tracking import warn
 
 # Spin iterations of libgomp's idle threads before they sleep: about 10 microseconds, as long as the
 # pauses in an LSTM's time loop, and short enough for programs that share cores
 # (benchmarks/threads.py). libgomp's default is 300,000.
 SPIN_COUNT = "500"
+# What OpenMP, numpy's OpenBLAS and torch's MKL read as they are loaded.
+THREADS = ("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS")
 
 
-def run_program(name: str, argv: Sequence[str] | None, parse: str | None = None) -> int:
+def run_program(name: str, argv: Sequence[str] | None, parse: str) -> int:
     """Import a program and run it; print an error that a user can cause as one line on stderr.
 
     Args:
         name: module with a function `run` that takes the command line.
         argv: the command line; None: this process's.
         parse: MODULE.FUNCTION that parses the command line without torch: it is called before the
-            program is imported, so that --help and a mistyped flag need neither torch nor time.
+            program is imported, so that --help and a mistyped flag need neither torch nor time,
+            and the libraries that compute start no more threads than --threads.
 
     Returns:
         The exit code: 0 for success, 2 for an invalid flag or value, 1 for any other error.
@@ -45,14 +49,18 @@ def share_cores(environment: MutableMapping[str, str]) -> None:
         environment["GOMP_SPINCOUNT"] = SPIN_COUNT
 
 
-def _run(name: str, argv: Sequence[str], parse: str | None) -> int:
+def _run(name: str, argv: Sequence[str], parse: str) -> int:
     try:
         if signal.getsignal(signal.SIGINT) is signal.SIG_DFL:  # see engine.launch.leave
             signal.signal(signal.SIGINT, signal.default_int_handler)
-        if parse is not None:
-            module, _, function = parse.rpartition(".")
-            getattr(importlib.import_module(module), function)(argv)
-        importlib.import_module(name).run(argv)
+        module, _, function = parse.rpartition(".")
+        parsed = getattr(importlib.import_module(module), function)(argv)
+        args = parsed[0] if isinstance(parsed, tuple) else parsed
+        if args.threads is not None:
+            os.environ.update(dict.fromkeys(THREADS, str(args.threads)))
+        program = importlib.import_module(name)
+        warn_if_busy()
+        program.run(argv)
     except UsageError as error:
         return _fail(str(error), 2)
     except PeerError as error:
@@ -84,6 +92,19 @@ def _run(name: str, argv: Sequence[str], parse: str | None) -> int:
         place = f"{error.filename}: " if error.filename else ""
         return _fail(f"{place}{error.strerror or error}")
     return 0
+
+
+def warn_if_busy() -> None:
+    """Warn if more processes want to run on this machine than it has cores."""
+    cores = os.cpu_count() or 1
+    try:
+        load = os.getloadavg()[0]
+    except OSError:
+        return
+    if load > cores and not is_follower():
+        warn(
+            f"the machine is busy (load average {load:.1f} on {cores} cores): times will be longer"
+        )
 
 
 def is_memory(error: Exception) -> bool:

@@ -15,6 +15,7 @@ EXPORT: Sections = {
     "": (
         Flag("model", None, "a model that main.py saved, or an exported folder", metavar="MODEL"),
         Flag("--output", None, "folder to make; it must not exist", metavar="FOLDER"),
+        _SHARED["threads"],
     ),
     "models of the original (salesforce/awd-lstm-lm)": (
         Flag(
@@ -52,7 +53,7 @@ def parse_export(argv: Sequence[str]) -> argparse.Namespace:
         raise UsageError("argument --output: is missing; it names the folder to make")
     if args.from_original and (args.data is None) == (args.vocab is None):
         raise UsageError("argument --from-original: needs the vocabulary, by --data or --vocab")
-    for name in sorted(given - {"model", "output"}):
+    for name in sorted(given - {"model", "output", "threads"}):
         if not args.from_original:
             raise UsageError(f"argument {dashed(name)}: goes with --from-original only")
     return args

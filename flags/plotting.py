@@ -32,6 +32,7 @@ PLOTTING: Sections = {
             metavar="FILE",
         ),
         FORMAT,
+        by_name(TRAINING)["threads"],
     ),
 }
 

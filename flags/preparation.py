@@ -4,8 +4,9 @@ import argparse
 from collections.abc import Sequence
 
 from engine.errors import UsageError
-from flags.flag import Flag, Sections
+from flags.flag import Flag, Sections, by_name
 from flags.parser import Parser
+from flags.training import TRAINING
 from flags.values import positive_int, shares, vocabulary_size
 
 PREPARATION: Sections = {
@@ -25,6 +26,7 @@ PREPARATION: Sections = {
             "nothing is overwritten",
             metavar="FOLDER",
         ),
+        by_name(TRAINING)["threads"],
     ),
     "parts": (
         Flag(

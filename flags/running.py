@@ -55,7 +55,7 @@ RUNNING: Sections = {
         Flag(
             "--threads",
             None,
-            "CPU threads (OMP_NUM_THREADS or the number of cores, if not given)",
+            "most CPU threads (OMP_NUM_THREADS or the number of cores, if not given)",
             positive_int,
             may_change=True,
         ),

@@ -24,7 +24,7 @@ from engine.ablation.runs import FINISHED, Run, counted, read_state
 from engine.ablation.stages import steps_after
 from engine.ablation.table import Row, Table, load_table
 from engine.ablation.tracked import log_table
-from engine.device import select_device, warn_if_busy
+from engine.device import select_device
 from engine.errors import RunError, UsageError
 from engine.interrupt import Interrupt
 from engine.program import is_memory
@@ -54,7 +54,6 @@ def run(argv: Sequence[str]) -> None:
         UsageError, RunError, DataError: errors that a user can cause; see engine.program.
     """
     args = parse_ablation(argv)
-    warn_if_busy()
     table = select(load_table(args.table, PROJECT), args)
     output = Path(args.output or Path("results") / table.name)
     runs = plan(table, args, output)

@@ -7,6 +7,7 @@ from pathlib import Path
 from data.corpus import EOS, Vocabulary, load_corpus
 from data.download import ensure_corpus
 from engine.checkpoint import load_model, model_details, model_payload
+from engine.device import use_threads
 from engine.errors import RunError
 from engine.model_folder import write_model_folder
 from engine.original import read_original
@@ -22,6 +23,7 @@ def run(argv: Sequence[str]) -> None:
         UsageError, RunError, DataError: errors that a user can cause; see engine.program.
     """
     args = parse_export(argv)
+    use_threads(args.threads)
     path, folder = Path(args.model), Path(args.output)
     if args.from_original:
         model, vocabulary = import_model(path, args)

@@ -72,7 +72,9 @@ def _no_ignored_hangup() -> Iterator[None]:
 
 @pytest.fixture(autouse=True)
 def _idle_machine(monkeypatch: pytest.MonkeyPatch) -> None:
-    """No program warns that the machine is busy; updates are not timed for long."""
+    """No program warns that the machine is busy, or leaves its number of threads to the next;
+    updates are not timed for long."""
+    monkeypatch.setattr("engine.program.THREADS", ())
     monkeypatch.setattr("os.getloadavg", lambda: (0.0, 0.0, 0.0))
     monkeypatch.setattr("training.rehearsal.LEAST_SECONDS", 0.0)
 

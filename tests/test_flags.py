@@ -1,6 +1,7 @@
 """The flags: the original's commands, recipes, --help, values, and what makes a run another run."""
 
 import argparse
+import os
 import re
 import shlex
 import subprocess
@@ -12,6 +13,7 @@ import pytest
 from conftest import ROOT
 from original import CHARACTER_LEVEL, WORD_LEVEL
 
+import plot
 from engine.errors import UsageError
 from flags.ablation import ablation_parser
 from flags.diagnosis import diagnosis_parser
@@ -104,8 +106,35 @@ def test_programs_without_torch() -> None:
     result = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True)
     assert result.returncode == 0, result.stderr
     assert re.findall(r"^usage: (\w+)\.py", result.stdout, re.MULTILINE) == doors
+    assert len(re.findall(r"^  --threads N", result.stdout, re.MULTILINE)) == len(doors)
     missing = "error: torch is not installed; pip install -r requirements.txt does it\n"
     assert result.stderr == 4 * missing
+
+
+@pytest.mark.parametrize("number", [1, 2])
+def test_threads_limit_numpys_too(number: int) -> None:
+    """In a program without torch: OpenBLAS starts its threads when numpy is imported."""
+    code = (
+        f"import os, plot\nplot.main(['nothere', '--threads', '{number}'])\n"
+        "import numpy\nprint(len(os.listdir('/proc/self/task')))"
+    )
+    environment = {"PATH": os.environ["PATH"]}
+    result = subprocess.run(
+        [sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, env=environment
+    )
+    assert int(result.stdout) == min(number, os.cpu_count() or 1)
+
+
+def test_a_busy_machine_is_warned_of(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr("os.getloadavg", lambda: (99.0, 0.0, 0.0))
+    assert plot.main(["nothere"]) == 1
+    warning, error = capsys.readouterr().err.splitlines()
+    assert re.fullmatch(
+        r"warning: the machine is busy \(load average 99.0 on \d+ cores\).*", warning
+    )
+    assert error.startswith("error: ")
 
 
 # Recipes
@@ -167,7 +196,7 @@ def test_whole_numbers_have_an_upper_bound(program: str) -> None:
             for number in (2**31, 10**22, 10**400):
                 with pytest.raises(UsageError, match=rf"{flag.name}.*'{number}' is not a whole"):
                     PARSERS[program]().given([flag.name, str(number)])
-    assert found or program == "plot"
+    assert found
 
 
 def test_schemes_fill_in_their_own_flags() -> None:
