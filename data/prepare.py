@@ -67,12 +67,14 @@ def prepare(
         unknown words of each part.
 
     Raises:
-        DataError: a text cannot be used (see find_texts and read_lines), a part would be empty,
-            or the output exists or cannot be written. No corpus is left then.
+        DataError: a text cannot be used (see find_texts and read_lines), a part or the whole would
+            be empty, or the output exists or cannot be written. No corpus is left then.
     """
     output = Path(output)
     paths = find_texts(sources, output)
     starts = list(accumulate((path.stat().st_size for path in paths), initial=0))
+    if not starts[-1]:
+        raise DataError(f"{', '.join(map(str, paths))}: empty")
     cuts = divide(starts, how)
     new = _make_folder(output)
     try:

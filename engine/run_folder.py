@@ -220,6 +220,8 @@ def find_run(path: str | Path) -> Path:
     for candidate in candidates:
         if candidate.is_file():
             return candidate
+    if (path / "vocab.txt").is_file():
+        raise RunError(f"{given}: an exported model has no run; finetune.py goes on from it")
     hint = "give its last.pt, its folder or its best model"
     raise RunError(f"{given}: no such run, or it has no checkpoint yet ({hint})")
 

@@ -58,6 +58,8 @@ class Parser(argparse.ArgumentParser):
                 message += " (a recipe is given as @FILE)"
             elif known:
                 message += f" (did you mean {', '.join(known)}?)"
+            else:
+                message += f" ({self.prog} --help lists the flags)"
         raise UsageError(" ".join(message.split()))
 
 

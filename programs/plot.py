@@ -35,7 +35,9 @@ def run(argv: Sequence[str]) -> None:
     ]
     figure = draw_runs(curves, AXES[args.x])
     paths = write_figure(figure, output or default_output(runs), FORMATS[args.format])
-    print(f"| {', '.join(map(str, paths))}")
+    here = Path.cwd()
+    shown = [path.relative_to(here) if path.is_relative_to(here) else path for path in paths]
+    print(f"| {', '.join(map(str, shown))}")
 
 
 def labels(runs: list[History]) -> list[str]:

@@ -60,9 +60,12 @@ def test_flags_out_of_range(run: Run, tmp_path: Path, flags: str) -> None:
     assert list(tmp_path.iterdir()) == []
 
 
-def test_a_run_that_is_not_there_is_named_as_given(run: Run) -> None:
+def test_a_run_that_is_not_there_is_named_as_given(run: Run, tmp_path: Path) -> None:
     line = only_line(run("--resume", "nothere/last.pt"), 1)
     assert line.startswith("nothere/last.pt: no such run, or it has no checkpoint yet (give")
+    (tmp_path / "vocab.txt").touch()
+    exported = f"{tmp_path}: an exported model has no run; finetune.py goes on from it"
+    assert only_line(run("--resume", tmp_path), 1) == exported
 
 
 def test_recipe_that_is_missing_or_not_text(run: Run, tmp_path: Path) -> None:

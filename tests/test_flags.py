@@ -82,6 +82,8 @@ def test_help_and_both_spellings(program: str) -> None:
 @pytest.mark.parametrize("program", PARSERS)
 def test_a_mistyped_flag_names_its_neighbour(program: str) -> None:
     parser = PARSERS[program]()
+    with pytest.raises(UsageError, match=rf"--zzzz \({program}.py --help lists the flags\)"):
+        parser.given(["x", "--zzzz"])
     for flag in by_name(parser.sections).values():
         if flag.name.startswith("--") and len(flag.dest) > 4:
             name = flag.name[:4] + flag.name[5:]

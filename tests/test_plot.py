@@ -1,5 +1,6 @@
 """plot.py: runs that are done, under way, resumed or damaged; labels; what it says otherwise."""
 
+import contextlib
 import json
 import math
 import shutil
@@ -104,6 +105,8 @@ def test_runs_are_told_apart_by_their_flags(draw: Callable[..., Result], tmp_pat
     one = write_run(tmp_path / "one", 3, dict(seed=1, save="one.pt", clip=0.25))
     two = write_run(tmp_path / "two", 2, dict(seed=1, save="two.pt", wdrop=0.0, untied=True))
     new = write_run(tmp_path / "new", 0, {})
+    with contextlib.chdir(tmp_path):
+        assert draw("one", "--format", "png").out == "| one-curves.png\n"
     result = draw(one, two, new)
     assert result.err == f"warning: left out: {new}/metrics.jsonl: nothing was logged yet\n"
     assert result.out == f"| {tmp_path}/one-two-curves.png, {tmp_path}/one-two-curves.pdf\n"

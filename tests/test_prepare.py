@@ -160,7 +160,7 @@ def test_errors_are_one_line_and_leave_nothing(
         ("good.txt binary.txt", 1, "binary.txt: binary, not text (NUL at byte 40)"),
         ("long.txt", 1, "long.txt: the line at byte 35 is longer than 1 MiB; break the text into"),
         ("short.txt", 1, "out/valid.txt: would be empty; --split 0.9,0.05,0.05 needs a longer"),
-        ("none.txt", 1, "out/train.txt: would be empty"),
+        ("none.txt", 1, "none.txt: empty"),
         ("nowhere.txt", 1, "nowhere.txt: no such file"),
         ("/dev/null", 1, "/dev/null: not a regular file"),
         ("empty", 1, "empty: has no .txt file"),
