@@ -120,9 +120,9 @@ def planned_epochs(args: argparse.Namespace, corpus: Corpus) -> float:
 
 def memory_needed(args: argparse.Namespace, model: RNNModel, corpus: Corpus) -> int:
     """Estimated bytes of an update's tensors; see training_memory."""
-    averages = args.optimizer != "sgd" or not args.no_asgd
+    kept = 2 if args.optimizer != "sgd" else int(not args.no_asgd)
     steps = steps_per_epoch(args, corpus)
-    return training_memory(model, args.batch_size, build_scheme(args), steps, averages)
+    return training_memory(model, args.batch_size, build_scheme(args), steps, kept)
 
 
 def steps_per_epoch(args: argparse.Namespace, corpus: Corpus) -> int:

@@ -27,6 +27,7 @@ from evaluation.evaluate import evaluate
 from evaluation.plain import Plain
 from flags.training import parse_training, settle_scheme
 from kernels.lstm_cpu import can_pack
+from model import count_parameters
 from programs.plan import memory_needed, steps_per_epoch
 from training.update import Updater
 
@@ -234,6 +235,25 @@ def test_updates_and_memory_of_the_schemes(corpus_folder: Path) -> None:
     assert full[0] == 1
     assert memory <= full[1] < randomized[1]
     assert plan("--bptt-scheme", "full", "--bptt", 9999)[1] > 1.5 * memory
+
+
+def test_what_the_optimizer_keeps_is_counted(corpus_folder: Path) -> None:
+    """Beside weights and gradients: nothing, the average, or Adam's two moments."""
+    corpus = load_corpus(corpus_folder)
+
+    def needed(*flags: str) -> int:
+        args, _ = parse_training([*TINY, "--data", str(corpus_folder), *flags])
+        with torch.device("meta"):
+            model = assembly.build_model(args, len(corpus.vocabulary))
+        assert count_parameters(model) == weights
+        return memory_needed(args, model, corpus)
+
+    layers = 4 * 8 * (6 + 8 + 2) + 4 * 6 * (8 + 6 + 2)
+    weights = len(corpus.vocabulary) * (6 + 1) + layers
+    plain = needed("--no-asgd")
+    assert needed() - plain == 4 * weights
+    for flags in (["--optimizer", "adam"], ["--optimizer", "adam", "--no-asgd"]):
+        assert needed(*flags) - plain == 2 * 4 * weights
 
 
 @pytest.mark.parametrize("scheme", ["variable", "full"])

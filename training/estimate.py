@@ -7,11 +7,11 @@ from model import RNNModel, count_parameters
 
 
 def training_memory(
-    model: RNNModel, batch_size: int, scheme: Scheme, num_steps: int, averages: bool
+    model: RNNModel, batch_size: int, scheme: Scheme, num_steps: int, kept: int
 ) -> int:
     """Estimate the bytes of tensors at the peak of an update with the largest window.
 
-    Counted: weights, gradients, the average (if averages), the masked weights and their gradients;
+    Counted: weights, gradients, what the optimizer keeps, the masked weights and their gradients;
     per layer and time step of stored activations the input, the four gates' pre-activations and
     activations, cell and output, and buffers of their gradients; three times the logits (logits,
     log softmax, gradient); hidden states to recompute from. Not counted: the interpreter and
@@ -22,10 +22,10 @@ def training_memory(
         batch_size: columns, B.
         scheme: how the rows are divided into windows.
         num_steps: rows that an epoch trains on.
-        averages: the optimizer keeps a second set of weights.
+        kept: values that the optimizer keeps of each weight: the average, or Adam's two moments.
     """
     sizes, held = model.layer_sizes, scheme.footprint(num_steps)
-    parameters = count_parameters(model) * (3 if averages else 2)
+    parameters = count_parameters(model) * (2 + kept)
     recurrent = [p for n, p in model.rnns.named_parameters() if n.endswith("_raw")]
     masked = 2 * sum(p.numel() for p in recurrent)
     per_token = sum(2 * before + 11 * after for before, after in pairwise(sizes))
