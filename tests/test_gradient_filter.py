@@ -75,6 +75,16 @@ def test_equations(batch: int, threshold: float, normalize: bool, device: torch.
     assert summary["params"] == pytest.approx(batch / sum(inverse))
 
 
+@pytest.mark.parametrize("normalize", [False, True])
+def test_who_is_singled_out_does_not_depend_on_the_scale(normalize: bool) -> None:
+    """(2 + 1.5) / (2 + 1) times the median's divisor is above 1 / 0.9, 3.2 / 3 is not."""
+    g = torch.ones(6, 5, 3)
+    g[:, 2] *= 1.5
+    g[:, 3] *= 1.2
+    _, gate = filtered(g, [torch.ones(2)], 2.0, normalize)
+    assert gate.summary()["singled_out"] == 1 / 5
+
+
 @pytest.mark.parametrize("size", [0.0, 1e-30, 1.0])
 @pytest.mark.parametrize("normalize", [False, True])
 def test_columns_of_several_processes_are_filtered_as_one_batch(
