@@ -156,3 +156,13 @@ def test_biases_gradients_are_summed_in_float32() -> None:
     exact[5].requires_grad_()
     (expected,) = torch.autograd.grad(by_steps(exact)[0].sum(), exact[5])
     torch.testing.assert_close(found.double(), expected, rtol=1e-3, atol=1e-6)
+
+
+def test_cells_go_from_window_to_window_in_float32() -> None:
+    """An open forget gate and a closed input gate leave what bfloat16 would round."""
+    x, h, _, *weights = (torch.zeros_like(v) for v in arguments((3, 4, 2, 5), CPU, torch.float32))
+    weights[2] += torch.tensor([-1e3, 1e3, 0.0, 0.0]).repeat_interleave(5)
+    c = torch.linspace(0.9, 1.1, 20).view(1, 4, 5)
+    assert not torch.equal(c.bfloat16().float(), c)
+    _, (_, after) = by_kernel(CpuLSTM(torch.bfloat16), [x, h, c, *weights])
+    assert torch.equal(after, c)
