@@ -256,6 +256,10 @@ def test_samples_and_evaluation(tmp_path: Path, call: Run) -> None:
     printed = call(generate, tmp_path / "m.pt", "--prompt", "a f", "--words", 9, "--seed", 2).out
     sampled = lm.sample("a f", words=30, seed=2).split()
     assert printed.split()[2:] == [word for word in sampled if word != "<eos>"][:9]
+    cache = ["--cache", "--window", 7, "--theta", 0.02, "--lambdasm", 0.9]
+    printed = call(generate, tmp_path / "m.pt", "--prompt", "a f", "--words", 25, *cache).out
+    sampled = lm.cached(window=7, theta=0.02, lambdasm=0.9).sample("a f", words=99).split()
+    assert printed.split()[2:] == [word for word in sampled if word != "<eos>"][:25]
     (tmp_path / "text.txt").write_text("a b nonsense c\nd e a b\n" * 9)
     words = (tmp_path / "text.txt").read_text().replace("nonsense", "<unk>")
     ids = [WORDS.index(word) for word in words.replace("\n", " <eos> ").split()]

@@ -250,6 +250,29 @@ def test_mc_dropout() -> None:
     assert not model.training
 
 
+@torch.no_grad()
+def test_the_keys_of_a_cache_over_several_networks_are_the_means_of_their_outputs() -> None:
+    model, ids = small_model(), text()
+    outputs, distributions = [], []
+    for seed in (3, 4, 5):
+        noise = Noise(torch.Generator().manual_seed(seed))
+        output, _ = model.train()(ids[:-1, None], model.init_hidden(1), noise=noise)
+        outputs.append(output)
+        distributions.append(model.decoder(output).softmax(1))
+    keys, p = (torch.stack(each).mean(0) for each in (outputs, distributions))
+    expected = []
+    for t, then in enumerate(ids[1:].tolist()):
+        probability, recent = float(p[t, then]), range(max(0, t - 9), t)
+        if recent:
+            weights = [math.exp(0.7 * float(keys[t] @ keys[i])) for i in recent]
+            hits = [w for i, w in zip(recent, weights, strict=True) if ids[i + 1] == then]
+            probability = 0.6 * probability + 0.4 * sum(hits) / sum(weights)
+        expected.append(math.log(probability))
+    networks = Mean([Plain(model.eval(), masks=seed) for seed in (3, 4, 5)])
+    found = score(Cache(networks, 9, 0.7, 0.4), ids, 1, 7)
+    assert found.tolist() == pytest.approx(expected, rel=1e-9)
+
+
 PREDICTORS: dict[str, Callable[[RNNModel], Predictor]] = {
     "plain": Plain,
     "mc dropout": lambda m: Mean([Plain(m, masks=1), Plain(m, masks=2)]),
