@@ -2,6 +2,7 @@
 
 import json
 import math
+from dataclasses import asdict
 from typing import Any
 
 import numpy as np
@@ -12,13 +13,14 @@ from test_gradient_filter import by_hand
 from torch import Tensor
 
 from bptt import Window
-from diagnostics.examine import Settings, examine
+from diagnostics.examine import WARM_UP, Settings, examine
 from diagnostics.filters import filter_masks, singled_out
 from diagnostics.gates import gate_figures, state_figures
 from diagnostics.gradients import by_part, clip_factor, shares, window_gradient
 from diagnostics.lag_norms import describe, lag_norms
 from diagnostics.probe import probe
 from diagnostics.spectra import masked_spectrum, power_prediction, spectral_norms, spectrum
+from diagnostics.summary import markdown
 from diagnostics.unrolled import recurrent_matrices, unroll
 from gradient_filter import GradientFilter
 from model import RNNModel
@@ -385,3 +387,46 @@ def test_examining_leaves_no_trace_and_sees_no_filter() -> None:
     assert examine(filtering, rows[: settings.rows], settings, PENALTIES) == found
     assert all(layer.gradient_filter is not None for layer in filtering.layers)
     assert json.dumps(found, allow_nan=False)
+
+
+def test_windows_follow_one_another_and_each_has_masks_of_its_own() -> None:
+    """The mean loss is that of the text read at once; where only masks differ, so do norms."""
+    settings = Settings(lags=3, positions=1, windows=4, bptt=3)
+    rows = torch.randint(0, WORDS, (settings.rows, BATCH))
+    off = dict.fromkeys(("wdrop", "dropout", "dropouth", "dropouti", "dropoute"), 0)
+    model = make(**off)
+    with torch.no_grad():
+        model.encoder.weight.mul_(20)  # so that the state matters
+        output, _ = model(rows[:-1], model.init_hidden(BATCH))
+        scores = model.decoder(output).view(-1, BATCH, WORDS)[WARM_UP:][: 4 * 3]
+        targets = rows[WARM_UP + 1 :][: 4 * 3]
+        expected = torch.nn.functional.cross_entropy(scores.flatten(0, 1), targets.flatten())
+    found = examine(model, rows, settings, PENALTIES)["gradient"]
+    assert found["loss"] == pytest.approx(float(expected), rel=5e-4)
+
+    forgetful = make()  # and so each window of the same word is the same
+    with torch.no_grad():
+        for name, parameter in forgetful.rnns.named_parameters():
+            if "weight_hh" in name:
+                parameter.zero_()
+            elif "bias_ih" in name:
+                parameter.chunk(4)[1].fill_(-1e3)
+    norms = examine(forgetful, torch.zeros_like(rows), settings, PENALTIES)["gradient"]["norms"]
+    assert len(set(norms)) == settings.windows
+
+
+def test_the_page_tells_the_masks_of_training_apart() -> None:
+    settings = Settings(lags=6, positions=2, windows=1, bptt=4)
+    model = make()
+    figures = examine(model, text(settings.rows)[: settings.rows], settings, PENALTIES)
+    told = dict(asdict(settings), data="d", split="train", sequences=BATCH, samples=2 * BATCH)
+    one = dict(name="m", config=model.config(), findings=[], figures=figures)
+    page = markdown(dict(settings=dict(told, alpha=2.0, beta=1.0), models=[one]), {})
+    cells = {line.split(" | ")[0]: line for line in page.splitlines() if line.startswith("| ")}
+    for state, letter in (("hidden", "h"), ("cells", "c")):
+        for key, masks in ((state, ""), (f"{state}_masked", ", masks of training")):
+            layers = [f"{x[key]['near']:.3g}, {x[key]['far']:.3g}" for x in figures["layers"]]
+            name = f"| gradient by {letter}{masks}: factor a step, near, far"
+            assert cells[name] == f"{name} | {' | '.join(layers)} |"
+        for layer in figures["layers"]:
+            assert layer[state]["near"] != layer[f"{state}_masked"]["near"]
