@@ -18,9 +18,11 @@ from typing import Any
 
 import pytest
 from conftest import ROOT, TINY, Result, read_summary, write_corpus
+from test_tables import write_summary
 
 import ablate
 import programs.ablate
+from data.corpus import load_corpus
 from engine.ablation import pool
 from engine.ablation.pool import slots
 from engine.ablation.runs import Run, read_state
@@ -28,6 +30,7 @@ from engine.ablation.table import Row, load_table
 from engine.errors import RunError, UsageError
 from engine.run_folder import lock_folder
 from flags.ablation import parse_ablation
+from programs.table_plan import time_needed
 
 TABLES = sorted((ROOT / "ablations").glob("*.toml"))
 
@@ -129,6 +132,31 @@ def test_a_table_with_rows_that_work_diverge_and_fail(
         other = run_table(write_table(tmp_path, {"base": flags}, (1,)), "--output", out)
         assert other.code == 2
         assert f"base-seed1: was run with other flags: {flags} {was};" in other.err
+
+
+def test_a_run_with_other_columns_of_the_test_text_is_refused(tmp_path: Path) -> None:
+    """A resumed run may change them, but the rows of a table have to have the same."""
+    [run] = planned(write_table(tmp_path, {"base": ""}, (1,)), tmp_path / "out")
+    run.folder.mkdir(parents=True)
+    for name, refused in (("log_interval", False), ("test_batch_size", True)):
+        flags = dict(run.flags, **{name: 7})
+        (run.folder / "config.json").write_text(json.dumps(dict(flags=flags)))
+        if not refused:
+            programs.ablate.check_folders([run])
+            continue
+        with pytest.raises(UsageError, match=r"--test-batch-size 1 \(was 7\)"):
+            programs.ablate.check_folders([run])
+
+
+def test_more_jobs_than_runs_make_nothing_faster(tmp_path: Path) -> None:
+    """One of three runs is done, at 10 s an epoch; two more of two epochs are left."""
+    table = write_table(tmp_path, {"base": ""}, (1, 2, 3))
+    runs, corpus = planned(table, tmp_path / "out"), load_corpus(tmp_path / "corpus")
+    write_summary(runs[0], seconds=20.0, test_ppl=70.0)
+    for jobs, seconds in ((1, 40), (2, 20), (8, 20)):
+        args = parse_ablation([str(table), "--jobs", str(jobs), "--threads", "1"])
+        words = f"about {seconds} s, at 10.0 s an epoch so far"
+        assert time_needed(runs, corpus, args) == words
 
 
 @pytest.mark.slow

@@ -1,5 +1,7 @@
 """A table's figures from the files of its runs: statistics, reports, LaTeX, lines of progress."""
 
+import csv
+import io
 import itertools
 import json
 import math
@@ -16,7 +18,7 @@ import pytest
 
 from engine.ablation.columns import FILTER
 from engine.ablation.progress import Board
-from engine.ablation.report import escaped, latex, markdown, on_terminal
+from engine.ablation.report import comma_separated, escaped, latex, markdown, on_terminal
 from engine.ablation.results import collect
 from engine.ablation.runs import Run, read_state
 from engine.ablation.statistics import agreement, holm, paired, spread
@@ -114,6 +116,36 @@ def test_a_perplexity_that_is_not_finite_is_divergence(tmp_path: Path) -> None:
     assert read_state(run).kind == "done"
     write_summary(run, test_ppl=2e20, epochs=1)
     assert read_state(run).kind == "new"
+
+
+def test_a_row_s_smallest_mask_is_that_of_all_its_runs(tmp_path: Path) -> None:
+    """The smallest of all intervals, layers and seeds; the other figures are means."""
+    row = Row("filter")
+    runs = runs_of(tmp_path, [row], (1, 2))
+    for run, smallest in zip(runs, (0.3, 0.1), strict=True):
+        write_summary(run, test_ppl=80.0)
+        lines = [
+            {f"grad_filter_{name}_l{layer}": value for layer in (0, 1) for name, value in
+             dict(scale=0.5, singled_out=smallest, smallest=least, params=0.25).items()}
+            for least in (0.4, smallest)
+        ]  # fmt: skip
+        events = [json.dumps(dict(line, event="train", step=1, epoch=1)) for line in lines]
+        (run.folder / "metrics.jsonl").write_text("\n".join(events) + "\n")
+    table = Table(tmp_path / "t.toml", "A", [], [row], [1, 2])
+    [found] = collect(table, runs, tmp_path)["rows"]
+    expected = dict(scale=0.5, singled_out=0.2, smallest=0.2, params=0.5)
+    assert found["filter"] == pytest.approx(expected)
+
+
+def test_a_line_of_the_csv_has_each_split_s_own_figures(figures: dict[str, Any]) -> None:
+    lines = list(csv.DictReader(io.StringIO(comma_separated(figures))))
+    assert [line["row"] for line in lines] == NAMES
+    for line, row, published in zip(lines, figures["rows"], [(60.0, 58.8)] * 3, strict=True):
+        for split, there in zip(("valid", "test"), published, strict=True):
+            mean = statistics.fmean(r[f"{split}_ppl"] for r in row["runs"] if r["state"] == "done")
+            assert float(line[f"{split}_mean"]) == pytest.approx(mean)
+            assert float(line[f"{split}_published"]) == there
+            assert float(line[f"{split}_beyond_published"]) == pytest.approx(mean - there)
 
 
 # Statistics
@@ -283,3 +315,19 @@ def test_a_run_is_under_way_or_ended_but_not_both(
         "1 of 2 runs ended, 1 under way",
         "2 of 2 runs ended, 0 under way",
     ]
+
+
+def test_runs_that_had_ended_before_take_no_time(
+    runs: list[Run], capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Two of four were there; the third takes a minute, and so will the last."""
+    clock = [0.0]
+    monkeypatch.setattr("engine.ablation.progress.time.monotonic", lambda: clock[0])
+    for run in runs[:2]:
+        write_summary(run, test_ppl=70.0)
+    board = Board(runs[:4])
+    clock[0] = 60.0
+    write_summary(runs[2], test_ppl=70.0)
+    board.tick(set(), {runs[2].name})
+    line = capsys.readouterr().err
+    assert line.endswith(" | 3 of 4 runs ended, 0 under way, about 60 s left\n")
