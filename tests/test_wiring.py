@@ -1,6 +1,7 @@
 """Where parts meet: each test is red with a slip in the wiring that other tests let pass."""
 
 import json
+import math
 import re
 from collections.abc import Callable
 from pathlib import Path
@@ -9,11 +10,13 @@ from typing import Any
 import pytest
 import torch
 from conftest import TINY, Result, read_events, read_summary
+from row_by_row import build_trainer
 from test_fused_update import Built
 from test_predictors import small_model, text
 from test_tables import runs_of, write_summary
 
-from data.corpus import Vocabulary
+from bptt import FixedWindows
+from data.corpus import Vocabulary, load_corpus
 from engine.ablation.results import collect
 from engine.ablation.stages import SPLITS
 from engine.ablation.table import Row, Table
@@ -21,6 +24,8 @@ from engine.checkpoint import load_model, model_payload
 from engine.checkpoint_writer import CheckpointWriter
 from engine.model_folder import write_model_folder
 from engine.ranks import Ranks
+from engine.report import short_epoch_line
+from evaluation.bigram import bigram_loss
 from evaluation.cache import Cache
 from evaluation.dynamic import Dynamic
 from evaluation.evaluate import score
@@ -33,6 +38,8 @@ from loss_scale import LossScale
 from model import RNNModel
 from programs.evaluate import default_columns
 from training.callbacks import FilterFigures
+from training.display import Display
+from training.state import Position, TrainingOptions
 
 Run = Callable[..., Result]
 
@@ -98,6 +105,57 @@ def test_each_rank_resumes_from_its_own_columns() -> None:
                 assert torch.equal(part, of[:, own])
 
 
+def test_how_long_is_left_follows_from_this_session_s_speed(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Two slow epochs before the resumption do not count."""
+    left: list[str] = []
+
+    def noted(**told: Any) -> str:
+        left.append(told["left"])
+        return short_epoch_line(**told)
+
+    monkeypatch.setattr("training.display.short_epoch_line", noted)
+    at, options = Position(epoch=3, seconds=5000.0), TrainingOptions(epochs=6, batch_size=4)
+    display = Display(at, options, 10, FixedWindows(5))
+    display.begin()
+    at.row, at.seconds = 10, 5010.0
+    display.validated(1.0, 1.0, best=False)
+    assert left == ["30 s left"]
+
+
+@pytest.mark.parametrize(
+    ("epoch", "whole", "ratio", "diverged"),
+    [(1, True, 1.5, False), (1, True, 2.1, True), (1, False, 1.5, False), (2, True, 1.5, True),
+     (2, False, 1.5, True), (2, True, 1.05, False)],
+)  # fmt: skip
+def test_the_first_epoch_s_training_may_be_worse_than_guessing(
+    tmp_path: Path, epoch: int, whole: bool, ratio: float, diverged: bool
+) -> None:
+    """Its mean has the first updates in it. ratio: to the loss of guessing."""
+    trainer = build_trainer(tmp_path, FixedWindows(10), 10)
+    at, guessing = trainer.at, math.log(len(trainer.corpus.vocabulary))
+    at.epoch, at.row = epoch, trainer.num_steps if whole else 1
+    at.epoch_tokens, at.epoch_loss = 50, 50 * ratio * guessing
+    with trainer.writer:
+        trainer.validate()
+    assert bool(at.diverged) == diverged
+    assert at.diverged.startswith("training perplexity") == diverged
+
+
+def test_the_bigram_model_is_fitted_on_the_validation_text(
+    run: Run, corpus_folder: Path, tmp_path: Path
+) -> None:
+    flags = [*TINY, "--data", corpus_folder, "--save", tmp_path / "run.pt", "--max-updates", 1]
+    assert run(*flags, "--bigram").code == 0
+    corpus = load_corpus(corpus_folder)
+    train, valid, test = (x.numpy() for x in (corpus.train, corpus.valid, corpus.test))
+    words = len(corpus.vocabulary)
+    expected = math.exp(bigram_loss(train, valid, test, words))
+    assert read_summary(tmp_path / "run.pt")["bigram_ppl"] == pytest.approx(expected)
+    assert expected > 1.0001 * math.exp(bigram_loss(train, test, test, words))
+
+
 # Skipped updates
 
 
@@ -130,6 +188,36 @@ def test_an_interval_s_line_says_how_many_updates_were_skipped(
     assert any(line["overflows"] for line in lines)
     told = re.findall(r"\| loss scale (\S+), (\d+) skipped", result.err)
     assert told == [(f"{line['loss_scale']:g}", str(line["overflows"])) for line in lines]
+
+
+def test_an_epoch_s_training_perplexity_is_the_mean_over_its_own_updates(
+    run: Run, corpus_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Those that were skipped do not count, nor do those of the epoch before."""
+    found: list[float] = []
+
+    def noted(**told: Any) -> str:
+        found.append(told["train_loss"])
+        return short_epoch_line(**told)
+
+    monkeypatch.setattr("training.display.short_epoch_line", noted)
+    save, rows = tmp_path / "run.pt", len(load_corpus(corpus_folder).train) // 4 - 1
+    flags = [*TINY, "--data", corpus_folder, "--save", save, "--epochs", 2, "--bptt", 3]
+    flags += ["--bptt-scheme", "fixed", "--loss-scale", "dynamic", "--loss-scale-window", 1]
+    assert run(*flags, "--loss-scale-bounds", 2.0**126, 2.0**130).code == 0
+    events, updates = read_events(save), -(-rows // 3)
+    skipped = {e["step"] for e in events if e["event"] == "loss_scale" and e["overflow"]}
+    last, expected = 0, []
+    for epoch in (1, 2):
+        summed = counted = 0.0
+        for line in (e for e in events if e["event"] == "train" and e["epoch"] == epoch):
+            own = set(range(last + 1, line["step"] + 1)) - skipped
+            last = line["step"]
+            tokens = sum(min(3, rows - (n - 1) % updates * 3) for n in own)
+            summed, counted = summed + tokens * (line["loss"] or 0.0), counted + tokens
+        expected.append(summed / counted)
+        assert skipped & set(range((epoch - 1) * updates + 1, epoch * updates + 1))
+    assert found == pytest.approx(expected, rel=1e-9)
 
 
 @pytest.mark.usefixtures("with_cudnn")
