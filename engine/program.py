@@ -22,7 +22,7 @@ SPIN_COUNT = "500"
 THREADS = ("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS")
 
 
-def run_program(name: str, argv: Sequence[str] | None, parse: str) -> int:
+def run_program(name: str, argv: Sequence[str] | None, parse: str | None = None) -> int:
     """Import a program and run it; print an error that a user can cause as one line on stderr.
 
     Args:
@@ -49,15 +49,16 @@ def share_cores(environment: MutableMapping[str, str]) -> None:
         environment["GOMP_SPINCOUNT"] = SPIN_COUNT
 
 
-def _run(name: str, argv: Sequence[str], parse: str) -> int:
+def _run(name: str, argv: Sequence[str], parse: str | None) -> int:
     try:
         if signal.getsignal(signal.SIGINT) is signal.SIG_DFL:  # see engine.launch.leave
             signal.signal(signal.SIGINT, signal.default_int_handler)
-        module, _, function = parse.rpartition(".")
-        parsed = getattr(importlib.import_module(module), function)(argv)
-        args = parsed[0] if isinstance(parsed, tuple) else parsed
-        if args.threads is not None:
-            os.environ.update(dict.fromkeys(THREADS, str(args.threads)))
+        if parse is not None:
+            module, _, function = parse.rpartition(".")
+            parsed = getattr(importlib.import_module(module), function)(argv)
+            args = parsed[0] if isinstance(parsed, tuple) else parsed
+            if args.threads is not None:
+                os.environ.update(dict.fromkeys(THREADS, str(args.threads)))
         program = importlib.import_module(name)
         warn_if_busy()
         program.run(argv)
