@@ -8,6 +8,7 @@ from torch.autograd.function import once_differentiable
 
 from decoders.decoder import Decoder
 from decoders.linear import Linear
+from kernels.padding import pad_rows
 from noise import Noise
 
 # Bytes of a block of scores, on a CPU and on a GPU, where each block costs a pass over the
@@ -103,11 +104,13 @@ class _LinearCrossEntropy(torch.autograd.Function):
         rows = max(1, most // (len(bias) * hidden.itemsize))
         for start in range(0, len(hidden), rows):
             block = slice(start, start + rows)
-            part = hidden[block]
+            part = hidden[block] if hidden.is_cuda else pad_rows(hidden[block])
             scores = part @ weight.t()
-            loss += _softmax(scores, bias, targets[block], any(wanted), d_bias)
+            own = scores[: len(targets[block])]
+            loss += _softmax(own, bias, targets[block], any(wanted), d_bias)
+            scores[len(own) :].zero_()
             if d_hidden is not None:
-                torch.mm(scores, weight, out=d_hidden[block])
+                d_hidden[block] = (scores @ weight)[: len(own)]
             if wanted[1]:
                 product = _wide_product(scores.t(), part, wide)
                 d_weight = product if d_weight is None else d_weight.add_(product)

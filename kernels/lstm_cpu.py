@@ -7,6 +7,7 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from kernels.padding import pad_rows
 from layers.layer import Layer, State, Weights
 from layers.lstm import LSTM, WEIGHTS
 from noise import Noise
@@ -55,8 +56,8 @@ def lstm_layer(
         c[t] = f c[t-1] + i g,  h[t] = o tanh(c[t]).
 
     One product computes W_ih x for all time steps, and in backward one product each computes the
-    gradients of x, W_ih and W_hh. Per step the time loop has one product, of (B, H) with W_hh, in
-    forward and one in backward.
+    gradients of x, W_ih and W_hh; they are padded (kernels.padding). Per step the time loop has one
+    product, of (B, H) with W_hh, in forward and one in backward.
 
     In bfloat16 the factors of every product have 8 bits of precision; its sums are accumulated in
     float32 and rounded once. Cells, gates, their derivatives and the sums of the biases' gradients
@@ -114,11 +115,12 @@ class _LSTMLayer(torch.autograd.Function):
         w_ih = _double_g(w_ih.to(dtype, copy=True))
         w_hh = _double_g(w_hh.to(dtype, copy=True))
         bias = _double_g((b_ih.to(state) + b_hh.to(state)).to(dtype))
-        rows = x.reshape(-1, width)
+        rows = pad_rows(x.reshape(-1, width))
 
         recur = _product(w_hh, batch, bias)
-        z = (rows @ w_ih.t()).view(steps, batch, -1)
-        h = x.new_empty(steps + 1, batch, units)
+        z = (rows @ w_ih.t())[: steps * batch].view(steps, batch, -1)
+        h_rows = x.new_zeros(len(rows) + batch, units)
+        h = h_rows[: (steps + 1) * batch].view(steps + 1, batch, units)
         h[0] = h0
         # Per step: f; the gates, then the factors of dL/dz; o r (1 - r). (One tensor per step:
         # malloc may get a larger block from the system each time.)
@@ -147,7 +149,7 @@ class _LSTMLayer(torch.autograd.Function):
                 _sigmoid_backward(factors, gates, gates)
             k.copy_(next_k)
 
-        ctx.save_for_backward(rows, w_ih, w_hh, h, *saved)
+        ctx.save_for_backward(rows, w_ih, w_hh, h_rows, *saved)
         ctx.set_materialize_grads(False)
         # Copies, so that the last states do not keep the saved tensors alive.
         return h[1:], h[-1].to(h0.dtype, copy=True), (k / 2).to(c0.dtype)
@@ -157,12 +159,12 @@ class _LSTMLayer(torch.autograd.Function):
     def backward(
         ctx: Any, grad_output: Tensor | None, grad_h: Tensor | None, grad_c: Tensor | None
     ) -> tuple[Tensor | None, ...]:
-        rows, w_ih, w_hh, h, *saved = ctx.saved_tensors
+        rows, w_ih, w_hh, h_rows, *saved = ctx.saved_tensors
         (_, batch, units), steps = saved[0].shape, len(saved)
         dtype, wanted = rows.dtype, ctx.needs_input_grad
         if grad_output is None:
-            grad_output = h.new_zeros(()).expand(steps, batch, units)
-        dh_next = torch.zeros_like(h[0]) if grad_h is None else grad_h.to(dtype, copy=True)
+            grad_output = rows.new_zeros(()).expand(steps, batch, units)
+        dh_next = rows.new_zeros(batch, units) if grad_h is None else grad_h.to(dtype, copy=True)
         dh_next += grad_output[-1]
 
         # f e for the step before; dL/dz; d o r (1 - r).
@@ -172,7 +174,9 @@ class _LSTMLayer(torch.autograd.Function):
         by_e, by_dh, dz_t = products[:4], products[4:], products[1:5]
         d_bias = torch.zeros_like(dz_t)
         dh, e = torch.empty_like(products[0]), torch.empty_like(products[0])
-        dz = rows.new_empty(steps, batch, 4 * units)
+        dz_rows = rows.new_empty(len(rows), 4 * units)
+        dz = dz_rows[: steps * batch].view(steps, batch, -1)
+        dz_rows[steps * batch :].zero_()
         # As w_hh.t().contiguous(), but that takes a third longer.
         recur = _product(torch.cat([w.t() for w in w_hh.chunk(4)], dim=1), batch)
         e_next, e_more = products[0], products[5]
@@ -185,18 +189,17 @@ class _LSTMLayer(torch.autograd.Function):
             if t or wanted[1]:
                 dh_next = recur(grad_output[t - 1] if t else torch.zeros_like(dh_next), dz[t])
 
-        dz = dz.view(-1, 4 * units)
         grads: list[Tensor | None] = [None] * 8
         if wanted[0]:
-            grads[0] = (dz @ w_ih).view(steps, batch, -1)
+            grads[0] = (dz_rows @ w_ih)[: steps * batch].view(steps, batch, -1)
         if wanted[1]:
             grads[1] = dh_next.to(ctx.dtypes[1])
         if wanted[2]:
             grads[2] = (e_next * 2).to(ctx.dtypes[2])
         if wanted[3]:
-            grads[3] = _double_g((dz.t() @ rows).to(ctx.dtypes[3]))
+            grads[3] = _double_g((dz_rows.t() @ rows).to(ctx.dtypes[3]))
         if wanted[4]:
-            grads[4] = _double_g((dz.t() @ h[:-1].view(-1, units)).to(ctx.dtypes[4]))
+            grads[4] = _double_g((dz_rows.t() @ h_rows[: len(rows)]).to(ctx.dtypes[4]))
         for k in (5, 6):
             if wanted[k]:
                 grads[k] = _double_g(d_bias.sum(1).flatten().to(ctx.dtypes[k]))

@@ -9,6 +9,7 @@ from torch import Tensor
 from kernels import lstm_cpu
 from kernels.lstm_cpu import CpuLSTM
 from kernels.lstm_cudnn import CudnnLSTM
+from kernels.padding import pad_rows, padded_length
 from kernels.precision import set_products
 from layers.layer import Compute
 from layers.lstm import WEIGHTS
@@ -18,7 +19,7 @@ pytestmark = pytest.mark.usefixtures("with_cudnn")
 
 NAMES = ["output", "h_n", "c_n", "x", "h0", "c0", *WEIGHTS]
 # T, B, E, H: nothing a multiple of anything, one step, one sequence, one unit; padded or not.
-SHAPES = [(6, 3, 5, 7), (1, 3, 8, 11), (4, 1, 5, 16), (3, 2, 1, 1), (5, 4, 16, 8)]
+SHAPES = [(6, 3, 5, 7), (1, 3, 8, 11), (4, 1, 5, 16), (3, 2, 1, 1), (5, 4, 16, 8), (23, 3, 5, 7)]
 CPU, CUDA = torch.device("cpu"), torch.device("cuda")
 # Makes the kernel of a layer of E and H.
 Make = Callable[[int, int, torch.dtype], Compute]
@@ -82,6 +83,15 @@ def test_outputs_states_and_every_gradient_equal_the_equations(
         found = results(by_kernel(kernel, values), values)
         for part, a, b in zip(NAMES, found, expected, strict=True):
             torch.testing.assert_close(a, b, rtol=1e-11, atol=1e-12, msg=part)
+
+
+def test_products_of_windows_of_many_lengths_have_few_shapes() -> None:
+    padded = [padded_length(rows) for rows in range(1, 5000)]
+    assert padded == sorted(padded)
+    assert all(rows <= n <= rows + rows / 16 for rows, n in enumerate(padded, start=1))
+    assert len({padded_length(20 * steps) for steps in range(55, 86)}) <= 12
+    x = torch.randn(39, 2)
+    assert torch.equal(pad_rows(x), torch.cat([x, torch.zeros(1, 2)]))
 
 
 @pytest.mark.parametrize(
