@@ -18,10 +18,11 @@ from conftest import Result, read_events, write_corpus
 from forked import Child
 from test_resume import FLAGS, assert_same, assert_same_run, start
 
-from data.files import atomic_write
+from data.files import _temporary, atomic_write
 from engine import checkpoint_writer
 from engine.checkpoint import load_model, load_training_state, model_details, write_checkpoint
 from engine.errors import CheckpointError
+from engine.run_folder import RunFolder
 
 Run = Callable[..., Result]
 
@@ -358,3 +359,15 @@ def test_a_file_is_kept_where_there_are_no_links(
             file.write(content)
     assert (path.read_text(), keep.read_text()) == ("three", "two")
     assert sorted(tmp_path.iterdir()) == [path, keep]
+
+
+def test_what_a_killed_process_left_is_removed_and_nothing_of_another_run(tmp_path: Path) -> None:
+    """Which may be writing its model at this moment."""
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run" / "metrics.jsonl").write_text("")
+    ours = [_temporary(tmp_path / name) for name in ("run.pt", "run.pt.e2", "run/last.pt")]
+    others = [_temporary(tmp_path / name) for name in ("other.pt", "run.finetuned.pt")]
+    for path in (*ours, *others):
+        path.write_text("half")
+    with RunFolder(tmp_path / "run.pt"):
+        assert [path.exists() for path in (*ours, *others)] == [False] * 3 + [True] * 2

@@ -16,7 +16,7 @@ from forked import Child
 import assembly
 import main
 import programs.train
-from engine.run_folder import RunFolder
+from engine.run_folder import RunFolder, is_in_use
 
 Run = Callable[..., Result]
 # nonmono 0 and a high learning rate: averaging starts within the first epochs
@@ -114,14 +114,20 @@ def test_other_kinds_of_runs_resume(whole: Path, tmp_path: Path, name: str) -> N
 def test_resume_by_path_under_the_same_or_another_name(
     whole: Path, tmp_path: Path, run: Run, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """By the model, by the folder, and from inside it."""
+    """By the model, by the folder, and from inside it; another run of the name is kept."""
     save, folder = tmp_path / "run.pt", tmp_path / "run"
+    assert start(tmp_path / "two.pt", whole / "corpus", "--max-updates", 1) == 0
+    other = (tmp_path / "two.pt").read_bytes()
     assert start(save, whole / "corpus", "--max-updates", 20) == 0
     before = {p.name: p.read_bytes() for p in folder.iterdir()}
     for path, name in ((save, "one"), (folder, "two")):
         assert run("--resume", path, "--save", tmp_path / f"{name}.pt").code == 0
         assert_same_run(whole / "whole.pt", tmp_path / f"{name}.pt")
         assert before == {p.name: p.read_bytes() for p in folder.iterdir()}
+    assert (tmp_path / "two.1.pt").read_bytes() == other
+    monkeypatch.chdir(tmp_path)
+    assert run("--resume", save, "--save", "run.pt").code == 0
+    assert_same_run(whole / "whole.pt", save)
     monkeypatch.chdir(folder)
     for place in ("last.pt", "."):
         assert run("--resume", place).code == 0  # every flag is the run's own
@@ -263,6 +269,7 @@ def test_a_run_that_is_moved_aside_stays_together(
                 begun.begin()
         with RunFolder(f"{folder}.pt") as begun:
             begun.begin()
+            assert is_in_use(f"{folder}.pt")
         files = [path for path in folder.parent.rglob("*") if path.is_file()]
         found = {str(path.relative_to(folder.parent)): path.read_text() for path in files}
         assert found.pop("run/.lock") == ""

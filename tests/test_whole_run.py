@@ -192,6 +192,8 @@ def test_the_best_model_of_an_epoch_s_end_comes_back(runs: Runs, tmp_path: Path)
     assert tested[-2]["loss"] == pytest.approx(expected.valid[stop - 1], rel=5e-6)
     with pytest.raises(AssertionError):
         assert_weights(save, expected.best)
+    runs.resume(save, "--save", tmp_path / "other.pt")
+    assert_as_by_hand(tmp_path / "other.pt", expected)
     runs.resume(save)
     assert_as_by_hand(save, expected)
 
