@@ -2,6 +2,7 @@
 
 import json
 from collections.abc import Callable
+from dataclasses import replace
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -34,6 +35,7 @@ from test_whole_run import (
 import finetune
 import main
 from assembly import build_model
+from engine.checkpoint import load_training_state
 from engine.origin import read_origin
 from flags.finetuning import parse_finetuning
 from flags.training import parse_training
@@ -154,9 +156,10 @@ def test_flags_that_are_not_given_are_the_old_run_s(
     trained: Trained, call: Run, tmp_path: Path
 ) -> None:
     old: Flags = dict(FIXED, epochs=1, nonmono=3, wdecay=0, seed=5, when=[1], k1=2, alpha=0.0)
+    old["max_updates"] = 5  # of its own session
     start = trained.model("scheme", {**OLD, **old})
     output = start.with_name("scheme.finetuned.pt")
-    result = call(finetune, "--save", start, "--max-updates", 1)
+    result = call(finetune, "--save", start)
     config = start.with_suffix("") / "config.json"
     assert f"flags that are not given: those of its run ({config})" in result.err
     ours, theirs = flags_of(output), flags_of(start)
@@ -220,6 +223,8 @@ def test_another_model_of_the_name_is_another_start(
             **read_origin(start).details, "path": str(start)
         }  # fmt: skip
     assert not (tmp_path / "m.finetuned.1.pt").exists()
+    moved = replace(read_origin(start), path=tmp_path / "moved.pt")
+    assert moved.is_origin_of(load_training_state(output.with_suffix("") / "last.pt"))
     payload = torch.load(start, weights_only=True)
     torch.save({**payload, "details": {**payload["details"], "epoch": 77}}, start)
     assert call(finetune, *argv, output).err == (
@@ -289,6 +294,9 @@ def test_runs_and_texts_that_do_not_fit(dropping: Path, call: Run, tmp_path: Pat
     other = write_corpus(tmp_path / "other", words=3)
     result = call(finetune, "--save", dropping, "--data", other, "--output", tmp_path / "a.pt")
     assert refused(result, 1).startswith(f"{other}: its words (4) are not those of {dropping} (")
+    other = write_corpus(tmp_path / "reordered", seed=5)
+    result = call(finetune, "--save", dropping, "--data", other, "--output", tmp_path / "a.pt")
+    assert refused(result, 1) == f"{other}: its words (31) are not those of {dropping} (31)"
     config = tmp_path / "copy" / "config.json"
     config.parent.mkdir()
     (tmp_path / "copy.pt").write_bytes(dropping.read_bytes())
