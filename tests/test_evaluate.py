@@ -141,6 +141,16 @@ def test_any_text(
     assert again["loss"] == found["loss"]
 
 
+def test_lines_of_a_corpus_are_those_of_its_file(call: Run, trained: Path, tmp_path: Path) -> None:
+    """Also where the first one is empty, as WikiText's; its <eos> is not predicted."""
+    (tmp_path / "test.txt").write_text("\nw1 w2\nw3\n")
+    path = tmp_path / "lines.tsv"
+    result = call(program, trained, "--data", tmp_path, "--by-line", path)
+    assert result.code == 0, result.err
+    table = [line.split("\t")[:2] for line in path.read_text().splitlines()[1:]]
+    assert table == [["2", "3"], ["3", "2"]]
+
+
 @pytest.mark.parametrize("dynamic", [None, "sgd", "rms"])
 def test_search(call: Run, trained: Path, tmp_path: Path, dynamic: str | None) -> None:
     """The best on validation of the values that are given, which then are what the flags say."""
