@@ -213,6 +213,13 @@ def test_schemes_fill_in_their_own_flags() -> None:
         assert (args.k1, args.keep_prob) == (k1, keep_prob)
 
 
+def test_quick_is_three_updates_at_most() -> None:
+    for command, updates in [("", 3), ("--max-updates 9", 3), ("--max-updates 2", 2)]:
+        args = parse(f"--quick {command}")
+        settle_scheme(args)
+        assert args.max_updates == updates
+
+
 # What makes a run another run
 
 

@@ -168,3 +168,16 @@ def test_a_state_that_was_loaded_is_the_one_that_is_saved(
     other = build(flags, corpus_folder, tmp_path / "other.pt")
     other.load_state_dict(copy.deepcopy(state))
     assert_same(other.state_dict(), state)
+
+
+def test_the_seed_is_that_of_the_masks_too(corpus_folder: Path, tmp_path: Path) -> None:
+    """From the same weights, and in a window of the same rows."""
+    losses, weights = list[float](), dict[str, Any]()
+    for number, seed in enumerate(("7", "8", "7")):
+        flags = [*PLAIN, "--bptt-scheme", "fixed", "--seed", seed]
+        trainer = build(flags, corpus_folder, tmp_path / f"{number}.pt")
+        weights = weights or copy.deepcopy(trainer.model.state_dict())
+        trainer.model.load_state_dict(weights)
+        trainer.update(next(trainer.scheme.windows(trainer.num_steps)))
+        losses.append(float(trainer.tally.summed))
+    assert losses[0] == losses[2] != losses[1]

@@ -15,7 +15,7 @@ from decoders.linear import Linear
 from kernels.choose import install
 from kernels.linear_cross_entropy import FastLinear
 from kernels.lstm_cpu import CpuLSTM
-from kernels.precision import choose_precision
+from kernels.precision import DTYPES, choose_precision, set_products
 from layers.lstm import LSTM
 from model import RNNModel
 from noise import Noise
@@ -144,6 +144,24 @@ def test_a_precision_that_the_device_lacks_is_one_line(
     assert (result.code, result.out) == (2, "")
     assert result.err == f"{message}; this is a CPU\n"
     assert not (tmp_path / "a").exists()
+
+
+@pytest.mark.parametrize("precision", list(DTYPES))
+def test_on_a_gpu_only_fp32_has_exact_products_of_float32(precision: str) -> None:
+    """And in each precision products of 16 bits are summed in float32."""
+    products: Any = torch.backends.cuda.matmul
+    sums = [f"allow_{name}_reduced_precision_reduction" for name in ("bf16", "fp16")]
+    before = {name: getattr(products, name) for name in sums}
+    try:
+        for name in sums:
+            setattr(products, name, True)
+        set_products(precision, torch.device("cuda"))
+        assert not any(getattr(products, name) for name in sums)
+    finally:
+        for name, value in before.items():
+            setattr(products, name, value)
+    exact = torch.get_float32_matmul_precision() == "highest", not torch.backends.cudnn.allow_tf32
+    assert exact == (precision == "fp32",) * 2
 
 
 def test_a_device_that_cannot_do_it_is_asked(monkeypatch: pytest.MonkeyPatch) -> None:
