@@ -14,12 +14,15 @@ from conftest import Result, read_events
 from torch import nn
 
 from assembly import build_loss_scale
+from engine.errors import DivergenceError
 from flags.training import parse_training
 from kernels.fused_step import FusedStep
 from loss_scale import LogMax, LossScale
 from nt_asgd import NTASGD
+from training.state import Position
 from training.step import PlainStep
-from training.tally import MOST_OVERFLOWS
+from training.tally import MOST_OVERFLOWS, Tally
+from training.update import Outcome
 
 Run = Callable[..., Result]
 
@@ -147,6 +150,24 @@ def test_overflows_without_end_are_divergence(run: Run, tmp_path: Path, flags: l
     found = [event for event in read_events(tmp_path / "a") if event["event"] == "loss_scale"]
     assert len(found) == MOST_OVERFLOWS + 1
     assert all(event["overflow"] for event in found)
+
+
+def test_overflows_count_as_divergence_only_in_a_row() -> None:
+    at = Position()
+    tally = Tally(torch.device("cpu"), at, lambda *_: None, lambda what, update: what)
+
+    def update(overflow: bool) -> None:
+        norm, skipped = torch.tensor(math.inf if overflow else 1.0), torch.tensor(float(overflow))
+        tally.add(1, Outcome(torch.tensor(1.0), norm, [], skipped), 4)
+        tally.check()
+
+    for overflow in 3 * [*[True] * MOST_OVERFLOWS, False]:
+        update(overflow)
+    for _ in range(MOST_OVERFLOWS):
+        update(True)
+    with pytest.raises(DivergenceError, match="gradient norm is inf"):
+        update(True)
+    assert at.overflows == 4 * MOST_OVERFLOWS + 1
 
 
 def test_logmax_is_logged_and_resumed_exactly(run: Run, tmp_path: Path, flags: list[str]) -> None:

@@ -17,6 +17,7 @@ from typing import Any
 
 import pytest
 import torch
+import torch.distributed as dist
 from conftest import MEASURED, ROOT, TINY, Result, write_corpus
 from torch import Tensor
 
@@ -189,6 +190,16 @@ def test_all_processes_do_what_one_is_asked_for() -> None:
     assert (requests.stop, requests.checkpoint, interrupt.requested) == (False, True, True)
     requests.share(update=2)
     assert (requests.stop, requests.checkpoint, interrupt.terminated) == (True, False, True)
+
+
+def test_the_leader_s_loss_arrives_to_the_last_digit() -> None:
+    """Validations are compared with the best one, of which two may be very near."""
+    store = dist.HashStore()  # type: ignore[attr-defined]
+    dist.init_process_group("gloo", store=store, rank=0, world_size=1)
+    try:
+        assert Ranks(0, 2).from_leader(4.123456789012345) == 4.123456789012345
+    finally:
+        dist.destroy_process_group()
 
 
 # As threads of one process
