@@ -20,8 +20,9 @@ from data.corpus import Vocabulary, load_corpus
 from engine.ablation.results import collect
 from engine.ablation.stages import SPLITS
 from engine.ablation.table import Row, Table
-from engine.checkpoint import load_model, model_payload
+from engine.checkpoint import load_model, model_details, model_payload
 from engine.checkpoint_writer import CheckpointWriter
+from engine.errors import DivergenceError
 from engine.model_folder import write_model_folder
 from engine.ranks import Ranks
 from engine.report import short_epoch_line
@@ -37,6 +38,7 @@ from kernels.fused_step import FusedStep
 from loss_scale import LossScale
 from model import RNNModel
 from programs.evaluate import default_columns
+from programs.evaluate import score as score_words
 from training.callbacks import FilterFigures
 from training.display import Display
 from training.state import Position, TrainingOptions
@@ -46,10 +48,10 @@ Run = Callable[..., Result]
 # Training
 
 
-def test_checkpoints_are_due_by_the_run_s_updates(
+def test_checkpoints_and_diagnostics_are_due_by_the_run_s_updates(
     run: Run, corpus_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Each fourth update of the run, whatever epoch it is in, and each epoch's end."""
+    """Each fourth update of the run, whatever epoch it is in; checkpoints at its end, too."""
     write, written = CheckpointWriter.write, list[int]()
 
     def noted(self: CheckpointWriter, path: Path, payload: dict[str, Any], *more: Any) -> None:
@@ -60,10 +62,13 @@ def test_checkpoints_are_due_by_the_run_s_updates(
     monkeypatch.setattr(CheckpointWriter, "write", noted)
     save = tmp_path / "run.pt"
     flags = [*TINY, "--data", corpus_folder, "--save", save, "--bptt-scheme", "fixed"]
-    assert run(*flags, "--epochs", 2, "--bptt", 7, "--checkpoint-every", 4).code == 0
+    flags += ["--epochs", 2, "--bptt", 7, "--checkpoint-every", 4, "--diagnostics", 4]
+    assert run(*flags).code == 0
     ends = [line["step"] for line in read_events(save) if line["event"] == "valid"]
     assert ends[0] % 4, "a count by the epoch's updates has to be another one"
     assert written == sorted({*range(4, ends[-1], 4), *ends})
+    measured = [line["step"] for line in read_events(save) if line["event"] == "diagnostics"]
+    assert measured == list(range(4, ends[-1] + 1, 4))
 
 
 def test_a_run_that_recovers_has_not_diverged(
@@ -141,6 +146,50 @@ def test_the_first_epoch_s_training_may_be_worse_than_guessing(
         trainer.validate()
     assert bool(at.diverged) == diverged
     assert at.diverged.startswith("training perplexity") == diverged
+
+
+def test_of_two_validations_alike_the_first_is_the_best(tmp_path: Path) -> None:
+    trainer = build_trainer(tmp_path, FixedWindows(10), 10)
+    with trainer.writer:
+        for epoch in (1, 2):
+            trainer.at.epoch = epoch
+            trainer.validate()
+    assert trainer.at.best_epoch == model_details(tmp_path / "run.pt")["epoch"] == 1
+
+
+def test_a_validation_that_is_not_a_number_ends_training(tmp_path: Path) -> None:
+    """Where the weights' average is lost, say, and no gradient shows it."""
+    trainer = build_trainer(tmp_path, FixedWindows(10), 10)
+    with trainer.writer:
+        trainer.validate()
+        before, best = (tmp_path / "run.pt").read_bytes(), trainer.at.best_loss
+        trainer.model.encoder.weight.data[3] = math.nan
+        with pytest.raises(DivergenceError, match=r"validation loss is nan at update 0 \(epoch 1"):
+            trainer.validate()
+    assert ((tmp_path / "run.pt").read_bytes(), trainer.at.best_loss) == (before, best)
+
+
+def test_a_copy_of_when_that_is_written_again_takes_no_other_file_s_place(tmp_path: Path) -> None:
+    """A run that was killed right then does so as it goes on."""
+    trainer = build_trainer(tmp_path, FixedWindows(10), 10)
+    with trainer.writer:
+        for loss, suffix in ((1.0, ""), (0.9, ""), (0.9, ".e1"), (0.9, ".e1")):
+            trainer.evaluated.save(loss, suffix)
+    assert model_details(tmp_path / "run" / "best.previous.pt")["valid_loss"] == 1.0
+    assert {path.name for path in tmp_path.glob("run.*")} == {"run.pt", "run.pt.e1"}
+
+
+def test_only_the_leader_writes(tmp_path: Path) -> None:
+    class Follower(Ranks):
+        def gather(self, columns: torch.Tensor, dim: int) -> torch.Tensor:
+            return columns
+
+    trainer = build_trainer(tmp_path, FixedWindows(10), 10)
+    trainer.ranks = trainer.requests.ranks = Follower(1, 2)
+    with trainer.writer:
+        trainer.checkpoint()
+        trainer.evaluated.save(1.0)
+    assert {path.parent.name for path in tmp_path.rglob("*") if path.is_file()} == {"corpus"}
 
 
 def test_the_bigram_model_is_fitted_on_the_validation_text(
@@ -263,6 +312,24 @@ def test_what_is_put_around_dynamic_evaluation_learns_after_the_same_segments() 
     assert not torch.allclose(expected, score(Plain(model), ids, 1))
     for predictor in (Temperature(dynamic(), 1), Mean([dynamic()]), Cache(dynamic(), 6, 0.9, 0)):
         torch.testing.assert_close(score(predictor, ids, 1), expected, rtol=1e-9, atol=0)
+
+
+def test_words_of_several_columns_are_told_in_the_text_s_order() -> None:
+    """Log-probability and rank of each, as of a column by itself; 40 words: 14, 13 and 13."""
+    model, ids = small_model(), text()
+    found = score_words(Plain(model), ids, 3, True)
+    columns = [
+        score_words(Plain(model), ids[start : stop + 1], 1, True)
+        for start, stop in ((0, 14), (14, 27), (27, 40))
+    ]
+    for whole, *parts in zip(found, *columns, strict=True):
+        torch.testing.assert_close(whole, torch.cat(parts))
+
+
+@pytest.mark.parametrize(("method", "rate"), [("sgd", 0.1), ("rms", 5e-5)])
+def test_the_rate_of_dynamic_evaluation_is_what_help_says(method: str, rate: float) -> None:
+    args = parse_evaluation(["PTB.pt", "--dynamic", method])
+    assert (args.lr, args.lamb) == ([rate], [0.002])
 
 
 def test_an_exported_model_has_every_setting(tmp_path: Path) -> None:
