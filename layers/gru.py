@@ -30,5 +30,6 @@ class GRU(Layer):
     ) -> tuple[Tensor, State]:
         """See Layer."""
         listed = [weights[name] for name in WEIGHTS]
-        output, h = torch.gru(x, state[0], listed, True, 1, 0.0, self.training, False, False)
+        train = self.training or torch.is_grad_enabled()  # else cuDNN has no backward
+        output, h = torch.gru(x, state[0], listed, True, 1, 0.0, train, False, False)
         return output, (h,)

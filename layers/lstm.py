@@ -34,7 +34,8 @@ class LSTM(Layer):
     ) -> tuple[Tensor, State]:
         """See Layer."""
         listed = [weights[name] for name in WEIGHTS]
-        output, h, c = torch.lstm(x, state, listed, True, 1, 0.0, self.training, False, False)
+        train = self.training or torch.is_grad_enabled()  # else cuDNN has no backward
+        output, h, c = torch.lstm(x, state, listed, True, 1, 0.0, train, False, False)
         return output, (h, c)
 
 

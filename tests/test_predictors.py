@@ -3,6 +3,7 @@
 import math
 from collections.abc import Callable, Iterator
 from itertools import pairwise
+from typing import Any
 
 import pytest
 import torch
@@ -183,6 +184,26 @@ def test_dynamic_evaluation_ignores_a_gradient_filter() -> None:
     assert scores[0] == scores[1]
     roots = [root_mean_squares(m, ids, 4) for m in (plain, filtered)]
     assert all(torch.equal(a, b) for a, b in zip(*roots, strict=True))
+
+
+@pytest.mark.parametrize("rnn_type", ["LSTM", "GRU"])
+def test_dynamic_evaluation_runs_forward_as_cudnn_needs_it_for_backward(
+    rnn_type: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """In its training mode, though the model is in evaluation mode and drops nothing."""
+    model, ids, name = small_model(rnn_type), text(), rnn_type.lower()
+    compute = getattr(torch, name)
+
+    def as_cudnn(*args: Any) -> Any:
+        *_, train, _, _ = args
+        assert train or not torch.is_grad_enabled(), "its backward would raise a RuntimeError"
+        return compute(*args)
+
+    expected = score(Dynamic(model, 0.1, 0.1), ids, 1), root_mean_squares(model, ids, 2)
+    monkeypatch.setattr(torch, name, as_cudnn)
+    found = score(Dynamic(model, 0.1, 0.1), ids, 1), root_mean_squares(model, ids, 2)
+    torch.testing.assert_close(found, expected, rtol=0, atol=0)
+    score(Plain(model), ids, 1)
 
 
 def test_off_is_plain_bit_for_bit() -> None:
