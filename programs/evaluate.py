@@ -1,7 +1,6 @@
 """Measure the perplexity of a text under a trained model: python evaluate.py PTB.pt"""
 
 import argparse
-import json
 import math
 import sys
 import time
@@ -21,6 +20,7 @@ from engine.device import keep_freed_memory, select_device, use_threads
 from engine.errors import RunError, UsageError
 from engine.history import corpus_of_run
 from engine.launch import local_rank
+from engine.metrics_file import to_json
 from engine.progress import Progress
 from engine.report import DOUBLE_RULE, loss_figures
 from engine.tracking import warn
@@ -96,8 +96,8 @@ def measure(args: argparse.Namespace, title: str = "") -> None:
         told |= dict(figures, columns=columns, **options, **settings)
         told |= dict(window=args.window) if args.cache else {}
         told |= dict(bptt=args.bptt) if args.dynamic else {}
-        finite = {k: None if v in (math.inf, math.nan) else v for k, v in told.items()}
-        write_lines(args.summary, [json.dumps(dict(finite, seconds=time.monotonic() - started))])
+        told |= dict(seconds=time.monotonic() - started)
+        write_lines(args.summary, [to_json(told).decode().rstrip()])
 
 
 def find_corpus(args: argparse.Namespace) -> Path:

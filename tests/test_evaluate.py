@@ -229,6 +229,14 @@ def test_a_vocabulary_without_unk_names_the_words(call: Run, tmp_path: Path) -> 
     assert "--window 500 is longer than" in cached.err
 
 
+def test_a_loss_that_is_not_a_number_is_null(call: Run, trained: Path, tmp_path: Path) -> None:
+    path = tmp_path / "s.json"
+    result = call(program, trained, "--dynamic", "sgd", "--lamb", 1e38, "--summary", path)
+    assert "| test ppl      nan |" in result.out
+    found = json.loads(path.read_text(), parse_constant=pytest.fail)
+    assert (found["loss"], found["ppl"], found["lamb"]) == (None, None, 1e38)
+
+
 def test_search_tokens_are_those_that_the_rates_are_searched_on(
     call: Run, trained: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
