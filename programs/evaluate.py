@@ -173,7 +173,7 @@ def search(
         for settings in rates:
             found = evaluate(build(args, model, roots, settings), part, 1)
             report(settings, found)
-            if not best or found < loss:
+            if not best or found < loss or math.isnan(loss):
                 best, loss = settings, found
     if args.cache:
         base = build(args, model, roots, best)

@@ -237,6 +237,16 @@ def test_a_loss_that_is_not_a_number_is_null(call: Run, trained: Path, tmp_path:
     assert (found["loss"], found["ppl"], found["lamb"]) == (None, None, 1e38)
 
 
+def test_a_pair_whose_loss_is_not_a_number_is_not_chosen(
+    call: Run, trained: Path, tmp_path: Path
+) -> None:
+    """Wherever it stands among the others."""
+    flags, path = [trained, "--dynamic", "sgd", "--search", "--lr", 0.1], tmp_path / "s.json"
+    for lambs in ((1e38, 0.01), (0.01, 1e38)):
+        found = summary_of(call(program, *flags, "--lamb", *lambs, "--summary", path), path)
+        assert found["lamb"] == 0.01
+
+
 def test_search_tokens_are_those_that_the_rates_are_searched_on(
     call: Run, trained: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
