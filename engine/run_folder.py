@@ -129,7 +129,7 @@ class RunFolder:
         """Prepare the files for a new or a resumed run; an earlier run is set aside.
 
         Args:
-            source: folder of the run to resume, this one or another; None: a new run.
+            source: best model of the run to resume, this one or another; None: a new run.
             best_epoch: epoch of that run's best model; None: it has none yet.
             best_loss: validation loss of that model, nats per token.
 
@@ -139,19 +139,22 @@ class RunFolder:
         Raises:
             RunError: the best model of the resumed run is missing or damaged.
         """
-        best = None
-        if source is not None and best_epoch is not None:
-            model = source.with_name(source.name + self.model_path.suffix)
-            best = find_best(model, source, best_epoch, best_loss)
-        if source is not None and source.resolve() == self.folder.resolve():
-            if best is not None and best.parent == source:
+        best = folder = None
+        if source is not None:
+            folder = source.with_suffix("")
+            if best_epoch is not None:
+                best = find_best(source, folder, best_epoch, best_loss)
+        if folder is not None and folder.resolve() == self.folder.resolve():
+            if best is not None and best.parent == folder:
                 best.replace(self.model_path)
+            elif best is not None and best.suffix != self.model_path.suffix:
+                _copy(best, self.model_path)
             return None
         aside = None if self.is_empty() else self.set_aside()
-        if source is not None:
+        if folder is not None:
             for name in ("metrics.jsonl", "config.json"):
-                if (source / name).exists():
-                    _copy(source / name, self.folder / name)
+                if (folder / name).exists():
+                    _copy(folder / name, self.folder / name)
         if best is not None:
             _copy(best, self.model_path)
         return aside

@@ -132,7 +132,7 @@ def lead(
 ) -> None:
     """Run the trainer in the leader, with the run's files and tracker."""
     folder, flags = trainer.folder, trainer.identity["flags"]
-    source = None if state is None else Path(args.resume).parent
+    source = None if state is None else model_of(Path(args.resume), state)
     if aside := folder.begin(source, trainer.at.best_epoch, trainer.at.best_loss):
         warn(f"the run that was in {folder.folder} is now in {aside}")
     if state is None:
@@ -237,7 +237,13 @@ def find_state(
     state = {"version": file_version(path), **load_training_state(path)}
     with damage_reported(path):
         args = resume_flags(args, given, state["flags"])
+        model = model_of(path, state)
         if "save" not in given:
-            args.save = str(path.parent) + Path(state["flags"]["save"]).suffix
+            args.save = str(model)
     args.resume = str(path)
     return args, state
+
+
+def model_of(last: Path, state: dict[str, Any]) -> Path:
+    """The best model's path of a run, wherever the run is now, by its last.pt."""
+    return Path(f"{last.parent}{Path(state['flags']['save']).suffix}")

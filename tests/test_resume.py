@@ -139,6 +139,15 @@ def test_resume_by_path_under_the_same_or_another_name(
         assert (first["from_update"], second["from_update"]) == (0, 20)
 
 
+def test_resume_with_another_suffix(whole: Path, tmp_path: Path, run: Run) -> None:
+    """The run's own best model is found by its own, and goes on under the new one."""
+    save, last = tmp_path / "run.pt", tmp_path / "run" / "last.pt"
+    assert start(save, whole / "corpus", "--max-updates", 20) == 0
+    for name, updates in (("other.bin", 20), ("run.bin", 20), ("run.model", 1000)):
+        assert run("--resume", last, "--save", tmp_path / name, "--max-updates", updates).code == 0
+    assert_same_run(whole / "whole.pt", tmp_path / "run.model")
+
+
 def test_another_run_is_refused_with_a_list_of_the_differences(
     whole: Path, tmp_path: Path, run: Run
 ) -> None:
