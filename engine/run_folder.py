@@ -217,10 +217,10 @@ def find_run(path: str | Path) -> Path:
         RunError: no such file.
     """
     given, path = path, Path(path).absolute()  # so that "." has a name
-    candidates = [path / "last.pt", path, path.with_suffix("") / "last.pt"]
-    if path.suffix == ".pt" and path.name != "last.pt":
-        candidates = [path.with_suffix("") / "last.pt", path]
-    for candidate in candidates:
+    candidates = [path.with_suffix("") / "last.pt", path]  # of a model's run; a state itself
+    if path.name == "last.pt":
+        candidates.reverse()
+    for candidate in [path / "last.pt", *candidates]:
         if candidate.is_file():
             return candidate
     if (path / "vocab.txt").is_file():

@@ -146,6 +146,8 @@ def test_resume_with_another_suffix(whole: Path, tmp_path: Path, run: Run) -> No
     for name, updates in (("other.bin", 20), ("run.bin", 20), ("run.model", 1000)):
         assert run("--resume", last, "--save", tmp_path / name, "--max-updates", updates).code == 0
     assert_same_run(whole / "whole.pt", tmp_path / "run.model")
+    assert run("--resume", tmp_path / "other.bin").code == 0
+    assert_same_run(whole / "whole.pt", tmp_path / "other.bin")
 
 
 def test_another_run_is_refused_with_a_list_of_the_differences(
