@@ -362,9 +362,8 @@ def test_a_file_is_kept_where_there_are_no_links(
 
 
 def test_what_a_killed_process_left_is_removed_and_nothing_of_another_run(tmp_path: Path) -> None:
-    """Which may be writing its model at this moment."""
+    """Which may be writing its model at this moment. Killed while it copied its first file."""
     (tmp_path / "run").mkdir()
-    (tmp_path / "run" / "metrics.jsonl").write_text("")
     ours = [_temporary(tmp_path / name) for name in ("run.pt", "run.pt.e2", "run/last.pt")]
     others = [_temporary(tmp_path / name) for name in ("other.pt", "run.finetuned.pt")]
     for path in (*ours, *others):
