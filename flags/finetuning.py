@@ -17,7 +17,7 @@ from flags.values import save_path
 # Fine-tuning is averaged SGD: these have their defaults.
 SETTLED = ("optimizer", "no_asgd", "nonmono_decay")
 # Of the run that is fine-tuned, beside what is of a session: its files, schedule and W&B name.
-NOT_TAKEN_OVER = ("save", "when", "wandb_name")
+NOT_TAKEN_OVER = ("save", "when", "wandb_name", "quick")
 
 _MAIN = by_name(TRAINING)
 

@@ -156,7 +156,7 @@ def test_flags_that_are_not_given_are_the_old_run_s(
     trained: Trained, call: Run, tmp_path: Path
 ) -> None:
     old: Flags = dict(FIXED, epochs=1, nonmono=3, wdecay=0, seed=5, when=[1], k1=2, alpha=0.0)
-    old["max_updates"] = 5  # of its own session
+    old.update(max_updates=5, quick=True)  # of its own session; a trial
     start = trained.model("scheme", {**OLD, **old})
     output = start.with_name("scheme.finetuned.pt")
     result = call(finetune, "--save", start)
@@ -164,7 +164,7 @@ def test_flags_that_are_not_given_are_the_old_run_s(
     assert f"flags that are not given: those of its run ({config})" in result.err
     ours, theirs = flags_of(output), flags_of(start)
     different = {name for name in ours if ours[name] != theirs[name]}
-    assert different == {"save", "when", "max_updates"}
+    assert different == {"save", "when", "max_updates", "quick"}
     result = call(finetune, "--save", start, "--bptt-scheme", "variable", "--lr", 3, "--output",
                   tmp_path / "other.pt", "--max-updates", 1)  # fmt: skip
     assert result.code == 0, result.err
