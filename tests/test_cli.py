@@ -187,6 +187,9 @@ def test_dry_run_says_what_it_would_do_and_writes_nothing(
     assert "bf16" not in result.out
     both = run(*flags, "--dry-run", "--bptt-scheme", "full")
     assert bool(re.search(rf"--precision bf16 .*{forecast}", both.out)) == can_pack(torch.bfloat16)
+    # Callbacks log, here of each update.
+    logging = ("--diagnostics", 1, "--loss-scale", "dynamic", "--loss-scale-window", 1)
+    assert run(*flags, "--dry-run", "--precision", "fp32", *logging).code == 0
     assert [path.name for path in tmp_path.iterdir()] == ["corpus"]
 
 

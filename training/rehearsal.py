@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from bptt import Window
+from engine.tracking import Silence
 from evaluation.evaluate import WINDOW_TOKENS, WINDOW_TOKENS_GPU, evaluate
 from evaluation.plain import Plain
 from training.recorded import RecordedUpdater
@@ -46,6 +47,7 @@ def rehearse(trainer: Trainer, bptt: int, test_batch_size: int) -> Pace:
     averaged weights, which come later).
     """
     trainer.model.train()
+    trainer.tracker = Silence()  # callbacks log, also here
     rows, seconds = 0, 0.0
     for number, window in enumerate(_windows(trainer, bptt)):
         trainer.at.row = window.start
