@@ -42,7 +42,7 @@ def filtered(
     gather: Callable[[Tensor], Tensor] | None = None,
 ) -> tuple[list[Tensor], GradientFilter]:
     """What the filter makes of these gradients."""
-    gate = GradientFilter(batch_dim=1, threshold=threshold, normalize=normalize)
+    gate = GradientFilter(batch_dim=1, threshold=threshold, normalize=normalize).to(g.device)
     gate.gather = gather
     inputs = [torch.randn_like(t).requires_grad_() for t in (g, *param_grads)]
     outputs = gate(*inputs)
