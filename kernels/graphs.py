@@ -1,6 +1,8 @@
 """CUDA graphs: capture work on a GPU once, then replay it with one launch for all its kernels."""
 
-from collections.abc import Callable, Hashable
+import gc
+from collections.abc import Callable, Hashable, Iterator
+from contextlib import contextmanager
 
 import torch
 
@@ -44,7 +46,8 @@ class Graphs:
             return
         if kind not in self.replays:
             try:
-                self.replays[kind] = self.capture(work)
+                with _nothing_collected():
+                    self.replays[kind] = self.capture(work)
             except RuntimeError as error:
                 # If ending the failed capture fails too, the first error is the context.
                 reason = " ".join(str(error.__context__ or error).split())[:200]
@@ -67,3 +70,18 @@ class Graphs:
         with torch.cuda.graph(graph, pool=self.pool, stream=self.stream):
             work()
         return graph.replay
+
+
+@contextmanager
+def _nothing_collected() -> Iterator[None]:
+    """Python's garbage collector rests: to free an older graph in a capture would break it.
+
+    torch.cuda.graph, which collected before each capture, no longer does since torch 2.9.
+    """
+    before = gc.isenabled()
+    gc.disable()
+    try:
+        yield
+    finally:
+        if before:
+            gc.enable()

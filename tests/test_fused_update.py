@@ -1,5 +1,6 @@
 """The update of a GPU, on the CPU: against the plain one, captured or not, resumed, failing."""
 
+import gc
 from collections.abc import Callable, Iterator
 from itertools import cycle
 from pathlib import Path
@@ -305,6 +306,14 @@ def test_a_capture_that_fails_ends_the_run_and_names_the_first_cause() -> None:
     reason = "operation not permitted when stream is capturing; --kernel eager does without"
     with pytest.raises(RunError, match=reason):
         graphs.run("a", lambda: None)
+
+
+def test_a_capture_frees_no_older_graph() -> None:
+    """That Python's garbage collector finds meanwhile, which CUDA takes for an error."""
+    graphs, collects = CpuGraphs(), list[bool]()
+    for _ in range(3):  # eagerly, captured, replayed
+        graphs.run("a", lambda: collects.append(gc.isenabled()))
+    assert (collects, gc.isenabled()) == ([True, False], True)
 
 
 PRECISIONS = {None: "fp32", torch.bfloat16: "bf16", torch.float16: "fp16"}
