@@ -1,6 +1,7 @@
 """The plan of a table: what is to be run, and how long it takes."""
 
 import argparse
+import gc
 import os
 import shlex
 import time
@@ -92,8 +93,9 @@ def forecast_of(run: Run, corpus: Corpus) -> Forecast | None:
     except (UsageError, RunError) as error:
         warn(f"{run.name}: its time is not counted: {error}")
         return None
-    finally:
-        reset_peak_memory(device)  # nothing is kept from the runs
+    finally:  # nothing is kept, on a GPU least of all, which the runs share with this process
+        gc.collect()  # a trainer and its tally refer to each other
+        reset_peak_memory(device)
 
 
 def epochs_left(run: Run, state: State, corpus: Corpus) -> float:

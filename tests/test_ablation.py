@@ -31,6 +31,7 @@ from engine.errors import RunError, UsageError
 from engine.run_folder import lock_folder
 from flags.ablation import parse_ablation
 from programs.table_plan import time_needed
+from training.trainer import Trainer
 
 TABLES = sorted((ROOT / "ablations").glob("*.toml"))
 
@@ -157,6 +158,20 @@ def test_more_jobs_than_runs_make_nothing_faster(tmp_path: Path) -> None:
         args = parse_ablation([str(table), "--jobs", str(jobs), "--threads", "1"])
         words = f"about {seconds} s, at 10.0 s an epoch so far"
         assert time_needed(runs, corpus, args) == words
+
+
+def test_what_the_time_was_measured_with_is_freed(tmp_path: Path) -> None:
+    """Before the runs start, whose GPU it may be on."""
+    table = write_table(tmp_path, {"base": ""}, (1,))
+    runs, corpus = planned(table, tmp_path / "out"), load_corpus(tmp_path / "corpus")
+    gc.disable()
+    try:
+        words = time_needed(runs, corpus, parse_ablation([str(table), "--threads", "1"]))
+        left = [one for one in gc.get_objects() if type(one) is Trainer]
+    finally:
+        gc.enable()
+    assert words.startswith("about ")
+    assert left == []
 
 
 @pytest.mark.slow
