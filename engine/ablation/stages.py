@@ -149,7 +149,8 @@ class Step(Job):
     def read(self, source: list[Any]) -> StepState:
         """Its state; source: what identifies the run's model. Another model's result is none."""
         record = read_json(self.record_path)
-        if record.get("source") == source:
+        model = record.get("model", self.model.name)  # older records have none
+        if record.get("source") == source and model == self.model.name:
             return StepState(record["kind"], record["cause"], record["ppl"], record["flags"])
         if cause := self.failure():
             return StepState("failed", cause)
@@ -166,7 +167,8 @@ class Step(Job):
             return False
         elif None in ppl.values():
             kind, cause, ppl = "diverged", NOT_FINITE, {}
-        record = dict(source=source, flags=self.after.flags, kind=kind, cause=cause, ppl=ppl)
+        told = dict(source=source, model=self.model.name, flags=self.after.flags)
+        record = dict(told, kind=kind, cause=cause, ppl=ppl)
         with atomic_write(self.record_path, "w") as file:
             file.write(json.dumps(record, indent=1, allow_nan=False) + "\n")
         return True
