@@ -134,6 +134,8 @@ def corpus_of_run(model: str | Path) -> str | None:
 
 def flags_of_run(model: str | Path) -> dict[str, Any]:
     """The flags of the run that wrote a model; empty if its config.json cannot be read."""
+    if Path(model).is_dir():  # an exported one has no run
+        return {}
     run = Path(model).with_suffix("")
     return History(run, read_json(run / "config.json"), []).flags
 

@@ -43,6 +43,7 @@ def run(argv: Sequence[str]) -> None:
     device = select_device(args.device, local_rank())
     use_threads(args.threads)
     paths = [Path(path) for path in args.compare or [args.model]]
+    paths = [path if path.name else path.absolute() for path in paths]  # "." has no name
     args.data = args.data or own_corpus(paths[0])
     ensure_corpus(args.data)
     corpus = load_corpus(args.data)
