@@ -101,6 +101,18 @@ def test_a_run_under_way_with_a_cut_line_and_a_gap(
     assert curves.best == (2, 2.0, 90.0)
 
 
+def test_fine_tuning_in_its_first_epoch(draw: Callable[..., Result], tmp_path: Path) -> None:
+    """Epoch 0, the model as it was, has no length that the first epoch's could be taken from."""
+    folder = write_run(tmp_path / "run", 1)
+    before = json.dumps(dict(event="valid", step=0, epoch=0, ppl=99.0)) + "\n"
+    lines = [before, *(folder / "metrics.jsonl").read_text().splitlines(keepends=True)]
+    (folder / "metrics.jsonl").write_text("".join(lines[:-1]))
+    assert "no epoch has ended yet" in only_line(draw(folder, "--x", "epoch"), 1)
+    (folder / "metrics.jsonl").write_text("".join(lines))
+    curves = read_history(folder).curves("epoch", "run")
+    assert (curves.train[0], curves.valid[0]) == ([0.4, 0.8, 1.0], [0.0, 1.0])
+
+
 def test_runs_are_told_apart_by_their_flags(draw: Callable[..., Result], tmp_path: Path) -> None:
     one = write_run(tmp_path / "one", 3, dict(seed=1, save="one.pt", clip=0.25))
     two = write_run(tmp_path / "two", 2, dict(seed=1, save="two.pt", wdrop=0.0, untied=True))
