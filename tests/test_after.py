@@ -272,3 +272,10 @@ def test_a_row_may_have_stages_of_its_own(tmp_path: Path) -> None:
     ]  # fmt: skip
     assert table.stages == ["finetune", "cache"]
     assert table.rows[0].published_after == dict(finetune=dict(valid=60.0, test=57.3))
+
+
+def test_fine_tuning_in_a_trial_of_a_table_is_a_trial(tmp_path: Path) -> None:
+    path = staged_table(tmp_path)
+    for trial in ([], ["--quick"]):
+        [run] = planned(path, tmp_path / "out", *(f"--flags={flag}" for flag in trial))
+        assert [{"--quick"} & {*step.argv} for step in run.steps] == [{*trial}, set()]

@@ -109,6 +109,7 @@ class Step(Job):
     model: the model it works on.
     data, device: the run's flags.
     save: {output}; the log and the other files have its name with other suffixes.
+    quick: the run is a trial, and so is what trains its model further.
     """
 
     after: After
@@ -116,6 +117,7 @@ class Step(Job):
     data: str
     device: str
     save: Path
+    quick: bool = False
 
     @property
     def program(self) -> str:
@@ -125,7 +127,8 @@ class Step(Job):
     @property
     def own_argv(self) -> list[str]:
         """The part of its command line that the table does not give."""
-        return [self._placed(word) for word in self.after.stage.flags.split()]
+        trial = ["--quick"] * (self.quick and self.after.stage.makes_model)
+        return [*map(self._placed, self.after.stage.flags.split()), *trial]
 
     @property
     def argv(self) -> list[str]:
@@ -182,7 +185,8 @@ def steps_after(save: Path, flags: dict[str, Any], after: Sequence[After]) -> li
     steps, model = list[Step](), save
     for one in after:
         output = save.with_suffix(f".{one.name}.pt")
-        steps.append(Step(one, model, flags["data"], flags["device"], output))
+        quick = flags.get("quick", False)
+        steps.append(Step(one, model, flags["data"], flags["device"], output, quick))
         if one.stage.makes_model:
             model = steps[-1].save
     return steps
