@@ -186,14 +186,14 @@ def write(folder: Path, diagnosis: dict[str, Any], formats: Sequence[str]) -> No
         pictures = {}
     shown = {f"{name}.{formats[0]}": caption for name, (caption, _) in pictures.items()}
     files = {
-        "diagnosis.json": f"{text}\n".encode(),
-        "summary.md": summary.markdown(diagnosis, shown).encode(),
+        "diagnosis.json": f"{text}\n",
+        "summary.md": summary.markdown(diagnosis, shown),
     }
     paths = [folder / name for name in files]
     for name, (_, figure) in pictures.items():
         paths += write_figure(figure, folder / name, formats)
     for name, content in files.items():
-        with atomic_write(folder / name) as file:
+        with atomic_write(folder / name, "w") as file:
             file.write(content)
     for model in diagnosis["models"]:
         print(f"{model['name']}:", *model["findings"], sep="\n- ")

@@ -3,6 +3,7 @@
 import contextlib
 import json
 import math
+import os
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -133,6 +134,13 @@ def test_runs_are_told_apart_by_their_flags(draw: Callable[..., Result], tmp_pat
     assert plot_labels(one) == ["one"]
     (one / "config.json").write_text("damaged")
     assert plot_labels(one, two) == ["one", "two"]
+
+
+def test_a_name_that_is_no_utf_8(draw: Callable[..., Result], tmp_path: Path) -> None:
+    folders = [write_run(tmp_path / os.fsdecode(name), 1) for name in (b"a\xff", b"_\xff")]
+    for runs in (folders[:1], folders):
+        assert draw(*runs, "--output", tmp_path / "x").code == 0
+        assert (tmp_path / "x.pdf").stat().st_size > 5000
 
 
 def plot_labels(*folders: Path) -> list[str]:
