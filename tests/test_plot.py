@@ -118,8 +118,11 @@ def test_runs_are_told_apart_by_their_flags(draw: Callable[..., Result], tmp_pat
     one = write_run(tmp_path / "one", 3, dict(seed=1, save="one.pt", clip=0.25))
     two = write_run(tmp_path / "two", 2, dict(seed=1, save="two.pt", wdrop=0.0, untied=True))
     new = write_run(tmp_path / "new", 0, {})
+    long = write_run(tmp_path / ("l" * 120), 1)
     with contextlib.chdir(tmp_path):
         assert draw("one", "--format", "png").out == "| one-curves.png\n"
+        for runs, name in (([long], long.name), ([long, one], f"{long.name}-and-1-more")):
+            assert draw(*runs, "--format", "png").out == f"| {name}-curves.png\n"
     result = draw(one, two, new)
     assert result.err == f"warning: left out: {new}/metrics.jsonl: nothing was logged yet\n"
     assert result.out == f"| {tmp_path}/one-two-curves.png, {tmp_path}/one-two-curves.pdf\n"
