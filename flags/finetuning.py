@@ -90,7 +90,7 @@ def finetuning_parser() -> Parser:
 
 
 def _default_output(start: Path) -> str:
-    return str(start.with_name(f"{start.stem}.finetuned{start.suffix or '.pt'}"))
+    return str(start.with_name(f"{start.name.removesuffix('.pt')}.finetuned.pt"))
 
 
 def _check_apart(start: str, output: str) -> None:

@@ -127,7 +127,7 @@ def fresh(model: RNNModel, seed: int) -> RNNModel:
 
 def names_of(paths: list[Path], fresh: bool) -> list[str]:
     """The models' names: file names, or paths if the file names are equal."""
-    names = [path.stem for path in paths]
+    names = [path.name.removesuffix(".pt") for path in paths]
     if len(set(names)) < len(names) and not fresh:
         names = [str(path) for path in paths]
     return [*names[:-1], f"{names[-1]} (fresh)"] if fresh else names
@@ -135,7 +135,8 @@ def names_of(paths: list[Path], fresh: bool) -> list[str]:
 
 def default_folder(paths: list[Path], fresh: bool) -> Path:
     """The folder NAME-diagnosis beside the first model."""
-    names = [*(path.stem for path in paths), *["fresh"] * fresh, "diagnosis"]
+    own = [path.name.removesuffix(".pt") for path in paths]
+    names = [*own, *["fresh"] * fresh, "diagnosis"]
     return paths[0].with_name("-".join(names))
 
 

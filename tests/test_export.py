@@ -92,7 +92,8 @@ def test_programs_run_inside_an_exported_folder(
     assert call(diagnose, ".", *text, *sizes).code == 0
     assert call(finetune, "--save", ".", *text, "--max-updates", 1).code == 0
     names = {path.name for path in tmp_path.iterdir()}
-    assert {"m-diagnosis", "m.finetuned.exported", "m.finetuned"} <= names
+    # What a folder or a copy by --when, m.pt.e25, is called after is all of its name.
+    assert {"m.exported-diagnosis", "m.exported.finetuned.pt", "m.exported.finetuned"} <= names
 
 
 def test_a_folder_is_complete_or_absent(call: Run, tmp_path: Path) -> None:

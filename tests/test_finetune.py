@@ -198,7 +198,7 @@ def test_a_model_without_its_run(dropping: Path, call: Run, tmp_path: Path) -> N
              if line["event"] == "valid"]  # fmt: skip
     assert first[0] == pytest.approx(first[1], rel=1e-3)  # another --eval-batch-size
     assert call(finetune, *argv, "--save", copy, "--max-updates", 1).code == 0
-    assert (tmp_path / "alone.pt.finetuned.e1").is_file()
+    assert (tmp_path / "alone.pt.e1.finetuned.pt").is_file()
 
 
 @pytest.mark.parametrize(
