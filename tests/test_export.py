@@ -280,6 +280,7 @@ def test_what_is_not_a_model_of_the_original(
     cases: list[tuple[Any, list[object], str]] = [
         (torch.ones(3), [], "not an LSTM or GRU of the original"),
         (qrnn, [], "not an LSTM or GRU of the original"),
+        (model_payload(small_model(), WORDS), [], "not an LSTM or GRU of the original"),
         ({**state, "rnns.0.module.weight_hh_l0_raw": torch.ones(5, 5)}, [], "not an LSTM or GRU"),
         ({**state, "extra": torch.ones(1)}, [], "unknown weights: extra"),
         (untied, [], "size mismatch"),  # without tying its last layer would have 5 units
