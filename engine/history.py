@@ -47,7 +47,7 @@ class History:
         path = self.folder / METRICS
         if not self.of("train") + self.of("valid"):
             return f"{path}: nothing was logged yet"
-        if x == "epoch" and not self._epoch_ends():
+        if x == "epoch" and not any(self._epoch_ends().values()):  # fine-tuning has an epoch 0
             return f"{path}: no epoch has ended yet; --x update shows what there is"
         if x == "time" and not any("seconds" in line for line in self.events):
             return f"{path}: has no times, which older runs did not log; --x update shows it"
@@ -134,6 +134,8 @@ def corpus_of_run(model: str | Path) -> str | None:
 
 def flags_of_run(model: str | Path) -> dict[str, Any]:
     """The flags of the run that wrote a model; empty if its config.json cannot be read."""
+    if Path(model).is_dir():  # an exported one has no run
+        return {}
     run = Path(model).with_suffix("")
     return History(run, read_json(run / "config.json"), []).flags
 

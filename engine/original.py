@@ -47,7 +47,7 @@ def read_original(path: Path, trust_pickle: bool = False, **dropouts: Any) -> RN
 
 def _model_of(path: Path, weights: Any, dropouts: dict[str, Any]) -> RNNModel:
     foreign = CheckpointError(f"{path}: not an LSTM or GRU of the original's RNNModel")
-    if not isinstance(weights, dict):
+    if not isinstance(weights, dict) or not all(isinstance(w, Tensor) for w in weights.values()):
         raise foreign
     # Beside NAME_raw, NAME is a masked copy of it.
     plain = {plain_name(n): w.float() for n, w in weights.items() if f"{n}_raw" not in weights}

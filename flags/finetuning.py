@@ -71,6 +71,7 @@ def parse_finetuning(argv: Sequence[str]) -> tuple[argparse.Namespace, set[str],
     if start is None and args.resume in (None, "auto"):
         raise UsageError("argument --save: is needed, the model to start from")
     if start is not None:
+        start = start if Path(start).name else str(Path.cwd())  # "." has no name
         output = output or _default_output(Path(start))
         _check_apart(start, output)
     flags = {**defaults(TRAINING), **vars(args), "save": output}
@@ -89,7 +90,7 @@ def finetuning_parser() -> Parser:
 
 
 def _default_output(start: Path) -> str:
-    return str(start.with_name(f"{start.stem}.finetuned{start.suffix or '.pt'}"))
+    return str(start.with_name(f"{start.name.removesuffix('.pt')}.finetuned.pt"))
 
 
 def _check_apart(start: str, output: str) -> None:

@@ -82,8 +82,9 @@ def on_page(caption: str, name: str) -> str:
 
 
 def as_label(text: str) -> str:
-    """A name as a label; matplotlib leaves out one that begins with _."""
-    return " " * text.startswith("_") + text
+    """A name as a label; matplotlib leaves out one that begins with _, and fails at bytes of file
+    names that are no UTF-8."""
+    return " " * text.startswith("_") + text.encode(errors="backslashreplace").decode()
 
 
 def legend_below(figure: Any, fontsize: float = 8) -> None:

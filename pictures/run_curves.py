@@ -84,7 +84,7 @@ def draw_runs(runs: Sequence[RunCurves], xlabel: str) -> Any:
         axes.grid(alpha=0.3)
     bottom.set_xlabel(xlabel)
     if len(runs) == 1:
-        top.set_title(runs[0].label, fontsize=10)
+        top.set_title(as_label(runs[0].label), fontsize=10)
     _add_legend(top, runs)
     legend_below(figure)
     return figure

@@ -43,6 +43,7 @@ def run(argv: Sequence[str]) -> None:
     device = select_device(args.device, local_rank())
     use_threads(args.threads)
     paths = [Path(path) for path in args.compare or [args.model]]
+    paths = [path if path.name else path.absolute() for path in paths]  # "." has no name
     args.data = args.data or own_corpus(paths[0])
     ensure_corpus(args.data)
     corpus = load_corpus(args.data)
@@ -126,7 +127,7 @@ def fresh(model: RNNModel, seed: int) -> RNNModel:
 
 def names_of(paths: list[Path], fresh: bool) -> list[str]:
     """The models' names: file names, or paths if the file names are equal."""
-    names = [path.stem for path in paths]
+    names = [path.name.removesuffix(".pt") for path in paths]
     if len(set(names)) < len(names) and not fresh:
         names = [str(path) for path in paths]
     return [*names[:-1], f"{names[-1]} (fresh)"] if fresh else names
@@ -134,7 +135,8 @@ def names_of(paths: list[Path], fresh: bool) -> list[str]:
 
 def default_folder(paths: list[Path], fresh: bool) -> Path:
     """The folder NAME-diagnosis beside the first model."""
-    names = [*(path.stem for path in paths), *["fresh"] * fresh, "diagnosis"]
+    own = [path.name.removesuffix(".pt") for path in paths]
+    names = [*own, *["fresh"] * fresh, "diagnosis"]
     return paths[0].with_name("-".join(names))
 
 
@@ -185,14 +187,14 @@ def write(folder: Path, diagnosis: dict[str, Any], formats: Sequence[str]) -> No
         pictures = {}
     shown = {f"{name}.{formats[0]}": caption for name, (caption, _) in pictures.items()}
     files = {
-        "diagnosis.json": f"{text}\n".encode(),
-        "summary.md": summary.markdown(diagnosis, shown).encode(),
+        "diagnosis.json": f"{text}\n",
+        "summary.md": summary.markdown(diagnosis, shown),
     }
     paths = [folder / name for name in files]
     for name, (_, figure) in pictures.items():
         paths += write_figure(figure, folder / name, formats)
     for name, content in files.items():
-        with atomic_write(folder / name) as file:
+        with atomic_write(folder / name, "w") as file:
             file.write(content)
     for model in diagnosis["models"]:
         print(f"{model['name']}:", *model["findings"], sep="\n- ")

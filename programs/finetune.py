@@ -108,7 +108,7 @@ def read_flags(config: Path) -> dict[str, Any]:
     """
     try:
         flags = json.loads(config.read_text(encoding="utf-8"))["flags"]
-    except FileNotFoundError:
+    except (FileNotFoundError, NotADirectoryError):  # the latter for PTB.pt.e25, a copy of --when
         return {}
     except OSError as error:
         raise RunError(f"{config}: cannot read: {error.strerror or error}") from None

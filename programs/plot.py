@@ -10,7 +10,7 @@ from flags.plotting import parse_plotting, tell_apart
 from pictures.canvas import FORMATS, write_figure
 from pictures.run_curves import draw_runs
 
-LONGEST_NAME = 100  # characters of the picture's name, if none is given
+LONGEST_NAME = 100  # characters of the name of a picture of several runs, if none is given
 
 
 def run(argv: Sequence[str]) -> None:
@@ -58,6 +58,6 @@ def default_output(runs: list[History]) -> Path:
     """NAME-curves or NAME-NAME-curves, beside the first run."""
     first = runs[0].folder
     name = "-".join(history.folder.name for history in runs)
-    if len(name) > LONGEST_NAME:
+    if len(name) > LONGEST_NAME and len(runs) > 1:
         name = f"{first.name}-and-{len(runs) - 1}-more"
     return first.with_name(f"{name}-curves")

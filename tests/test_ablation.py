@@ -62,9 +62,10 @@ def run_table(capsys: pytest.CaptureFixture[str]) -> Callable[..., Result]:
     return call
 
 
-def planned(table: Path, out: Path) -> list[Run]:
+def planned(table: Path, out: Path, *argv: str) -> list[Run]:
     """The table's runs."""
-    return programs.ablate.plan(load_table(table, ROOT), parse_ablation([str(table)]), out)
+    args = parse_ablation([str(table), *argv])
+    return programs.ablate.plan(programs.ablate.select(load_table(table, ROOT), args), args, out)
 
 
 def without_times(folder: Path) -> dict[str, str]:

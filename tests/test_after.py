@@ -4,6 +4,7 @@ import csv
 import importlib
 import json
 import threading
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -185,6 +186,22 @@ def test_stages_follow_in_order_once_and_a_longer_run_is_followed_anew(
     assert (calls, state.kind) == (["finetune.py", "cache", "dynamic"], "done")
 
 
+def test_a_stage_is_done_anew_where_fine_tuning_now_comes_before_it(pretended: Pretended) -> None:
+    """Its figure was that of the run's own best model."""
+    every = list(pretended.run.steps)
+    pretended.run.steps[:] = [replace(every[1], model=pretended.run.save)]
+    assert pretended.execute()[0] == ["main.py", "cache"]
+    pretended.run.steps[:] = every
+    assert read_state(pretended.run).steps["cache"].kind == "started"
+    plan = dict(cache=[0, dict(loss=1.0, ppl=3.0)])
+    calls, state = pretended.execute(**plan)
+    assert (calls, state.steps["cache"].ppl) == (["finetune.py", "cache", "dynamic"], {"test": 3.0})
+    record = json.loads(every[1].record_path.read_text())
+    del record["model"]  # as an older version wrote it
+    every[1].record_path.write_text(json.dumps(record))
+    assert pretended.execute()[0] == []
+
+
 @pytest.mark.parametrize(
     ("outcome", "left_out"),
     [
@@ -255,3 +272,10 @@ def test_a_row_may_have_stages_of_its_own(tmp_path: Path) -> None:
     ]  # fmt: skip
     assert table.stages == ["finetune", "cache"]
     assert table.rows[0].published_after == dict(finetune=dict(valid=60.0, test=57.3))
+
+
+def test_fine_tuning_in_a_trial_of_a_table_is_a_trial(tmp_path: Path) -> None:
+    path = staged_table(tmp_path)
+    for trial in ([], ["--quick"]):
+        [run] = planned(path, tmp_path / "out", *(f"--flags={flag}" for flag in trial))
+        assert [{"--quick"} & {*step.argv} for step in run.steps] == [{*trial}, set()]

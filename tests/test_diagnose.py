@@ -1,9 +1,12 @@
 """diagnose.py from its command line to its files, and --diagnostics in training."""
 
+import io
 import json
+import os
 import shlex
 import sys
 from collections.abc import Callable
+from contextlib import redirect_stderr, redirect_stdout
 from pathlib import Path
 from typing import Any
 
@@ -162,6 +165,18 @@ def test_what_was_planted_is_found(
     page = (folder / "summary.md").read_text()
     assert headline in page
     assert ".png" not in page
+
+
+def test_a_name_that_is_no_utf_8(corpus: Corpus, corpus_folder: Path, tmp_path: Path) -> None:
+    pytest.importorskip("matplotlib")
+    path = tmp_path / os.fsdecode(b"m\xff.pt")
+    planted(path, corpus, 1, 0, nlayers=1)
+    argv = [*SMALL, str(path), "--data", str(corpus_folder), "--format", "png"]
+    with redirect_stdout(io.StringIO()), redirect_stderr(io.StringIO()):
+        assert diagnose.main(argv) == 0
+    folder = tmp_path / os.fsdecode(b"m\xff-diagnosis")
+    assert len(list(folder.glob("*.png"))) == 7
+    assert r"What was found in m\udcff" in (folder / "summary.md").read_text()
 
 
 @pytest.mark.usefixtures("no_plots")

@@ -20,6 +20,8 @@ from test_bad_input import only_line
 from test_checkpoint import WORDS, small_model
 from torch import Tensor, nn
 
+import diagnose
+import evaluate as evaluate_py
 import export
 import finetune
 from data.corpus import load_corpus
@@ -70,6 +72,28 @@ def test_an_exported_model_has_the_same_perplexity_to_the_last_bit(
     command = [sys.executable, "-I", "-c", both]
     printed = subprocess.run(command, cwd=elsewhere, capture_output=True, text=True, check=True)
     assert [float(line) for line in printed.stdout.split()] == expected
+
+
+def test_programs_run_inside_an_exported_folder(
+    call: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Which has no run, also if one has the folder's name without what follows a dot."""
+    words = load_corpus(write_corpus(tmp_path / "corpus")).vocabulary
+    write_checkpoint(tmp_path / "m.pt", model_payload(small_model(ntoken=len(words)), words))
+    folder = tmp_path / "m.exported"
+    assert call(export, tmp_path / "m.pt", "--output", folder).code == 0
+    (tmp_path / "m").mkdir()
+    (tmp_path / "m" / "config.json").write_text('{"flags": {"data": "/nowhere"}}')
+    monkeypatch.chdir(folder)
+    text = ["--data", "../corpus", "--batch-size", 2]
+    for program in (evaluate_py, diagnose):
+        assert "argument --data: which corpus? " in only_line(call(program, "."), 2)
+    sizes = ["--lags", 2, "--positions", 1, "--windows", 1, "--bptt", 4, "--masks", 0]
+    assert call(diagnose, ".", *text, *sizes).code == 0
+    assert call(finetune, "--save", ".", *text, "--max-updates", 1).code == 0
+    names = {path.name for path in tmp_path.iterdir()}
+    # What a folder or a copy by --when, m.pt.e25, is called after is all of its name.
+    assert {"m.exported-diagnosis", "m.exported.finetuned.pt", "m.exported.finetuned"} <= names
 
 
 def test_a_folder_is_complete_or_absent(call: Run, tmp_path: Path) -> None:
@@ -256,6 +280,7 @@ def test_what_is_not_a_model_of_the_original(
     cases: list[tuple[Any, list[object], str]] = [
         (torch.ones(3), [], "not an LSTM or GRU of the original"),
         (qrnn, [], "not an LSTM or GRU of the original"),
+        (model_payload(small_model(), WORDS), [], "not an LSTM or GRU of the original"),
         ({**state, "rnns.0.module.weight_hh_l0_raw": torch.ones(5, 5)}, [], "not an LSTM or GRU"),
         ({**state, "extra": torch.ones(1)}, [], "unknown weights: extra"),
         (untied, [], "size mismatch"),  # without tying its last layer would have 5 units

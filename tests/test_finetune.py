@@ -1,6 +1,7 @@
 """finetune.py: its rule against by_hand.py, exact resume, its flags, what it refuses."""
 
 import json
+import shutil
 from collections.abc import Callable
 from dataclasses import replace
 from itertools import pairwise
@@ -186,6 +187,7 @@ def test_a_model_without_its_run(dropping: Path, call: Run, tmp_path: Path) -> N
     """Sizes and dropouts are the model's, the rest has its defaults; weight drop may be off."""
     alone = tmp_path / "alone.pt"
     alone.write_bytes(dropping.read_bytes())
+    copy = Path(shutil.copy(dropping, f"{alone}.e1"))  # as --when makes it
     argv = ["--save", alone, "--data", flags_of(dropping)["data"], "--batch-size", 4]
     result = call(finetune, *argv, "--wdrop", 0, "--max-updates", 1, "--output", tmp_path / "a.pt")
     assert f"their defaults ({tmp_path / 'alone' / 'config.json'} is not there)" in result.err
@@ -195,6 +197,8 @@ def test_a_model_without_its_run(dropping: Path, call: Run, tmp_path: Path) -> N
     first = [line["loss"] for save in (dropping, tmp_path / "a.pt") for line in read_events(save)
              if line["event"] == "valid"]  # fmt: skip
     assert first[0] == pytest.approx(first[1], rel=1e-3)  # another --eval-batch-size
+    assert call(finetune, *argv, "--save", copy, "--max-updates", 1).code == 0
+    assert (tmp_path / "alone.pt.e1.finetuned.pt").is_file()
 
 
 @pytest.mark.parametrize(

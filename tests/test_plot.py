@@ -3,6 +3,7 @@
 import contextlib
 import json
 import math
+import os
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -101,12 +102,27 @@ def test_a_run_under_way_with_a_cut_line_and_a_gap(
     assert curves.best == (2, 2.0, 90.0)
 
 
+def test_fine_tuning_in_its_first_epoch(draw: Callable[..., Result], tmp_path: Path) -> None:
+    """Epoch 0, the model as it was, has no length that the first epoch's could be taken from."""
+    folder = write_run(tmp_path / "run", 1)
+    before = json.dumps(dict(event="valid", step=0, epoch=0, ppl=99.0)) + "\n"
+    lines = [before, *(folder / "metrics.jsonl").read_text().splitlines(keepends=True)]
+    (folder / "metrics.jsonl").write_text("".join(lines[:-1]))
+    assert "no epoch has ended yet" in only_line(draw(folder, "--x", "epoch"), 1)
+    (folder / "metrics.jsonl").write_text("".join(lines))
+    curves = read_history(folder).curves("epoch", "run")
+    assert (curves.train[0], curves.valid[0]) == ([0.4, 0.8, 1.0], [0.0, 1.0])
+
+
 def test_runs_are_told_apart_by_their_flags(draw: Callable[..., Result], tmp_path: Path) -> None:
     one = write_run(tmp_path / "one", 3, dict(seed=1, save="one.pt", clip=0.25))
     two = write_run(tmp_path / "two", 2, dict(seed=1, save="two.pt", wdrop=0.0, untied=True))
     new = write_run(tmp_path / "new", 0, {})
+    long = write_run(tmp_path / ("l" * 120), 1)
     with contextlib.chdir(tmp_path):
         assert draw("one", "--format", "png").out == "| one-curves.png\n"
+        for runs, name in (([long], long.name), ([long, one], f"{long.name}-and-1-more")):
+            assert draw(*runs, "--format", "png").out == f"| {name}-curves.png\n"
     result = draw(one, two, new)
     assert result.err == f"warning: left out: {new}/metrics.jsonl: nothing was logged yet\n"
     assert result.out == f"| {tmp_path}/one-two-curves.png, {tmp_path}/one-two-curves.pdf\n"
@@ -121,6 +137,13 @@ def test_runs_are_told_apart_by_their_flags(draw: Callable[..., Result], tmp_pat
     assert plot_labels(one) == ["one"]
     (one / "config.json").write_text("damaged")
     assert plot_labels(one, two) == ["one", "two"]
+
+
+def test_a_name_that_is_no_utf_8(draw: Callable[..., Result], tmp_path: Path) -> None:
+    folders = [write_run(tmp_path / os.fsdecode(name), 1) for name in (b"a\xff", b"_\xff")]
+    for runs in (folders[:1], folders):
+        assert draw(*runs, "--output", tmp_path / "x").code == 0
+        assert (tmp_path / "x.pdf").stat().st_size > 5000
 
 
 def plot_labels(*folders: Path) -> list[str]:

@@ -118,6 +118,16 @@ def test_a_perplexity_that_is_not_finite_is_divergence(tmp_path: Path) -> None:
     assert read_state(run).kind == "new"
 
 
+def test_a_run_that_was_worse_than_guessing_goes_on_with_more_epochs(tmp_path: Path) -> None:
+    """But not one that ended at a loss that is not finite, and so was not tested."""
+    cause = "validation perplexity 5e+04 is worse than guessing"
+    [run] = runs_of(tmp_path, [Row("base")], (1,), epochs=6)
+    for epochs, test_ppl, kind in ((6, 5e4, "diverged"), (2, 5e4, "new"), (2, None, "diverged")):
+        write_summary(run, epochs=epochs, test_ppl=test_ppl, diverged=True, cause=cause)
+        state = read_state(run)
+        assert (state.kind, state.cause) == (kind, cause if kind == "diverged" else "")
+
+
 def test_a_row_s_smallest_mask_is_that_of_all_its_runs(tmp_path: Path) -> None:
     """The smallest of all intervals, layers and seeds; the other figures are means."""
     row = Row("filter")

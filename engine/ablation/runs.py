@@ -67,14 +67,18 @@ class State(History):
 
 
 def read_state(run: Run) -> State:
-    """Read a run's files. A run whose --epochs were raised since is not done."""
+    """Read a run's files.
+
+    A run whose --epochs were raised since is not done. Nor has it diverged, unless it had to end:
+    one that was only worse than guessing when it was tested goes on.
+    """
     summary = read_json(run.folder / "summary.json")
     config = read_json(run.folder / "config.json")
     events = read_events(run.folder / METRICS)
-    cause = run.failure()
-    if summary.get("diverged"):
+    cause, reached = run.failure(), _reached(summary, run.flags)
+    if summary.get("diverged") and (reached or summary.get("test_ppl") is None):
         kind, cause = "diverged", str(summary.get("cause") or "")
-    elif _reached(summary, run.flags):
+    elif reached:
         finite = None not in (summary["test_ppl"], summary["best_valid_ppl"])
         kind, cause = ("done", "") if finite else ("diverged", NOT_FINITE)
     elif cause:

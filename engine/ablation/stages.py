@@ -109,6 +109,7 @@ class Step(Job):
     model: the model it works on.
     data, device: the run's flags.
     save: {output}; the log and the other files have its name with other suffixes.
+    quick: the run is a trial, and so is what trains its model further.
     """
 
     after: After
@@ -116,6 +117,7 @@ class Step(Job):
     data: str
     device: str
     save: Path
+    quick: bool = False
 
     @property
     def program(self) -> str:
@@ -125,7 +127,8 @@ class Step(Job):
     @property
     def own_argv(self) -> list[str]:
         """The part of its command line that the table does not give."""
-        return [self._placed(word) for word in self.after.stage.flags.split()]
+        trial = ["--quick"] * (self.quick and self.after.stage.makes_model)
+        return [*map(self._placed, self.after.stage.flags.split()), *trial]
 
     @property
     def argv(self) -> list[str]:
@@ -149,7 +152,8 @@ class Step(Job):
     def read(self, source: list[Any]) -> StepState:
         """Its state; source: what identifies the run's model. Another model's result is none."""
         record = read_json(self.record_path)
-        if record.get("source") == source:
+        model = record.get("model", self.model.name)  # older records have none
+        if record.get("source") == source and model == self.model.name:
             return StepState(record["kind"], record["cause"], record["ppl"], record["flags"])
         if cause := self.failure():
             return StepState("failed", cause)
@@ -166,7 +170,8 @@ class Step(Job):
             return False
         elif None in ppl.values():
             kind, cause, ppl = "diverged", NOT_FINITE, {}
-        record = dict(source=source, flags=self.after.flags, kind=kind, cause=cause, ppl=ppl)
+        told = dict(source=source, model=self.model.name, flags=self.after.flags)
+        record = dict(told, kind=kind, cause=cause, ppl=ppl)
         with atomic_write(self.record_path, "w") as file:
             file.write(json.dumps(record, indent=1, allow_nan=False) + "\n")
         return True
@@ -180,7 +185,8 @@ def steps_after(save: Path, flags: dict[str, Any], after: Sequence[After]) -> li
     steps, model = list[Step](), save
     for one in after:
         output = save.with_suffix(f".{one.name}.pt")
-        steps.append(Step(one, model, flags["data"], flags["device"], output))
+        quick = flags.get("quick", False)
+        steps.append(Step(one, model, flags["data"], flags["device"], output, quick))
         if one.stage.makes_model:
             model = steps[-1].save
     return steps
