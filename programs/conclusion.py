@@ -6,7 +6,7 @@ import sys
 from typing import Any
 
 from engine.checkpoint import load_model
-from engine.device import peak_memory
+from engine.device import peak_memory, release_freed_memory
 from engine.report import DOUBLE_RULE, final_line, short_number
 from engine.tracking import Tracker, warn
 from evaluation.bigram import bigram_loss
@@ -25,6 +25,7 @@ def test_best(
     folder = trainer.folder
     model, vocabulary = load_model(folder.model_path, trainer.device)
     ids = trainer.corpus.test
+    release_freed_memory()
     loss = evaluate(Plain(model), ids, args.test_batch_size)
     results = dict(loss=loss, ppl=perplexity(loss), bpc=loss / math.log(2))
     tracker.log("test", step=trainer.at.update, **results)

@@ -1,11 +1,13 @@
 """What is particular to a device: which kernels fit, and what CUDA wants, stood in for here."""
 
+import subprocess
+import sys
 from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
-from conftest import TINY, write_corpus
+from conftest import ROOT, TINY, write_corpus
 from cudnn_on_cpu import cudnn_on_cpu
 from record_on_cpu import CpuGraphs
 from torch import Tensor, nn
@@ -216,3 +218,18 @@ def test_what_a_cpu_computes_with_is_said(run: Any, tmp_path: Any) -> None:
             assert f"| {part}: {kernel}" in err
     err = run(*flags, "--precision", "fp32", "--save", tmp_path / "plain.pt").err
     assert "| precision fp32 | plain kernels (a CPU has a fast kernel for bf16 only)\n" in err
+
+
+def test_freed_memory_is_kept_until_it_is_released() -> None:
+    code = (
+        "import torch\nfrom pathlib import Path\n"
+        "from engine.device import keep_freed_memory, release_freed_memory\n"
+        "def resident():\n    return int(Path('/proc/self/statm').read_text().split()[1]) * 4096\n"
+        "assert keep_freed_memory()\nbefore = resident()\n"
+        "parts = [torch.ones(2**18) for _ in range(100)]\ndel parts\nkept = resident()\n"
+        "release_freed_memory()\nprint(kept - before, resident() - before)"
+    )
+    result = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True)
+    assert result.stderr == ""
+    kept, left = map(int, result.stdout.split())
+    assert kept > 90 * 2**20 > 20 * 2**20 > left

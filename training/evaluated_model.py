@@ -7,6 +7,7 @@ import torch
 from data.corpus import Corpus
 from engine.checkpoint import model_payload
 from engine.checkpoint_writer import CheckpointWriter
+from engine.device import release_freed_memory
 from engine.interrupt import StopRequested
 from engine.run_folder import RunFolder
 from evaluation.evaluate import evaluate
@@ -72,7 +73,9 @@ class EvaluatedModel:
         if requests.ranks.leader:
             with suppress(StopRequested), self._weights():
                 text, check = self._corpus.valid, requests.interrupt.check
+                release_freed_memory()
                 loss = evaluate(Plain(self._model), text, columns, check=check)
+                release_freed_memory()
         loss = requests.ranks.from_leader(loss)
         if loss < 0:
             requests.share()

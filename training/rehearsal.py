@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from bptt import Window
+from engine.device import release_freed_memory
 from engine.tracking import Silence
 from evaluation.evaluate import WINDOW_TOKENS, WINDOW_TOKENS_GPU, evaluate
 from evaluation.plain import Plain
@@ -63,6 +64,7 @@ def rehearse(trainer: Trainer, bptt: int, test_batch_size: int) -> Pace:
     corpus, columns = trainer.corpus, trainer.options.eval_batch_size
     tokens = WINDOW_TOKENS_GPU if trainer.device.type == "cuda" else WINDOW_TOKENS
     per_read = max(1, tokens // columns)
+    release_freed_memory()
     _evaluation_seconds(trainer, corpus.valid, columns, per_read)
     return Pace(
         training=trainer.num_steps * seconds / rows,
