@@ -4,7 +4,6 @@ import ctypes
 import os
 import resource
 import sys
-from contextlib import suppress
 from pathlib import Path
 
 import torch
@@ -64,14 +63,17 @@ def keep_freed_memory() -> bool:
     return bool(mallopt(mmap_max, 0) and mallopt(trim_threshold, 2**31 - 1))
 
 
-def release_freed_memory() -> None:
-    """Return the memory of freed tensors to the system, on a CPU with glibc.
+def release_freed_memory() -> bool:
+    """Return the memory of freed tensors to the system; False if the C library is not glibc.
 
     Between training and evaluation, whose tensors differ in size: each would find the other's
     memory in pieces that do not fit, and take more.
     """
-    with suppress(OSError, AttributeError):
+    try:
         ctypes.CDLL(None).malloc_trim(0)
+    except (OSError, AttributeError):
+        return False
+    return True
 
 
 def reset_peak_memory(device: torch.device) -> bool:
@@ -84,10 +86,11 @@ def reset_peak_memory(device: torch.device) -> bool:
         torch.cuda.empty_cache()
         torch.cuda.reset_peak_memory_stats(device)
         return True
+    if not release_freed_memory():
+        return False
     try:
-        ctypes.CDLL(None).malloc_trim(0)
         Path("/proc/self/clear_refs").write_text("5")  # Linux: VmHWM becomes VmRSS
-    except (OSError, AttributeError):
+    except OSError:
         return False
     return True
 

@@ -109,6 +109,17 @@ class Tracker:
         if sentences:
             self._wandb.attempt(send)
 
+    def log_picture(self, name: str, figure: Any, *, step: int) -> None:
+        """Show a figure of matplotlib in W&B."""
+
+        def send(run: Any) -> None:
+            wandb = importlib.import_module("wandb")
+            numpy = importlib.import_module("numpy")  # not before engine.program sets its threads
+            figure.canvas.draw()
+            run.log({"step": step, name: wandb.Image(numpy.asarray(figure.canvas.buffer_rgba()))})
+
+        self._wandb.attempt(send)
+
     def summarize(self, **fields: Any) -> None:
         """Set the run's final figures (best_valid_ppl, test_ppl, …) in W&B's summary."""
         self._wandb.attempt(lambda run: run.summary.update(fields))

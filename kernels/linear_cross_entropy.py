@@ -96,7 +96,9 @@ class _LinearCrossEntropy(torch.autograd.Function):
         wide = torch.float64 if dtype == torch.float64 else torch.float32
         weight, bias = weight.to(dtype), bias.to(wide)
         wanted = [training and w for w in ctx.needs_input_grad[:3]]
-        loss = hidden.new_zeros((), dtype=wide)
+        loss, count = hidden.new_zeros((), dtype=wide), len(hidden)
+        if not hidden.is_cuda:
+            hidden = pad_rows(hidden)
         d_hidden = torch.empty_like(hidden) if wanted[0] else None
         d_weight = None
         d_bias = torch.zeros_like(bias) if wanted[2] else None
@@ -104,19 +106,20 @@ class _LinearCrossEntropy(torch.autograd.Function):
         rows = max(1, most // (len(bias) * hidden.itemsize))
         for start in range(0, len(hidden), rows):
             block = slice(start, start + rows)
-            part = hidden[block] if hidden.is_cuda else pad_rows(hidden[block])
+            part, words = hidden[block], targets[block]
             scores = part @ weight.t()
-            own = scores[: len(targets[block])]
-            loss += _softmax(own, bias, targets[block], any(wanted), d_bias)
-            scores[len(own) :].zero_()
+            own = scores[: len(words)]  # not of the padding
+            loss += _softmax(own, bias, words, any(wanted), d_bias)
+            scores[len(words) :] = 0
             if d_hidden is not None:
-                d_hidden[block] = (scores @ weight)[: len(own)]
+                torch.mm(scores, weight, out=d_hidden[block])
             if wanted[1]:
                 product = _wide_product(scores.t(), part, wide)
                 d_weight = product if d_weight is None else d_weight.add_(product)
+        d_hidden = None if d_hidden is None else d_hidden[:count]
         ctx.save_for_backward(d_hidden, d_weight, d_bias)
-        ctx.count = len(hidden)
-        return loss / len(hidden)
+        ctx.count = count
+        return loss / count
 
     @staticmethod
     @once_differentiable

@@ -7,12 +7,14 @@ from typing import Any
 
 from engine.checkpoint import load_model
 from engine.device import peak_memory, release_freed_memory
+from engine.history import AXES, read_history
 from engine.report import DOUBLE_RULE, final_line, short_number
 from engine.tracking import Tracker, warn
 from evaluation.bigram import bigram_loss
 from evaluation.evaluate import evaluate, perplexity
 from evaluation.plain import Plain
 from evaluation.sampling import sample_sentences
+from pictures.run_curves import draw_runs
 from training.advice import beaten_by_bigrams
 from training.divergence import divergence
 from training.trainer import Trainer
@@ -46,6 +48,22 @@ def test_best(
     sentences = list(sample_sentences(Plain(model), vocabulary, args.samples, args.seed))
     print(*(f"| It writes: {sentence}\n" for sentence in sentences), sep="", end="")
     tracker.log_samples(sentences, step=trainer.at.update)
+    log_curves(trainer, tracker)
+
+
+def log_curves(trainer: Trainer, tracker: Tracker) -> None:
+    """Show the run's curves, as plot.py draws them, in W&B. No-op without a W&B run."""
+    if tracker.wandb_url is None:
+        return
+    history = read_history(trainer.folder.folder)
+    if history.lacks("update"):
+        return
+    try:
+        figure = draw_runs([history.curves("update", history.folder.name)], AXES["update"])
+    except ImportError as error:
+        warn(f"the picture of the curves is left out: {error}")
+        return
+    tracker.log_picture("curves", figure, step=trainer.at.update)
 
 
 def print_end(trainer: Trainer, test_loss: float, summary: dict[str, Any]) -> None:

@@ -349,7 +349,12 @@ def test_main_with_wandb_from_start_to_resume(
     [samples] = (folders[1] / "files" / "media" / "table").glob("samples*.table.json")
     written = json.loads(samples.read_text())["data"]
     assert [f"| It writes: {sentence}" for [sentence] in written] == last.out.splitlines()[-2:]
-    sent = [row for records_of in found for row in rows(records_of) if "samples" not in str(row)]
+    pictures = [list((f / "files" / "media" / "images").glob("curves*.png")) for f in folders]
+    assert [len(found) for found in pictures] == [1, 1]  # each session ends with a test
+    all_rows = [row for records_of in found for row in rows(records_of)]
+    sent = [
+        row for row in all_rows if not {"samples", "curves"} & {key.split(".")[0] for key in row}
+    ]
     kinds = [(next(key for key in row if "/" in key).split("/")[0], row["step"]) for row in sent]
     # the test at the end of the first session is in W&B, too
     assert set(logged(tmp_path / "run")) <= set(kinds)

@@ -110,23 +110,29 @@ def test_each_rank_resumes_from_its_own_columns() -> None:
                 assert torch.equal(part, of[:, own])
 
 
-def test_how_long_is_left_follows_from_this_session_s_speed(
-    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
-    """Two slow epochs before the resumption do not count."""
-    left: list[str] = []
+@pytest.fixture
+def epochs_told(monkeypatch: pytest.MonkeyPatch) -> list[dict[str, Any]]:
+    """What the line of each epoch is made of."""
+    found: list[dict[str, Any]] = []
 
     def noted(**told: Any) -> str:
-        left.append(told["left"])
+        found.append(told)
         return short_epoch_line(**told)
 
     monkeypatch.setattr("training.display.short_epoch_line", noted)
+    return found
+
+
+def test_how_long_is_left_follows_from_this_session_s_speed(
+    epochs_told: list[dict[str, Any]],
+) -> None:
+    """Two slow epochs before the resumption do not count."""
     at, options = Position(epoch=3, seconds=5000.0), TrainingOptions(epochs=6, batch_size=4)
     display = Display(at, options, 10, FixedWindows(5))
     display.begin()
     at.row, at.seconds = 10, 5010.0
     display.validated(1.0, 1.0, best=False)
-    assert left == ["30 s left"]
+    assert [told["left"] for told in epochs_told] == ["30 s left"]
 
 
 @pytest.mark.parametrize(
@@ -240,16 +246,9 @@ def test_an_interval_s_line_says_how_many_updates_were_skipped(
 
 
 def test_an_epoch_s_training_perplexity_is_the_mean_over_its_own_updates(
-    run: Run, corpus_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    run: Run, corpus_folder: Path, tmp_path: Path, epochs_told: list[dict[str, Any]]
 ) -> None:
     """Those that were skipped do not count, nor do those of the epoch before."""
-    found: list[float] = []
-
-    def noted(**told: Any) -> str:
-        found.append(told["train_loss"])
-        return short_epoch_line(**told)
-
-    monkeypatch.setattr("training.display.short_epoch_line", noted)
     save, rows = tmp_path / "run.pt", len(load_corpus(corpus_folder).train) // 4 - 1
     flags = [*TINY, "--data", corpus_folder, "--save", save, "--epochs", 2, "--bptt", 3]
     flags += ["--bptt-scheme", "fixed", "--loss-scale", "dynamic", "--loss-scale-window", 1]
@@ -266,7 +265,7 @@ def test_an_epoch_s_training_perplexity_is_the_mean_over_its_own_updates(
             summed, counted = summed + tokens * (line["loss"] or 0.0), counted + tokens
         expected.append(summed / counted)
         assert skipped & set(range((epoch - 1) * updates + 1, epoch * updates + 1))
-    assert found == pytest.approx(expected, rel=1e-9)
+    assert [told["train_loss"] for told in epochs_told] == pytest.approx(expected, rel=1e-9)
 
 
 @pytest.mark.usefixtures("with_cudnn")
