@@ -37,6 +37,7 @@ from training.callbacks import (
     GradientFigures,
     LearningRateDrops,
     LossScaling,
+    MemoryRelease,
     NonMonotonicTrigger,
     StopAtTrigger,
 )
@@ -256,6 +257,8 @@ def build_callbacks(
         if ranks.size > 1:
             for gradient_filter in filters:
                 gradient_filter.gather = lambda norms: ranks.gather(norms, 0)
+    if model.encoder.weight.device.type == "cpu":
+        callbacks.append(MemoryRelease())
     if args.diagnostics:
         callbacks.append(GradientFigures(partial(probe, model), args.diagnostics))
     return callbacks

@@ -110,6 +110,17 @@ def test_each_rank_resumes_from_its_own_columns() -> None:
                 assert torch.equal(part, of[:, own])
 
 
+def test_freed_memory_is_released_during_training(
+    run: Run, corpus_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    released: list[bool] = []
+    monkeypatch.setattr("training.callbacks.release_freed_memory", lambda: released.append(True))
+    monkeypatch.setattr("training.callbacks.MemoryRelease.EVERY", 4)
+    save = tmp_path / "run.pt"
+    assert run(*TINY, "--data", corpus_folder, "--save", save, "--max-updates", 11).code == 0
+    assert len(released) == 2
+
+
 @pytest.fixture
 def epochs_told(monkeypatch: pytest.MonkeyPatch) -> list[dict[str, Any]]:
     """What the line of each epoch is made of."""

@@ -3,10 +3,11 @@
 from collections.abc import Callable
 from typing import Any
 
+from engine.device import release_freed_memory
 from gradient_filter import GradientFilter
 from loss_scale import AnyLossScale
 from nt_asgd import NTASGD
-from training.callback import Callback, EpochEnd, StepEnd, UpdateEnd
+from training.callback import Callback, EpochEnd, StepEnd, UpdateEnd, UpdateStart
 
 
 class NonMonotonicTrigger(Callback):
@@ -90,6 +91,21 @@ class FilterFigures(Callback):
         """Continue from what state_dict returned."""
         for gradient_filter, counts in zip(self.filters, state["statistics"], strict=True):
             gradient_filter.statistics.copy_(counts)
+
+
+class MemoryRelease(Callback):
+    """Returns freed memory to the system at regular intervals, on a CPU.
+
+    Windows differ in length, so malloc, which keeps what tensors free, needs ever more: 1.9 GB
+    after 300 updates of the PTB recipe in bf16, 1.5 GB with this, which takes 0.1 % of the time.
+    """
+
+    EVERY = 100  # updates
+
+    def update_begins(self, start: UpdateStart) -> None:
+        """Release it, if the update is one of those."""
+        if start.update % self.EVERY == 0:
+            release_freed_memory()
 
 
 class GradientFigures(Callback):
