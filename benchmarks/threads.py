@@ -79,7 +79,8 @@ def main() -> int:
     lines = [
         f"`python -m benchmarks.threads --seconds {args.seconds:g}`, {os.cpu_count()} cores, "
         f"{platform.machine()}. Milliseconds an update (median, mean over the runs); in brackets "
-        "over the best of the row. penn: the paper's size in bf16.",
+        "over the best of the row. penn: the paper's size in bf16. Too slow: not at the second "
+        "log interval by then.",
         "",
         f"| case | {' | '.join(SETTINGS)} |",
         "|---" * (1 + len(SETTINGS)) + "|",
@@ -89,7 +90,9 @@ def main() -> int:
             measure(recipe, runs, busy, variables, args.data, args.seconds)
             for variables in SETTINGS.values()
         ]
-        cells = [f"{ms:,.0f} ({ms / min(found):.2f})" for ms in found]
+        cells = [
+            f"{ms:,.0f} ({ms / min(found):.2f})" if ms < math.inf else "too slow" for ms in found
+        ]
         name = f"{recipe}, {runs} at once" + ", beside a busy process" * busy
         lines.append(f"| {name} | {' | '.join(cells)} |")
         print(lines[-1], flush=True)
