@@ -273,6 +273,8 @@ def test_a_run_that_is_moved_aside_stays_together(
         expected = {f"run.1/{name}" for name in names} | {"run.1.pt", "run.1.pt.e3"}
         for name in expected:
             (folder.parent / name.replace(".1", "")).write_text(name)
+        other = folder.with_name("run.pt.e3.finetuned.pt")  # another run's
+        other.touch()
         with monkeypatch.context() as patch, suppress(KeyboardInterrupt):
             patch.setattr(Path, "rename", killed)
             calls = number
@@ -283,5 +285,5 @@ def test_a_run_that_is_moved_aside_stays_together(
             assert is_in_use(f"{folder}.pt")
         files = [path for path in folder.parent.rglob("*") if path.is_file()]
         found = {str(path.relative_to(folder.parent)): path.read_text() for path in files}
-        assert found.pop("run/.lock") == ""
+        assert found.pop("run/.lock") == found.pop(other.name) == ""
         assert found == {name: name for name in expected}
