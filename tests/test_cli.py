@@ -241,15 +241,18 @@ def test_updates_and_memory_of_the_schemes(corpus_folder: Path) -> None:
 
 
 def test_what_the_optimizer_keeps_is_counted(corpus_folder: Path) -> None:
-    """Beside weights and gradients: nothing, the average, or Adam's two moments."""
+    """Beside weights and gradients: nothing, the average, or Adam's two moments.
+
+    Of several devices, on each.
+    """
     corpus = load_corpus(corpus_folder)
 
-    def needed(*flags: str) -> int:
+    def needed(*flags: str, devices: int = 1) -> int:
         args, _ = parse_training([*TINY, "--data", str(corpus_folder), *flags])
         with torch.device("meta"):
             model = assembly.build_model(args, len(corpus.vocabulary))
         assert count_parameters(model) == weights
-        return memory_needed(args, model, corpus)
+        return memory_needed(args, model, corpus, devices)
 
     layers = 4 * 8 * (6 + 8 + 2) + 4 * 6 * (8 + 6 + 2)
     weights = len(corpus.vocabulary) * (6 + 1) + layers
@@ -257,6 +260,7 @@ def test_what_the_optimizer_keeps_is_counted(corpus_folder: Path) -> None:
     assert needed() - plain == 4 * weights
     for flags in (["--optimizer", "adam"], ["--optimizer", "adam", "--no-asgd"]):
         assert needed(*flags) - plain == 2 * 4 * weights
+    assert needed(devices=2) == needed("--batch-size", "2") < needed()
 
 
 @pytest.mark.parametrize("scheme", ["variable", "full"])
