@@ -225,6 +225,8 @@ def _read(path: Path, expected: str) -> dict[str, Any]:
             model = model_of_run(path.parent, flags)
             raise CheckpointError(f"{path}: a training state; the model of this run is {model}")
         kind = "not a checkpoint of this project"
+        if found == MODEL_FORMAT:
+            raise CheckpointError(f"{path}: a model without its run; finetune.py goes on from it")
         if isinstance(found, str):
             kind = f"a {found!r} file (the commit that the run's config.json names reads it)"
         raise CheckpointError(f"{path}: {kind}, where {expected!r} is needed")

@@ -4,8 +4,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from data.corpus import Corpus, Vocabulary
-from engine.checkpoint import check_vocabulary, load_model, model_details
+from data.corpus import Vocabulary
+from engine.checkpoint import load_model, model_details
 from engine.errors import RunError
 from model import RNNModel
 
@@ -32,14 +32,6 @@ class Origin:
     def is_origin_of(self, state: dict[str, Any]) -> bool:
         """True if a training state is that of a run from this model, wherever its file was."""
         return bool(dict(state["origin"], path="") == dict(self.details, path=""))
-
-    def check(self, folder: str, corpus: Corpus) -> None:
-        """Check that the corpus in this folder has the model's vocabulary.
-
-        Raises:
-            RunError: it has another one.
-        """
-        check_vocabulary(self.path, self.vocabulary, folder, corpus)
 
     def give_weights(self, model: RNNModel) -> None:
         """Copy the weights to a model of the same sizes, with or without weight drop.

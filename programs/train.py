@@ -13,6 +13,7 @@ import torch
 from assembly import build_model, build_trainer, read_corpus
 from engine.checkpoint import (
     check_unchanged,
+    check_vocabulary,
     damage_reported,
     file_version,
     load_training_state,
@@ -95,7 +96,7 @@ def start(
     if state is not None and state.get("fingerprint", "") != corpus.fingerprint:
         raise CheckpointError(f"{args.data}: its text is not that of the run to be resumed")
     if origin is not None:
-        origin.check(args.data, corpus)
+        check_vocabulary(origin.path, origin.vocabulary, args.data, corpus)
     with torch.device("meta"):  # shapes only, no memory
         plan = build_model(args, len(corpus.vocabulary))
     if args.dry_run:
@@ -118,6 +119,7 @@ def start(
             with damage_reported(Path(args.resume)):
                 trainer.load_state_dict(state)
                 state["tracking"]["metrics_bytes"]  # the tracker needs it
+            del state["model"]  # a second copy of the weights
         elif origin is not None:
             trainer.at.begin_validated(trainer.num_steps)
         if not ranks.leader:

@@ -66,6 +66,9 @@ def test_a_run_that_is_not_there_is_named_as_given(run: Run, tmp_path: Path) -> 
     (tmp_path / "vocab.txt").touch()
     exported = f"{tmp_path}: an exported model has no run; finetune.py goes on from it"
     assert only_line(run("--resume", tmp_path), 1) == exported
+    path = bad_file("other shape", tmp_path)
+    alone = f"{path}: a model without its run; finetune.py goes on from it"
+    assert only_line(run("--resume", path), 1) == alone
 
 
 def test_recipe_that_is_missing_or_not_text(run: Run, tmp_path: Path) -> None:
@@ -242,11 +245,3 @@ def test_what_divergence_is() -> None:
         (math.nan, False, False),
     ]:
         assert bool(divergence("test", loss, 1000, early)) == whether
-
-
-def test_divergence_by_learning_rate(run: Run, corpus_folder: Path, tmp_path: Path) -> None:
-    flags = [*TINY, "--data", corpus_folder, "--save", tmp_path / "run.pt", "--epochs", 50]
-    result = run(*flags, "--lr", 1e38)
-    assert result.code == 1
-    assert " at update " in result.err.splitlines()[-1]
-    assert not (tmp_path / "run.pt").exists()

@@ -213,17 +213,20 @@ def test_a_forecast_comes_true(tmp_path: Path) -> None:
     assert peak == pytest.approx(summary["peak_memory_bytes"], rel=0.2)
 
 
-def test_updates_and_memory_of_the_schemes(corpus_folder: Path) -> None:
+def planned(corpus_folder: Path, *flags: object, devices: int = 1) -> tuple[int, int, int]:
+    """Updates of an epoch, bytes of an update and parameters of the model."""
     corpus = load_corpus(corpus_folder)
+    args, _ = parse_training([str(flag) for flag in [*TINY, "--data", corpus_folder, *flags]])
+    settle_scheme(args)
+    with torch.device("meta"):
+        model = assembly.build_model(args, len(corpus.vocabulary))
+    updates = assembly.build_scheme(args).expected_windows(steps_per_epoch(args, corpus))
+    return round(updates), memory_needed(args, model, corpus, devices), count_parameters(model)
 
-    def plan(*flags: object) -> tuple[float, int]:
-        base = [*TINY, "--data", corpus_folder, "--emsize", 60, "--nhid", 90]
-        args, _ = parse_training([str(flag) for flag in [*base, *flags]])
-        settle_scheme(args)
-        with torch.device("meta"):
-            model = assembly.build_model(args, len(corpus.vocabulary))
-        updates = assembly.build_scheme(args).expected_windows(steps_per_epoch(args, corpus))
-        return round(updates), memory_needed(args, model, corpus)
+
+def test_updates_and_memory_of_the_schemes(corpus_folder: Path) -> None:
+    def plan(*flags: object) -> tuple[int, int]:
+        return planned(corpus_folder, "--emsize", 60, "--nhid", 90, *flags)[:2]
 
     words = (corpus_folder / "train.txt").read_text().replace("\n", " <eos> ").split()
     steps = len(words) // 4 - 1
@@ -245,17 +248,13 @@ def test_what_the_optimizer_keeps_is_counted(corpus_folder: Path) -> None:
 
     Of several devices, on each.
     """
-    corpus = load_corpus(corpus_folder)
 
     def needed(*flags: str, devices: int = 1) -> int:
-        args, _ = parse_training([*TINY, "--data", str(corpus_folder), *flags])
-        with torch.device("meta"):
-            model = assembly.build_model(args, len(corpus.vocabulary))
-        assert count_parameters(model) == weights
-        return memory_needed(args, model, corpus, devices)
+        _, memory, parameters = planned(corpus_folder, *flags, devices=devices)
+        assert parameters == weights
+        return memory
 
-    layers = 4 * 8 * (6 + 8 + 2) + 4 * 6 * (8 + 6 + 2)
-    weights = len(corpus.vocabulary) * (6 + 1) + layers
+    weights = 31 * (6 + 1) + 4 * 8 * (6 + 8 + 2) + 4 * 6 * (8 + 6 + 2)
     plain = needed("--no-asgd")
     assert needed() - plain == 4 * weights
     for flags in (["--optimizer", "adam"], ["--optimizer", "adam", "--no-asgd"]):
