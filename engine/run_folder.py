@@ -51,11 +51,11 @@ class RunFolder:
         if self.folder == save:
             raise RunError(f"{save}: the name of a model needs a suffix such as .pt")
         if not parent.is_dir():
-            raise RunError(f"{parent}: no such folder (for --save {save})")
+            raise RunError(f"{parent}: no such folder, for {save}")
         if save.is_dir():
-            raise RunError(f"{save}: is a folder, and --save names a file")
+            raise RunError(f"{save}: is a folder, where a file is to be written")
         if self.folder.is_dir() and self._is_foreign():
-            raise RunError(f"{self.folder}: has files that are no run's; give --save another name")
+            raise RunError(f"{self.folder}: has files that are no run's; give the run another name")
         self._lock = lock_folder(self.folder)
         for path in [*self.folder.glob(".*.tmp"), *self._models(r"\.", r"\.[^.]+\.tmp")]:
             path.unlink(missing_ok=True)
