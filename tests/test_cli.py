@@ -291,11 +291,10 @@ SMALL = ["--emsize", "16", "--nhid", "16", "--device", "cpu", "--test-batch-size
     ("command", "size"),
     [
         (WORD_LEVEL[0], SMALL),
-        pytest.param(WORD_LEVEL[1], SMALL, marks=pytest.mark.slow),
         pytest.param(WORD_LEVEL[0], [], marks=pytest.mark.slow),
         pytest.param(WORD_LEVEL[1], [], marks=pytest.mark.slow),
     ],
-    ids=["penn, small", "wikitext-2, small", "penn", "wikitext-2"],
+    ids=["penn, small", "penn", "wikitext-2"],
 )
 def test_commands_of_the_original_run(command: str, size: list[str], tmp_path: Path) -> None:
     """As they stand, cut short, on the real corpora."""

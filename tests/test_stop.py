@@ -97,6 +97,14 @@ def test_an_update_is_given_up_and_repeated(
     assert_same_run(whole / "whole.pt", save)
 
 
+def test_control_c_twice_stops_at_once() -> None:
+    with Interrupt() as interrupt:
+        signal.raise_signal(signal.SIGINT)
+        assert (interrupt.requested, interrupt.terminated) == (True, False)
+        with pytest.raises(KeyboardInterrupt):
+            signal.raise_signal(signal.SIGINT)
+
+
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGHUP])
 def test_a_validation_is_given_up_and_repeated(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, number: signal.Signals
