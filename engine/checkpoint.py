@@ -19,7 +19,7 @@ from data.corpus import Corpus, Vocabulary
 from data.files import atomic_write
 from engine.errors import CheckpointError, RunError
 from engine.launch import is_follower
-from engine.model_folder import read_model_folder
+from engine.model_folder import model_of_run, read_model_folder
 from engine.tracking import warn
 from model import RNNModel
 
@@ -222,9 +222,11 @@ def _read(path: Path, expected: str) -> dict[str, Any]:
     found = payload.get("format") if isinstance(payload, dict) else None
     if found != expected:
         if found == TRAINING_FORMAT and isinstance(flags := payload.get("flags"), dict):
-            model = f"{path.parent}{Path(str(flags.get('save'))).suffix}"
+            model = model_of_run(path.parent, flags)
             raise CheckpointError(f"{path}: a training state; the model of this run is {model}")
         kind = "not a checkpoint of this project"
+        if found == MODEL_FORMAT:
+            raise CheckpointError(f"{path}: a model without its run; finetune.py goes on from it")
         if isinstance(found, str):
             kind = f"a {found!r} file (the commit that the run's config.json names reads it)"
         raise CheckpointError(f"{path}: {kind}, where {expected!r} is needed")

@@ -15,7 +15,7 @@ MOST_PENDING = 2  # an epoch's end writes the best model and the training state
 
 
 class CheckpointWriter:
-    """Writes checkpoints in order, on a GPU in the background during training.
+    """Writes checkpoints in order, in a thread, which Ctrl-C does not interrupt.
 
     In the background, `write` first copies the tensors to the CPU, so that later updates do not
     change them. A file is written only if the pending one before it was: a training state belongs
@@ -25,11 +25,12 @@ class CheckpointWriter:
     could not be written is a warning.
 
     Args:
-        background: `write` returns before the file is written.
+        background: `write` returns before the file is written, as on a GPU.
     """
 
     def __init__(self, background: bool) -> None:
-        self._pool = ThreadPoolExecutor(1, "checkpoints") if background else None
+        self._background = background
+        self._pool = ThreadPoolExecutor(1, "checkpoints")
         self._pending: list[Future[None]] = []
 
     def __enter__(self) -> "CheckpointWriter":
@@ -50,15 +51,15 @@ class CheckpointWriter:
         Raises:
             WriteError: it (in the background: an earlier one) could not be written.
         """
-        if self._pool is None:
-            write_checkpoint(path, payload, keep)
-            return
         self.wait(MOST_PENDING - 1)
         before = self._pending[-1] if self._pending else None
         if before is not None and before.done():
             before.result()
-        copied = _copied(payload, {})
-        self._pending.append(self._pool.submit(_write_after, before, path, copied, keep))
+        if self._background:
+            payload = _copied(payload, {})
+        self._pending.append(self._pool.submit(_write_after, before, path, payload, keep))
+        if not self._background:
+            self.wait()
 
     def wait(self, most: int = 0) -> None:
         """Wait until at most this many files are pending.

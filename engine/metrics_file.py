@@ -9,6 +9,8 @@ from typing import Any
 
 from data.files import write_all, write_errors
 
+GAP = 64  # bytes, at least those of a `gap` event
+
 
 def to_json(values: dict[str, Any], indent: int | None = None) -> bytes:
     """A JSON object and a line end; nan and inf become null.
@@ -24,6 +26,10 @@ def to_json(values: dict[str, Any], indent: int | None = None) -> bytes:
     return (json.dumps(finite, indent=indent, allow_nan=False) + "\n").encode()
 
 
+def _whole_lines(content: bytes, most: int) -> bytes:
+    return content[: content.rfind(b"\n", 0, most) + 1]
+
+
 class MetricsFile:
     """Writes metrics.jsonl; each line is in the file before `write` returns.
 
@@ -35,7 +41,8 @@ class MetricsFile:
     Attributes:
         size: bytes in the file, for a checkpoint.
         damage: describes what is missing before `keep_bytes`; None: nothing. What remains are
-            whole lines.
+            whole lines; the next one is padded to `keep_bytes`, so that a run that is resumed from
+            the same checkpoint once more keeps that line, and none after it.
 
     Raises:
         OSError: the file cannot be read.
@@ -47,13 +54,14 @@ class MetricsFile:
         content = b""
         if keep_bytes is not None and path.exists():
             content = path.read_bytes()
-        kept = content[:keep_bytes]
-        kept = kept[: kept.rfind(b"\n") + 1]
+        kept = _whole_lines(content, keep_bytes or 0)
         if keep_bytes is not None and len(kept) < keep_bytes:
             self.damage = (
                 f"{path}: has {len(content)} bytes, of which the first {keep_bytes} should be the "
                 "run's whole lines up to the checkpoint"
             )
+            kept = _whole_lines(content, max(0, keep_bytes - GAP))
+        self._least = keep_bytes or 0
         self.size = len(kept)
         with write_errors(path):
             # unbuffered: close does not write what failed before
@@ -67,7 +75,7 @@ class MetricsFile:
             TypeError, ValueError: as to_json.
             WriteError: the file cannot be written.
         """
-        line = to_json(record)
+        line = to_json(record)[:-1].ljust(self._least - self.size - 1) + b"\n"
         write_all(self._file, line)
         self.size += len(line)
 

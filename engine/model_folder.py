@@ -1,6 +1,7 @@
 """An exported model: a folder with model.safetensors, config.json, vocab.txt and README.md."""
 
 import json
+import os
 import re
 from pathlib import Path
 from typing import Any
@@ -123,7 +124,13 @@ def _other_folder(folder: Path, config: dict[str, Any]) -> str:
     flags = config.get("flags")
     if not isinstance(flags, dict):
         return "not a folder that export.py wrote"
-    return f"a run's folder; the model of this run is {folder}{Path(str(flags.get('save'))).suffix}"
+    return f"a run's folder; the model of this run is {model_of_run(folder, flags)}"
+
+
+def model_of_run(folder: Path, flags: dict[str, Any]) -> Path:
+    """The best model's path of a run, wherever the run is now, by its folder and its flags."""
+    # normalised, so that "." and ".." have a name
+    return Path(f"{os.path.abspath(folder)}{Path(str(flags.get('save'))).suffix}")  # noqa: PTH100
 
 
 def read_model_folder(folder: Path) -> dict[str, Any]:

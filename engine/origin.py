@@ -1,11 +1,12 @@
 """The trained model that a run starts from, instead of from random weights."""
 
+import zlib
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from data.corpus import Corpus, Vocabulary
-from engine.checkpoint import check_vocabulary, load_model, model_details
+from data.corpus import Vocabulary
+from engine.checkpoint import load_model, model_details
 from engine.errors import RunError
 from model import RNNModel
 
@@ -15,7 +16,7 @@ class Origin:
     """A model that main.py saved, to be trained further by another run.
 
     path: its file, which is only read.
-    details: its epoch, update and valid_loss (nats per token), which tell it from other models.
+    details: its epoch, update and valid_loss (nats per token); empty if it was imported.
     note: what to say on stderr when a run starts from it.
     """
 
@@ -26,20 +27,16 @@ class Origin:
     note: str = ""
 
     def named(self) -> dict[str, Any]:
-        """Plain values for checkpoints and config.json."""
-        return dict(self.details, path=str(self.path))
+        """Plain values for checkpoints and config.json, which tell it from other models."""
+        checksum = 0
+        for weight in self.model.state_dict().values():
+            checksum = zlib.crc32(weight.numpy().tobytes(), checksum)
+        return dict(self.details, checksum=checksum, path=str(self.path))
 
     def is_origin_of(self, state: dict[str, Any]) -> bool:
         """True if a training state is that of a run from this model, wherever its file was."""
-        return bool(dict(state["origin"], path="") == dict(self.details, path=""))
-
-    def check(self, folder: str, corpus: Corpus) -> None:
-        """Check that the corpus in this folder has the model's vocabulary.
-
-        Raises:
-            RunError: it has another one.
-        """
-        check_vocabulary(self.path, self.vocabulary, folder, corpus)
+        ours = self.named()  # older states have no checksum
+        return bool({**ours, **state["origin"], "path": ""} == {**ours, "path": ""})
 
     def give_weights(self, model: RNNModel) -> None:
         """Copy the weights to a model of the same sizes, with or without weight drop.

@@ -1,7 +1,7 @@
 """A run's files: the best model, and a folder beside it for everything else."""
 
-import glob
 import json
+import re
 import shutil
 from contextlib import suppress
 from pathlib import Path
@@ -51,15 +51,25 @@ class RunFolder:
         if self.folder == save:
             raise RunError(f"{save}: the name of a model needs a suffix such as .pt")
         if not parent.is_dir():
-            raise RunError(f"{parent}: no such folder (for --save {save})")
+            raise RunError(f"{parent}: no such folder, for {save}")
         if save.is_dir():
-            raise RunError(f"{save}: is a folder, and --save names a file")
+            raise RunError(f"{save}: is a folder, where a file is to be written")
         if self.folder.is_dir() and self._is_foreign():
-            raise RunError(f"{self.folder}: has files that are no run's; give --save another name")
+            raise RunError(f"{self.folder}: has files that are no run's; give the run another name")
         self._lock = lock_folder(self.folder)
-        temporary_models = parent.glob(f".{glob.escape(save.name)}.*.tmp")
-        for path in [*self.folder.glob(".*.tmp"), *temporary_models]:
+        for path in [*self.folder.glob(".*.tmp"), *self._models(r"\.", r"\.[^.]+\.tmp")]:
             path.unlink(missing_ok=True)
+
+    def _models(self, before: str = "", after: str = "") -> list[Path]:
+        """The best model and the copies of --when: PTB.pt, PTB.pt.e25, …
+
+        Not PTB.pt.e25.finetuned.pt, which is another run's.
+
+        Args:
+            before, after: patterns around these names.
+        """
+        name = re.compile(rf"{before}{re.escape(self.model_path.name)}(\.e\d+)?{after}")
+        return [path for path in self.model_path.parent.iterdir() if name.fullmatch(path.name)]
 
     def _is_foreign(self) -> bool:
         """True if the folder has files, but none of a run, also of one that was killed at once."""
@@ -103,10 +113,7 @@ class RunFolder:
 
         The folder is renamed last, so that a move that was cut short is finished under its number.
         """
-        name, number = self.folder.name, 1
-        # The best model and the copies of --when: PTB.pt, PTB.pt.e25, …
-        files = [*self.model_path.parent.glob(f"{glob.escape(self.model_path.name)}.e*")]
-        files += [self.model_path] if self.model_path.exists() else []
+        name, number, files = self.folder.name, 1, self._models()
 
         def moved(path: Path) -> Path:
             return path.with_name(f"{name}.{number}{path.name.removeprefix(name)}")

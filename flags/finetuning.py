@@ -97,7 +97,7 @@ def _check_apart(start: str, output: str) -> None:
     """Refuse an --output whose files are those of the run that --save names."""
     source, model = (Path(os.path.realpath(path)) for path in (start, output))
     folder = model.with_suffix("")
-    if folder == source.with_suffix("") or source.is_relative_to(folder):
+    if source.with_suffix("") in (folder, model) or source.is_relative_to(folder):  # model: .e25
         raise UsageError(
             f"argument --output: {output} would replace the run of --save {start}, which is only "
             "read; give another name"

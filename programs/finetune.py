@@ -21,7 +21,7 @@ from flags.finetuning import parse_finetuning, taken_over, unknown_flags
 from flags.flag import dashed, plain
 from flags.training import TRAINING
 from model import RNNModel
-from programs.train import find_state, launch
+from programs.train import find_state, launch, resumed
 
 
 def run(argv: Sequence[str]) -> None:
@@ -32,23 +32,23 @@ def run(argv: Sequence[str]) -> None:
     """
     args, given, start = parse_finetuning(argv)
     origin = None if start is None else read_origin(start)
-    resumed, state = find_state(args, given)
+    asked, state = args.resume, find_state(args)
     if state is not None and "origin" not in state:
-        raise RunError(f"{resumed.resume}: a run of main.py, whose --resume continues it")
+        raise RunError(f"{args.resume}: a run of main.py, whose --resume continues it")
     if origin is not None and state is not None:
-        with damage_reported(Path(resumed.resume)):
+        with damage_reported(Path(args.resume)):
             same = origin.is_origin_of(state)
-        if not same and args.resume != "auto":
-            raise UsageError(f"argument --save: {resumed.resume} started from another model")
-        if not same:
-            state = None
+        if not same and asked != "auto":
+            raise UsageError(f"argument --save: {args.resume} started from another model")
+        if not same:  # it makes room
+            args.resume = state = None
     if state is not None:
-        launch(resumed, argv, state)
+        launch(resumed(args, given, state), argv, state)
         return
     assert origin is not None
+    resume = args.resume
     args, note = settle(argv, args, given, origin)
-    if resumed.resume != "auto":  # the run of another model, which makes room
-        args.resume = None
+    args.resume = resume
     launch(args, argv, None, replace(origin, note=note))
 
 
@@ -129,8 +129,9 @@ def describe(origin: Origin, config: Path, saved: dict[str, Any]) -> str:
         rest = f"their defaults ({missing}), dropouts the model's"
     elif saved.get("optimizer", "sgd") != "sgd":
         rest += f", except --lr, which was for {saved['optimizer']}"
-    details = origin.details
-    where = f"epoch {details.get('epoch')}"
+    where, details = str(origin.path), origin.details
+    if "epoch" in details:  # an imported model has none
+        where += f": epoch {details['epoch']}"
     if details.get("valid_loss") is not None:
         where += f", valid ppl {perplexity(details['valid_loss']):.2f}"
-    return f"| from {origin.path}: {where} | flags that are not given: {rest}"
+    return f"| from {where} | flags that are not given: {rest}"

@@ -118,11 +118,13 @@ def planned_epochs(args: argparse.Namespace, corpus: Corpus) -> float:
     return float(min(args.epochs, args.max_updates / updates))
 
 
-def memory_needed(args: argparse.Namespace, model: RNNModel, corpus: Corpus) -> int:
-    """Estimated bytes of an update's tensors; see training_memory."""
+def memory_needed(
+    args: argparse.Namespace, model: RNNModel, corpus: Corpus, devices: int = 1
+) -> int:
+    """Estimated bytes of an update's tensors, on each of the devices that share the batch."""
     kept = 2 if args.optimizer != "sgd" else int(not args.no_asgd)
     steps = steps_per_epoch(args, corpus)
-    return training_memory(model, args.batch_size, build_scheme(args), steps, kept)
+    return training_memory(model, args.batch_size // devices, build_scheme(args), steps, kept)
 
 
 def steps_per_epoch(args: argparse.Namespace, corpus: Corpus) -> int:
@@ -132,14 +134,21 @@ def steps_per_epoch(args: argparse.Namespace, corpus: Corpus) -> int:
 
 
 def check_memory(
-    args: argparse.Namespace, model: RNNModel, corpus: Corpus, device: torch.device
+    args: argparse.Namespace,
+    model: RNNModel,
+    corpus: Corpus,
+    device: torch.device,
+    devices: int = 1,
 ) -> None:
     """Check that an update fits into the device's memory.
+
+    Args:
+        devices: number of devices that share the batch.
 
     Raises:
         UsageError: an update needs more memory than is available.
     """
-    needed = memory_needed(args, model, corpus) / 2**20
+    needed = memory_needed(args, model, corpus, devices) / 2**20
     there = available_memory(device) / 2**20
     if needed > there:
         flag = "--bptt-scheme" if args.bptt_scheme == "full" else "--bptt"
@@ -150,13 +159,17 @@ def check_memory(
 
 
 def print_full_plan(
-    args: argparse.Namespace, model: RNNModel, corpus: Corpus, device: torch.device
+    args: argparse.Namespace,
+    model: RNNModel,
+    corpus: Corpus,
+    device: torch.device,
+    devices: int = 1,
 ) -> None:
     """Print the plan of full BPTT; no-op for another scheme."""
     if args.bptt_scheme != "full":
         return
     steps = steps_per_epoch(args, corpus)
-    needed = memory_needed(args, model, corpus) / 2**20
+    needed = memory_needed(args, model, corpus, devices) / 2**20
     there = available_memory(device) / 2**20
     print(
         f"| full BPTT | one update an epoch, over {steps:,} time steps, {args.bptt:,} at a "

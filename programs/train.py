@@ -13,6 +13,7 @@ import torch
 from assembly import build_model, build_trainer, read_corpus
 from engine.checkpoint import (
     check_unchanged,
+    check_vocabulary,
     damage_reported,
     file_version,
     load_training_state,
@@ -20,6 +21,7 @@ from engine.checkpoint import (
 from engine.device import keep_freed_memory, select_device, use_threads
 from engine.errors import CheckpointError, DivergenceError, RunError, UsageError
 from engine.launch import local_rank
+from engine.model_folder import model_of_run
 from engine.origin import Origin
 from engine.provenance import cpu_name, git_commit, versions
 from engine.ranks import Ranks, launched_ranks
@@ -42,9 +44,11 @@ def run(argv: Sequence[str]) -> None:
         UsageError, RunError, DataError: errors that a user can cause; see engine.program.
     """
     args, given = parse_training(argv)
-    args, state = find_state(args, given)
-    if state is not None and "origin" in state:
-        raise RunError(f"{args.resume}: a run of finetune.py, whose --resume continues it")
+    state = find_state(args)
+    if state is not None:
+        if "origin" in state:
+            raise RunError(f"{args.resume}: a run of finetune.py, whose --resume continues it")
+        args = resumed(args, given, state)
     launch(args, argv, state)
 
 
@@ -92,7 +96,7 @@ def start(
     if state is not None and state.get("fingerprint", "") != corpus.fingerprint:
         raise CheckpointError(f"{args.data}: its text is not that of the run to be resumed")
     if origin is not None:
-        origin.check(args.data, corpus)
+        check_vocabulary(origin.path, origin.vocabulary, args.data, corpus)
     with torch.device("meta"):  # shapes only, no memory
         plan = build_model(args, len(corpus.vocabulary))
     if args.dry_run:
@@ -100,8 +104,9 @@ def start(
             print_plan(args, plan, corpus, device)
             give_advice(args, plan, corpus)
         return
-    check_memory(args, plan, corpus, device)
-    print_full_plan(args, plan, corpus, device)
+    devices = ranks.size if device.type == "cuda" else 1
+    check_memory(args, plan, corpus, device, devices)
+    print_full_plan(args, plan, corpus, device, devices)
     if origin is not None:
         print(origin.note, file=sys.stderr)
     named = (state or {}).get("origin") if origin is None else origin.named()
@@ -114,6 +119,7 @@ def start(
             with damage_reported(Path(args.resume)):
                 trainer.load_state_dict(state)
                 state["tracking"]["metrics_bytes"]  # the tracker needs it
+            del state["model"]  # a second copy of the weights
         elif origin is not None:
             trainer.at.begin_validated(trainer.num_steps)
         if not ranks.leader:
@@ -132,7 +138,7 @@ def lead(
 ) -> None:
     """Run the trainer in the leader, with the run's files and tracker."""
     folder, flags = trainer.folder, trainer.identity["flags"]
-    source = None if state is None else model_of(Path(args.resume), state)
+    source = None if state is None else model_of_run(Path(args.resume).parent, state["flags"])
     if aside := folder.begin(source, trainer.at.best_epoch, trainer.at.best_loss):
         warn(f"the run that was in {folder.folder} is now in {aside}")
     if state is None:
@@ -222,28 +228,26 @@ def train_and_test(args: argparse.Namespace, trainer: Trainer, tracker: Tracker)
     test_best(args, trainer, tracker, summary)
 
 
-def find_state(
-    args: argparse.Namespace, given: set[str]
-) -> tuple[argparse.Namespace, dict[str, Any] | None]:
-    """Load the state to resume from, if any; returns the resumed run's flags and the state."""
+def find_state(args: argparse.Namespace) -> dict[str, Any] | None:
+    """Load the state to resume from, if any; args.resume becomes its path."""
     if args.resume is None:
-        return args, None
+        return None
     if args.resume == "auto":
         path = Path(args.save).with_suffix("") / "last.pt"
         if not path.exists():
-            return args, None
+            return None
     else:
         path = find_run(args.resume)
-    state = {"version": file_version(path), **load_training_state(path)}
+    args.resume = str(path)
+    return {"version": file_version(path), **load_training_state(path)}
+
+
+def resumed(args: argparse.Namespace, given: set[str], state: dict[str, Any]) -> argparse.Namespace:
+    """The flags of a resumed run, from what find_state found."""
+    path = Path(args.resume)
     with damage_reported(path):
         args = resume_flags(args, given, state["flags"])
-        model = model_of(path, state)
-        if "save" not in given:
-            args.save = str(model)
-    args.resume = str(path)
-    return args, state
-
-
-def model_of(last: Path, state: dict[str, Any]) -> Path:
-    """The best model's path of a run, wherever the run is now, by its last.pt."""
-    return Path(f"{last.parent}{Path(state['flags']['save']).suffix}")
+        model = model_of_run(path.parent, state["flags"])
+    if "save" not in given:
+        args.save = str(model)
+    return args

@@ -75,11 +75,6 @@ class Child:
                 self._code = os.waitstatus_to_exitcode(status)
         return self._code is not None
 
-    def end(self) -> None:
-        """Kill the process, if it has not ended."""
-        if not self.ended():
-            self.send(signal.SIGKILL)
-
     def printed(self) -> list[str]:
         """What it has written to stdout and stderr so far."""
         texts = []
@@ -92,9 +87,10 @@ class Child:
         """Wait until a condition holds; fails if the process ends before, or hangs."""
         deadline = time.monotonic() + PATIENCE
         while not holds():
-            if self.ended() or time.monotonic() > deadline:
-                self.end()
-                raise AssertionError(self.printed())
+            if time.monotonic() > deadline and not self.ended():
+                self.send(signal.SIGKILL)
+                raise AssertionError(f"it hangs: {self.printed()}")
+            assert not self.ended() or holds(), self.printed()
             time.sleep(0.01)
 
     def wait_for(self, path: Path, text: str = "") -> None:
@@ -103,12 +99,7 @@ class Child:
 
     def wait(self) -> Result:
         """Wait for the end."""
-        deadline = time.monotonic() + PATIENCE
-        while not self.ended():
-            if time.monotonic() > deadline:
-                self.end()
-                raise AssertionError(f"it hangs: {self.printed()}")
-            time.sleep(0.01)
+        self.wait_until(self.ended)
         assert self._code is not None
         result = Result(self._code, *self.printed())
         for file in self._printed:

@@ -208,9 +208,9 @@ def test_killed_between_the_best_model_and_the_state_that_knows_of_it(
 
 @pytest.mark.parametrize("damage", ["shorter", "absent", "zeroed", "edited"])
 def test_a_damaged_metrics_file_loses_no_run(
-    whole: Path, stopped: Path, run: Run, damage: str
+    whole: Path, stopped: Path, run: Run, monkeypatch: pytest.MonkeyPatch, damage: str
 ) -> None:
-    """What remains are whole lines; a gap marks the rest."""
+    """What remains are whole lines; one gap marks the rest, also if the run is killed again."""
     path = stopped.with_suffix("") / "metrics.jsonl"
     lines = path.read_bytes().splitlines(keepends=True)
     path.write_bytes(
@@ -223,10 +223,16 @@ def test_a_damaged_metrics_file_loses_no_run(
     )
     if damage == "absent":
         path.unlink()
-    result = run("--resume", stopped)
-    assert result.code == 0, result.err
-    [warning] = warnings_of(result)
+
+    def killed(*_: object) -> None:
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(checkpoint_writer, "write_checkpoint", killed)
+        [warning] = warnings_of(run("--resume", stopped))
     assert f"{path}: has" in warning
+    result = run("--resume", stopped)
+    assert (result.code, warnings_of(result)) == (0, []), result.err
     expected = read_events(whole / "whole.pt")
     kept = {"absent": 0, "edited": sum(event["step"] <= 20 for event in expected) - 1}
     after = [event for event in expected if event["step"] > 20]
@@ -365,8 +371,9 @@ def test_what_a_killed_process_left_is_removed_and_nothing_of_another_run(tmp_pa
     """Which may be writing its model at this moment. Killed while it copied its first file."""
     (tmp_path / "run").mkdir()
     ours = [_temporary(tmp_path / name) for name in ("run.pt", "run.pt.e2", "run/last.pt")]
-    others = [_temporary(tmp_path / name) for name in ("other.pt", "run.finetuned.pt")]
+    names = ("other.pt", "run.finetuned.pt", "run.pt.e2.finetuned.pt")
+    others = [_temporary(tmp_path / name) for name in names]
     for path in (*ours, *others):
         path.write_text("half")
     with RunFolder(tmp_path / "run.pt"):
-        assert [path.exists() for path in (*ours, *others)] == [False] * 3 + [True] * 2
+        assert [path.exists() for path in (*ours, *others)] == [False] * 3 + [True] * 3

@@ -38,12 +38,6 @@ from training.update import Updater
 # Everything that has to be agreed on is on: all dropouts, the filter's median, clipping,
 # averaging, windows of random length.
 FLAGS = [*TINY, "--epochs", "2", "--nonmono", "0", "--grad-filter", "1", "--checkpoint-every", "9"]
-SCHEMES = {
-    "variable": [],
-    "overlapping": ["--bptt-scheme", "fixed", "--k1", "4"],
-    "randomized": ["--bptt-scheme", "randomized"],
-    "full": ["--bptt-scheme", "full"],
-}
 
 
 def command(ranks: int, *flags: object) -> list[str]:
@@ -56,6 +50,21 @@ def train(ranks: int, *flags: object) -> None:
     done = subprocess.run(command(ranks, *flags), capture_output=True, text=True, timeout=300)
     assert done.returncode == 0, done.stderr
     assert done.stdout.count("End of training") == 1  # one of them speaks
+
+
+def wait_for(process: subprocess.Popen[Any], folder: Path, text: str) -> Path:
+    """Wait until a run has logged a text; returns its metrics.jsonl."""
+    metrics = folder / "metrics.jsonl"
+    while not (metrics.exists() and text in metrics.read_text()):
+        assert process.poll() is None
+        time.sleep(0.05)
+    return metrics
+
+
+def children_of(process: subprocess.Popen[Any]) -> list[int]:
+    """torchrun's processes, by rank."""
+    children = Path(f"/proc/{process.pid}/task/{process.pid}/children")
+    return [int(number) for number in children.read_text().split()]
 
 
 def figures(folder: Path) -> list[list[Any]]:
@@ -95,18 +104,6 @@ def test_two_processes_then_one_train_as_one(
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("scheme", list(SCHEMES))
-def test_two_and_four_processes_train_as_one(
-    run: Callable[..., Result], tmp_path: Path, corpus: Path, scheme: str
-) -> None:
-    flags = [*FLAGS, *SCHEMES[scheme], "--data", corpus]
-    assert run(*flags, "--save", tmp_path / "one.pt").code == 0
-    for ranks in (2, 4):
-        train(ranks, *flags, "--save", tmp_path / f"r{ranks}.pt")
-        assert_same_run(tmp_path / f"r{ranks}", tmp_path / "one")
-
-
-@pytest.mark.slow
 def test_a_process_that_dies_stops_the_others_and_a_restart_resumes(
     run: Callable[..., Result], tmp_path: Path, corpus: Path
 ) -> None:
@@ -116,16 +113,8 @@ def test_a_process_that_dies_stops_the_others_and_a_restart_resumes(
         "--max-restarts", "1", "--monitor-interval", "1",
     ]  # fmt: skip
     process = subprocess.Popen(launch, stderr=subprocess.PIPE, text=True)
-    metrics = tmp_path / "two" / "metrics.jsonl"
-    deadline = time.monotonic() + 120
-    while not (metrics.exists() and '"epoch": 3' in metrics.read_text()):
-        assert time.monotonic() < deadline
-        assert process.poll() is None
-        time.sleep(0.05)
-    children = subprocess.run(
-        ["ps", "-o", "pid=", "--ppid", str(process.pid)], capture_output=True, text=True, check=True
-    )
-    os.kill(int(children.stdout.split()[-1]), signal.SIGKILL)
+    wait_for(process, tmp_path / "two", '"epoch": 3')
+    os.kill(children_of(process)[-1], signal.SIGKILL)
     _, err = process.communicate(timeout=300)
     assert process.returncode == 0, err
     lines = [line for line in err.splitlines() if "error: rank" in line]
@@ -143,10 +132,7 @@ def test_processes_end_with_their_agent_and_the_same_command_goes_on(
     """torchrun killed: its processes write a checkpoint and free the run."""
     flags = [*FLAGS, "--epochs", "40", "--data", corpus, "--resume", "auto"]
     process = subprocess.Popen(command(2, *flags, "--save", tmp_path / "two.pt"))
-    metrics = tmp_path / "two" / "metrics.jsonl"
-    while not (metrics.exists() and '"epoch": 3' in metrics.read_text()):
-        assert process.poll() is None
-        time.sleep(0.05)
+    metrics = wait_for(process, tmp_path / "two", '"epoch": 3')
     process.kill()
     process.wait()
     deadline = time.monotonic() + 20

@@ -14,7 +14,7 @@ from conftest import TINY, Result, read_events, write_corpus
 from forked import Child
 from test_ranks import FLAGS as RANKS_FLAGS
 from test_ranks import assert_same_run as assert_nearly_same_run
-from test_ranks import command
+from test_ranks import children_of, command, wait_for
 from test_resume import assert_same_run, start
 
 import evaluation.evaluate
@@ -95,6 +95,14 @@ def test_an_update_is_given_up_and_repeated(
     assert last["optimizer"]["nt_asgd"]["averaging"] or not one_piece
     assert start(save, corpus, *flags) == 0
     assert_same_run(whole / "whole.pt", save)
+
+
+def test_control_c_twice_stops_at_once() -> None:
+    with Interrupt() as interrupt:
+        signal.raise_signal(signal.SIGINT)
+        assert (interrupt.requested, interrupt.terminated) == (True, False)
+        with pytest.raises(KeyboardInterrupt):
+            signal.raise_signal(signal.SIGINT)
 
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGHUP])
@@ -191,15 +199,9 @@ def test_processes_stop_together(run: Run, tmp_path: Path) -> None:
     process = subprocess.Popen(
         command(2, *flags, "--save", tmp_path / "two.pt"), stderr=subprocess.PIPE, text=True
     )
-    metrics = tmp_path / "two" / "metrics.jsonl"
-    while not (metrics.exists() and '"train"' in metrics.read_text()):
-        assert process.poll() is None
-        time.sleep(0.05)
+    wait_for(process, tmp_path / "two", '"train"')
     time.sleep(2)
-    listed = ["ps", "-o", "pid=", "--ppid", str(process.pid)]
-    children = subprocess.run(listed, capture_output=True, text=True, check=True).stdout.split()
-    [leader] = [n for n in children if b"\0RANK=0\0" in Path(f"/proc/{n}/environ").read_bytes()]
-    os.kill(int(leader), signal.SIGUSR1)
+    os.kill(children_of(process)[0], signal.SIGUSR1)  # the leader
     err = process.communicate(timeout=60)[1]
     assert "error: terminated; --resume" in err
     assert "another process of this run is gone" not in err

@@ -65,18 +65,6 @@ def test_lines_are_in_the_file_at_once(tmp_path: Path) -> None:
     file.close()
 
 
-@pytest.mark.parametrize("tail", ["", '{"step": 3}\n{"step": 4}\n', '{"step": 3}\n{"st'])
-def test_resuming_cuts_what_came_after_the_checkpoint(tmp_path: Path, tail: str) -> None:
-    """tests/test_damage.py has what is missing before it."""
-    path, whole = tmp_path / "metrics.jsonl", '{"step": 1, "name": "é"}\n{"step": 2}\n'
-    path.write_text(whole + tail)
-    file = MetricsFile(path, keep_bytes=len(whole.encode()))
-    assert (file.size, file.damage) == (len(whole.encode()), None)
-    file.write({"step": 3})
-    file.close()
-    assert path.read_text() == whole + '{"step": 3}\n'
-
-
 # the terminal
 
 EPOCH = """
