@@ -207,7 +207,7 @@ def test_descriptions_of_known_curves() -> None:
     assert describe(1.1**lags, 20)["growth"] == pytest.approx(1.1**39)
     assert describe(1.1**lags, 20)["reach"] == {"0.1": None, "0.01": None}
     nothing = describe(torch.zeros(5, 3, dtype=torch.float64), 2)
-    assert nothing["near"] == nothing["growth"] == 0
+    assert nothing["near"] == nothing["growth"] == nothing["exploding"] == 0
 
 
 # Matrices
