@@ -63,13 +63,13 @@ def time_needed(runs: list[Run], corpus: Corpus, args: argparse.Namespace) -> st
     jobs, threads = sharing(args)
     jobs = max(1, min(jobs, len(open_runs)))
     known = [state.summary for state in states if state.summary.get("epochs")]
+    start = time.process_time()  # to load torch, mainly, as each run has to
     if known:
         pace = sum(s["seconds"] for s in known) / sum(s["epochs"] for s in known)
-        seconds = sum(left.values()) * pace
+        seconds = sum(left.values()) * pace + len(open_runs) * start
         return f"about {duration(seconds / jobs)}, at {pace:.1f} s an epoch so far"
     if args.ray is not None:
         return "how long that takes is known once a first run is done"
-    start = time.process_time()  # to load torch, mainly, as each run has to
     before = torch.get_num_threads()
     torch.set_num_threads(threads)
     rows = {run.row.slug: run for run in reversed(open_runs)}

@@ -2,6 +2,7 @@
 
 import sys
 import time
+from dataclasses import replace
 
 from engine.ablation.columns import number
 from engine.ablation.runs import FINISHED, Run, counted, read_state
@@ -12,7 +13,7 @@ ENDED = (*FINISHED, "failed")
 
 
 class Board:
-    """Progress over all runs, on stderr: a line when one has ended, and every LINE_SECONDS.
+    """Progress over all runs, on stderr: lines when one has ended, and every LINE_SECONDS.
 
     Args:
         runs: all runs of the table, finished ones too.
@@ -21,6 +22,9 @@ class Board:
     def __init__(self, runs: list[Run]) -> None:
         self._runs = {run.name: run for run in runs}
         self._states = {run.name: read_state(run) for run in runs}
+        for name, state in self._states.items():
+            if state.kind == "failed":  # it is tried again
+                self._states[name] = replace(state, kind="started", cause="")
         self._begin = self._printed = time.monotonic()
         self._done_before = self._work_done()
 
@@ -37,8 +41,9 @@ class Board:
             shown = running
         if shown:
             self._printed = now
-            runs = "; ".join(self._describe(name) for name in self._runs if name in shown)
-            print(f"| {runs} | {self._headline(running)}", file=sys.stderr, flush=True)
+            lines = [self._describe(name) for name in self._runs if name in shown]
+            for line in (*lines, self._headline(running)):
+                print(f"| {line}", file=sys.stderr, flush=True)
 
     def _headline(self, running: set[str]) -> str:
         """How many runs have ended, and the estimated time left."""
