@@ -162,6 +162,8 @@ def test_more_jobs_than_runs_make_nothing_faster(
         args = parse_ablation([str(table), "--jobs", str(jobs), "--threads", "1"])
         words = f"about {seconds} s, at 10.0 s an epoch so far"
         assert time_needed(runs, corpus, args) == words
+    runs = planned(table, tmp_path / "out", "--flags=--max-updates 1")  # much less than an epoch
+    assert " at 10.0 s an epoch" not in time_needed(runs, corpus, args)
 
 
 def test_what_the_time_was_measured_with_is_freed(tmp_path: Path) -> None:

@@ -328,6 +328,25 @@ def test_a_run_is_under_way_or_ended_but_not_both(
     ]
 
 
+def test_a_run_that_updates_will_end_is_measured_in_updates(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A quarter takes 60 s; of its 8000 epochs it will see two."""
+    clock = [0.0]
+    monkeypatch.setattr("engine.ablation.progress.time.monotonic", lambda: clock[0])
+    [run] = runs_of(tmp_path, [Row("base")], (1,), epochs=8000, max_updates=80)
+    board = Board([run])
+    run.folder.mkdir()
+    line = dict(event="valid", step=20, epoch=1, ppl=90.0)
+    (run.folder / "metrics.jsonl").write_text(json.dumps(line))
+    clock[0] = 60.0
+    board.tick({run.name}, set())
+    assert capsys.readouterr().err.splitlines() == [
+        "| base, seed 1: 20 of 80 updates, valid ppl 90.00",
+        "| 0 of 1 runs ended, 1 under way, about 3.0 min left",
+    ]
+
+
 def test_runs_that_had_ended_before_take_no_time(
     runs: list[Run], capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
