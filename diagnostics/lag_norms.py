@@ -50,12 +50,9 @@ def lag_norms(
         positions: steps t to start from, spread evenly over lags, …, T - 1.
 
     Raises:
-        ValueError: the window is too short.
         OverflowError: a gradient is not finite.
     """
     steps = len(unrolled.outputs)
-    if not 0 <= lags < steps:
-        raise ValueError(f"a window of {steps} steps has no lag of {lags}")
     layers = len(unrolled.hidden)
     starts = torch.linspace(lags, steps - 1, min(positions, steps - lags)).round().long()
     norms: list[Tensor] = []
@@ -98,14 +95,15 @@ def describe(norms: Tensor, bptt: int) -> dict[str, Any]:
     levels = torch.tensor(QUANTILES, dtype=norms.dtype, device=norms.device)
     quantiles = norms.quantile(levels, dim=1)
     median = quantiles[QUANTILES.index(0.5)]
-    first = median[min(1, len(median) - 1)]
+    first, largest = median[1], norms[1:].amax(0)
     return dict(
         quantiles={str(q): values for q, values in zip(QUANTILES, quantiles, strict=True)},
         near=factor_per_step(median[1 : NEAR + 1]),
         far=factor_per_step(median[len(median) // 2 :]),
         reach={str(share): _first_below(median, share * first) for share in (0.1, 0.01)},
         growth=float(median[1:].max() / first) if first > 0 else 0.0,
-        exploding=float((norms[1:].amax(0) >= EXPLOSION * norms[1]).double().mean()),
+        # A gradient of 0 is ten times 0, but does not grow.
+        exploding=float(((largest > 0) & (largest >= EXPLOSION * norms[1])).double().mean()),
         at_bptt=float(median[bptt] / first) if bptt < len(median) and first > 0 else None,
     )
 

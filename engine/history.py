@@ -26,11 +26,13 @@ class History:
     folder: the run's folder.
     config: its config.json, or empty.
     events: the lines of its metrics.jsonl.
+    summary: its summary.json, or empty.
     """
 
     folder: Path
     config: dict[str, Any]
     events: list[dict[str, Any]]
+    summary: dict[str, Any]
 
     @property
     def flags(self) -> dict[str, Any]:
@@ -95,8 +97,13 @@ class History:
 
     def _epoch_ends(self) -> dict[int, int]:
         """Epochs that have ended, by their last update."""
-        cut = self.flags.get("max_updates")  # validates within an epoch
-        return {line["step"]: line["epoch"] for line in self.of("valid") if line["step"] != cut}
+        cut = self.flags.get("max_updates")  # the run may then have been validated within an epoch
+        whole = self.summary.get("epochs", 0)
+        return {
+            line["step"]: line["epoch"]
+            for line in self.of("valid")
+            if cut is None or line["step"] < cut or line["epoch"] <= whole
+        }
 
 
 def _number(value: Any, otherwise: float = math.nan) -> float:
@@ -123,7 +130,8 @@ def read_history(path: str | Path) -> History:
         for event in read_events(folder / METRICS)
         if all(isinstance(event.get(name), int) for name in NEEDED.get(str(event["event"]), ()))
     ]
-    return History(folder, read_json(folder / "config.json"), events)
+    found = [read_json(folder / f"{name}.json") for name in ("config", "summary")]
+    return History(folder, found[0], events, found[1])
 
 
 def corpus_of_run(model: str | Path) -> str | None:
@@ -137,7 +145,7 @@ def flags_of_run(model: str | Path) -> dict[str, Any]:
     if Path(model).is_dir():  # an exported one has no run
         return {}
     run = Path(model).with_suffix("")
-    return History(run, read_json(run / "config.json"), []).flags
+    return History(run, read_json(run / "config.json"), [], {}).flags
 
 
 def read_json(path: Path) -> dict[str, Any]:

@@ -69,6 +69,8 @@ def run(argv: Sequence[str]) -> None:
     for gpu in args.gpus or []:
         if gpu >= (there := torch.cuda.device_count()):
             raise UsageError(f"argument --gpus: there is no GPU {gpu} ({there} in all)")
+    if args.gpus:  # whose memory and speed this process measures
+        torch.cuda.set_device(args.gpus[0])
     ensure_corpus(runs[0].flags["data"])
     corpus = load_corpus(runs[0].flags["data"])
     check_folders(runs, corpus.fingerprint)
@@ -85,8 +87,8 @@ def run(argv: Sequence[str]) -> None:
     try:
         unfinished = any(read_state(run).kind not in FINISHED for run in runs)
         if unfinished and args.ray is None:  # a cluster's machines may be others
-            needed = time_needed(runs, corpus, args)
-            print(f"| {where(args)}: {needed}", file=sys.stderr, flush=True)
+            for line in (where(args), time_needed(runs, corpus, args)):
+                print(f"| {line}", file=sys.stderr, flush=True)
         run_all(runs, args)
         report(table, runs, output, args)
     finally:
@@ -103,9 +105,10 @@ def select(table: Table, args: argparse.Namespace) -> Table:
     rows = table.rows
     if args.rows is not None:
         words = [word.lower() for word in args.rows]
-        rows = [rows[0]] + [r for r in rows[1:] if any(w in r.name.lower() for w in words)]
-        if len(rows) == 1:
+        chosen = [row for row in rows if any(word in row.name.lower() for word in words)]
+        if not chosen:
             raise UsageError(f"argument --rows: {args.table} has no such row")
+        rows = [rows[0], *(row for row in chosen if row is not rows[0])]
     try:
         flags = [*table.flags, *shlex.split(args.flags)]
     except ValueError as error:

@@ -78,7 +78,8 @@ def print_end(trainer: Trainer, test_loss: float, summary: dict[str, Any]) -> No
     cause = at.diverged or divergence("test", test_loss, words, early)
     summary["diverged"] = bool(cause)
     if cause:
-        warn(f"this run has diverged: {cause}")
+        # The epoch has been warned of with its cause.
+        warn(f"this run has diverged{'' if at.diverged else f': {cause}'}")
         summary["cause"] = cause
 
 

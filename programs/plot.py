@@ -3,7 +3,7 @@
 from collections.abc import Sequence
 from pathlib import Path
 
-from engine.errors import RunError
+from engine.errors import RunError, UsageError
 from engine.history import AXES, History, read_history
 from engine.tracking import warn
 from flags.plotting import parse_plotting, tell_apart
@@ -21,6 +21,8 @@ def run(argv: Sequence[str]) -> None:
     """
     args = parse_plotting(argv)
     output = None if args.output is None else Path(args.output)
+    if output is not None and not output.name:  # ".", "/"
+        raise UsageError(f"argument --output: {args.output!r} names no file")
     if output is not None and not output.parent.is_dir():
         raise RunError(f"{output.parent}: no such folder (for --output {output})")
     found = [read_history(path) for path in args.run]

@@ -62,14 +62,18 @@ def time_needed(runs: list[Run], corpus: Corpus, args: argparse.Namespace) -> st
     open_runs = [run for run in runs if left[run.name]]
     jobs, threads = sharing(args)
     jobs = max(1, min(jobs, len(open_runs)))
-    known = [state.summary for state in states if state.summary.get("epochs")]
+    known = [
+        (s.summary["seconds"], planned(run, corpus) if s.trained else s.summary["epochs"])
+        for run, s in zip(runs, states, strict=True)
+        if s.trained or s.summary.get("epochs")
+    ]
+    start = time.process_time()  # to load torch, mainly, as each run has to
     if known:
-        pace = sum(s["seconds"] for s in known) / sum(s["epochs"] for s in known)
-        seconds = sum(left.values()) * pace
+        pace = sum(seconds for seconds, _ in known) / sum(epochs for _, epochs in known)
+        seconds = sum(left.values()) * pace + len(open_runs) * start
         return f"about {duration(seconds / jobs)}, at {pace:.1f} s an epoch so far"
     if args.ray is not None:
         return "how long that takes is known once a first run is done"
-    start = time.process_time()  # to load torch, mainly, as each run has to
     before = torch.get_num_threads()
     torch.set_num_threads(threads)
     rows = {run.row.slug: run for run in reversed(open_runs)}
@@ -99,7 +103,10 @@ def forecast_of(run: Run, corpus: Corpus) -> Forecast | None:
 
 
 def epochs_left(run: Run, state: State, corpus: Corpus) -> float:
-    """Epochs that a run has left, by its flags; fractional with --max-updates."""
-    if state.kind in FINISHED:
-        return 0
-    return max(0.0, planned_epochs(argparse.Namespace(**run.flags), corpus) - state.epochs)
+    """Epochs that a run has left; see planned."""
+    return 0 if state.kind in FINISHED else max(0.0, planned(run, corpus) - state.epochs)
+
+
+def planned(run: Run, corpus: Corpus) -> float:
+    """Epochs of a run by its flags; fractional with --max-updates."""
+    return planned_epochs(argparse.Namespace(**run.flags), corpus)

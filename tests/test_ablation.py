@@ -150,15 +150,20 @@ def test_a_run_with_other_columns_of_the_test_text_is_refused(tmp_path: Path) ->
             programs.ablate.check_folders([run])
 
 
-def test_more_jobs_than_runs_make_nothing_faster(tmp_path: Path) -> None:
-    """One of three runs is done, at 10 s an epoch; two more of two epochs are left."""
+def test_more_jobs_than_runs_make_nothing_faster(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """One of three runs is done, at 10 s an epoch; two more of two epochs are left, and start."""
+    monkeypatch.setattr("programs.table_plan.time.process_time", lambda: 4.0)
     table = write_table(tmp_path, {"base": ""}, (1, 2, 3))
     runs, corpus = planned(table, tmp_path / "out"), load_corpus(tmp_path / "corpus")
     write_summary(runs[0], seconds=20.0, test_ppl=70.0)
-    for jobs, seconds in ((1, 40), (2, 20), (8, 20)):
+    for jobs, seconds in ((1, 48), (2, 24), (8, 24)):
         args = parse_ablation([str(table), "--jobs", str(jobs), "--threads", "1"])
         words = f"about {seconds} s, at 10.0 s an epoch so far"
         assert time_needed(runs, corpus, args) == words
+    runs = planned(table, tmp_path / "out", "--flags=--max-updates 1")  # much less than an epoch
+    assert " at 10.0 s an epoch" not in time_needed(runs, corpus, args)
 
 
 def test_what_the_time_was_measured_with_is_freed(tmp_path: Path) -> None:
@@ -428,6 +433,24 @@ def test_jobs_share_the_gpus(monkeypatch: pytest.MonkeyPatch) -> None:
     assert "CUDA_VISIBLE_DEVICES" not in slots(1, 1, None)[0]
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "2, GPU-abc")  # GPUs are numbered as seen
     assert [place["CUDA_VISIBLE_DEVICES"] for place in slots(2, 1, [0, 1])] == ["2", "GPU-abc"]
+
+
+def test_the_plan_measures_the_gpu_that_is_given(
+    run_table: Callable[..., Result], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    chosen: list[int] = []
+    monkeypatch.setattr("torch.cuda.device_count", lambda: 2)
+    monkeypatch.setattr("torch.cuda.set_device", chosen.append)
+    table = write_table(tmp_path, {"base": "--batch-size 2"}, (1,))
+    run_table(table, "--output", tmp_path / "out", "--gpus", "1", "--dry-run")
+    assert chosen == [1]
+
+
+def test_the_first_row_can_be_the_only_one(tmp_path: Path) -> None:
+    table = write_table(tmp_path, {"base": "", "a": "", "b": ""}, (1,))
+    for words, rows in ((["base"], ["base"]), (["B"], ["base", "b"])):
+        runs = planned(table, tmp_path / "out", "--rows", *words)
+        assert [run.row.name for run in runs] == rows
 
 
 def test_a_run_that_is_tried_again_is_no_failure_meanwhile(

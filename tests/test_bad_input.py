@@ -217,10 +217,10 @@ def test_divergence_that_stays_finite(run: Run, corpus_folder: Path, tmp_path: P
     happened, end = (line for line in result.err.splitlines() if "diverged" in line)
     words = r"\w+ perplexity \S+ is worse than guessing among the vocabulary's 31 words"
     assert re.fullmatch(rf"warning: epoch 1 has diverged: {words}", happened)
-    assert re.fullmatch(rf"warning: this run has diverged: {words}", end)
+    assert end == "warning: this run has diverged"
     summary = read_summary(tmp_path / "run.pt")
     assert (summary["diverged"], summary["epochs"]) == (True, 3)
-    assert f"warning: this run has diverged: {summary['cause']}" == end
+    assert re.fullmatch(words, summary["cause"])
     table_run = ablation_runs.Run(Row("a"), 1, [], dict(epochs=3), tmp_path / "run.pt")
     assert ablation_runs.read_state(table_run).kind == "diverged"
 

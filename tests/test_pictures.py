@@ -99,6 +99,15 @@ def test_table(seen: Seen, tmp_path: Path, rows: int, epochs: int, switch: int |
     assert ("averaging begins" in [text for text, _ in seen[-1][2]]) == (switch is not None)
 
 
+def test_an_epoch_that_was_not_finite_leaves_the_others_in_their_places() -> None:
+    figures = table_figures(1, 4, 3)
+    figures["rows"][0]["runs"][0]["curve"][1] = None
+    [axes] = draw_curves(figures).axes
+    curve, switch = axes.lines[:2]
+    assert list(curve.get_xdata()) == [1, 3, 4]
+    assert list(switch.get_ydata()) == [curve.get_ydata()[1]]
+
+
 def test_nothing_to_draw() -> None:
     assert draw_curves(table_figures(1, 0, None)) is None
 

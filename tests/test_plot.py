@@ -102,6 +102,14 @@ def test_a_run_under_way_with_a_cut_line_and_a_gap(
     assert curves.best == (2, 2.0, 90.0)
 
 
+def test_a_run_cut_short_has_the_epochs_that_are_whole(tmp_path: Path) -> None:
+    """By --max-updates, within an epoch or at its end: both validate at the last update."""
+    folder = write_run(tmp_path / "run", 1, dict(max_updates=10))
+    for epochs in (0, 1):
+        (folder / "summary.json").write_text(json.dumps(dict(epochs=epochs)))
+        assert ("no epoch has ended yet" in read_history(folder).lacks("epoch")) == (epochs == 0)
+
+
 def test_fine_tuning_in_its_first_epoch(draw: Callable[..., Result], tmp_path: Path) -> None:
     """Epoch 0, the model as it was, has no length that the first epoch's could be taken from."""
     folder = write_run(tmp_path / "run", 1)
@@ -158,6 +166,7 @@ def test_what_is_missing_is_said_in_a_line(draw: Callable[..., Result], tmp_path
         assert line.startswith(f"{tmp_path / name}: no such run (looked for ")
     assert "--x" in only_line(draw(run, "--x", "day"), 2)
     assert "RUN" in only_line(draw(), 2)
+    assert "--output: '.' names no file" in only_line(draw(run, "--output", "."), 2)
     assert "nowhere: no such folder" in only_line(draw(run, "--output", tmp_path / "nowhere/a"), 1)
     odd = ('{"event": "valid", "step": 1}', '{"event": "train", "epoch": 1, "step": null}')
     metrics.write_text("\n".join(["[1]", "\0", *odd, '{"event": "averaging", "step": 1}', ""]))

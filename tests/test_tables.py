@@ -320,24 +320,46 @@ def test_a_run_is_under_way_or_ended_but_not_both(
     board.tick({one, two}, set())
     board.tick({two}, {one})
     board.tick(set(), {two})
-    lines = capsys.readouterr().err.splitlines()
-    assert [line.split(" | ")[1] for line in lines] == [
-        "1 of 2 runs ended, 1 under way",
-        "2 of 2 runs ended, 0 under way",
+    assert capsys.readouterr().err.splitlines() == [
+        "| all regularisers, seed 1: done, test ppl 70.00",
+        "| 1 of 2 runs ended, 1 under way",
+        "| all regularisers, seed 2: done, test ppl 70.00",
+        "| 2 of 2 runs ended, 0 under way",
+    ]
+
+
+def test_a_run_that_updates_will_end_is_measured_in_updates(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A quarter takes 60 s; of its 8000 epochs it will see two."""
+    clock = [0.0]
+    monkeypatch.setattr("engine.ablation.progress.time.monotonic", lambda: clock[0])
+    [run] = runs_of(tmp_path, [Row("base")], (1,), epochs=8000, max_updates=80)
+    board = Board([run])
+    run.folder.mkdir()
+    line = dict(event="valid", step=20, epoch=1, ppl=90.0)
+    (run.folder / "metrics.jsonl").write_text(json.dumps(line))
+    clock[0] = 60.0
+    board.tick({run.name}, set())
+    assert capsys.readouterr().err.splitlines() == [
+        "| base, seed 1: 20 of 80 updates, valid ppl 90.00",
+        "| 0 of 1 runs ended, 1 under way, about 3.0 min left",
     ]
 
 
 def test_runs_that_had_ended_before_take_no_time(
     runs: list[Run], capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Two of four were there; the third takes a minute, and so will the last."""
+    """Two of five were there; the third takes a minute, and so will the others, of which one has
+    failed before."""
     clock = [0.0]
     monkeypatch.setattr("engine.ablation.progress.time.monotonic", lambda: clock[0])
     for run in runs[:2]:
         write_summary(run, test_ppl=70.0)
-    board = Board(runs[:4])
+    runs[4].failure_path.write_text("its cause")
+    board = Board(runs[:5])
     clock[0] = 60.0
     write_summary(runs[2], test_ppl=70.0)
     board.tick(set(), {runs[2].name})
     line = capsys.readouterr().err
-    assert line.endswith(" | 3 of 4 runs ended, 0 under way, about 60 s left\n")
+    assert line.endswith("\n| 3 of 5 runs ended, 0 under way, about 2.0 min left\n")

@@ -32,24 +32,23 @@ def draw_curves(figures: dict[str, Any]) -> Any:
     Raises:
         ImportError: matplotlib is not installed.
     """
-    drawn = [(i, row, _means(row)) for i, row in enumerate(figures["rows"])]
-    drawn = [(i, row, curves) for i, row, curves in drawn if curves[0]]
+    drawn = [(i, row, found) for i, row in enumerate(figures["rows"]) if (found := _ranges(row))]
     if not drawn:
         return None
     figure, [[axes]] = new_figure(1, 1, (9, 5))
     switched = False
-    for i, row, (low, mean, high) in drawn:
-        epochs = range(1, len(mean) + 1)
+    for i, row, ranges in drawn:
+        epochs, (low, mean, high) = list(ranges), zip(*ranges.values(), strict=True)
         colour, dash = COLOURS[i % len(COLOURS)], DASHES[i // len(COLOURS) % len(DASHES)]
         marker = "." if len(mean) < 30 else ""
         axes.plot(epochs, mean, dash, color=colour, label=as_label(row["name"]), marker=marker)
         axes.fill_between(epochs, low, high, color=colour, alpha=0.15, linewidth=0)
         switches = [run["averaging_epoch"] for run in row["runs"]]
-        for epoch in (e for e in switches if e is not None and e <= len(mean)):
-            axes.plot([epoch], [mean[epoch - 1]], color=colour, alpha=0.7, **AVERAGING)
+        for epoch in (e for e in switches if e in ranges):
+            axes.plot([epoch], [ranges[epoch][1]], color=colour, alpha=0.7, **AVERAGING)
             switched = True
-    best = min(min(mean) for _, _, (_, mean, _) in drawn)
-    worst = max(max(high) for _, _, (_, _, high) in drawn)
+    best = min(mean for _, _, ranges in drawn for _, mean, _ in ranges.values())
+    worst = max(high for _, _, ranges in drawn for _, _, high in ranges.values())
     logarithmic(axes, best, min(worst, MOST_SHOWN * best))
     whole_numbers(axes)
     axes.set_xlabel("epoch")
@@ -62,12 +61,16 @@ def draw_curves(figures: dict[str, Any]) -> Any:
     return figure
 
 
-def _means(row: dict[str, Any]) -> tuple[list[float], list[float], list[float]]:
+def _ranges(row: dict[str, Any]) -> dict[int, tuple[float, float, float]]:
     """Lowest, mean and highest perplexity of each epoch that all of the row's seeds reached.
 
-    Seeds that are not done (diverged, failed) are left out, unless there are no others.
+    Seeds that are not done (diverged, failed) are left out, unless there are no others; and so are
+    epochs at which a perplexity was not finite.
     """
     done = [run for run in row["runs"] if run["state"] == "done"]
     curves = [run["curve"] for run in done or row["runs"] if run["curve"]]
-    epochs = [values for values in zip(*curves, strict=False) if None not in values]
-    return [min(v) for v in epochs], [statistics.fmean(v) for v in epochs], [max(v) for v in epochs]
+    return {
+        epoch: (min(values), statistics.fmean(values), max(values))
+        for epoch, values in enumerate(zip(*curves, strict=False), start=1)
+        if None not in values
+    }

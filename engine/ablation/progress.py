@@ -2,6 +2,7 @@
 
 import sys
 import time
+from dataclasses import replace
 
 from engine.ablation.columns import number
 from engine.ablation.runs import FINISHED, Run, counted, read_state
@@ -12,7 +13,7 @@ ENDED = (*FINISHED, "failed")
 
 
 class Board:
-    """Progress over all runs, on stderr: a line when one has ended, and every LINE_SECONDS.
+    """Progress over all runs, on stderr: lines when one has ended, and every LINE_SECONDS.
 
     Args:
         runs: all runs of the table, finished ones too.
@@ -21,6 +22,9 @@ class Board:
     def __init__(self, runs: list[Run]) -> None:
         self._runs = {run.name: run for run in runs}
         self._states = {run.name: read_state(run) for run in runs}
+        for name, state in self._states.items():
+            if state.kind == "failed":  # it is tried again
+                self._states[name] = replace(state, kind="started", cause="")
         self._begin = self._printed = time.monotonic()
         self._done_before = self._work_done()
 
@@ -37,8 +41,9 @@ class Board:
             shown = running
         if shown:
             self._printed = now
-            runs = "; ".join(self._describe(name) for name in self._runs if name in shown)
-            print(f"| {runs} | {self._headline(running)}", file=sys.stderr, flush=True)
+            lines = [self._describe(name) for name in self._runs if name in shown]
+            for line in (*lines, self._headline(running)):
+                print(f"| {line}", file=sys.stderr, flush=True)
 
     def _headline(self, running: set[str]) -> str:
         """How many runs have ended, and the estimated time left."""
@@ -51,24 +56,30 @@ class Board:
         return f"{share}, {len(running)} under way{self._time_left()}"
 
     def _describe(self, name: str) -> str:
-        state, planned = self._states[name], self._runs[name].flags["epochs"]
+        state = self._states[name]
         if state.kind == "done":
             return f"{name}: done, test ppl {number(state.summary['test_ppl'])}"
         if state.cause:
             return f"{name}: {state.kind}: {state.cause}"
-        if not (validations := state.of("valid")):
-            return f"{name}: epoch 1 of {planned}"
-        ppl = number(validations[-1]["ppl"])
-        return f"{name}: {state.epochs} of {planned} epochs, valid ppl {ppl}"
+        done, planned, unit = self._progress(name)
+        ppl = [f", valid ppl {number(line['ppl'])}" for line in state.of("valid")[-1:]]
+        return f"{name}: {done} of {planned} {unit}{''.join(ppl)}"
+
+    def _progress(self, name: str) -> tuple[int, int, str]:
+        """How much of a run is done, of how much: epochs, or updates if these will end it."""
+        state, flags = self._states[name], self._runs[name].flags
+        ways = [(state.epochs, flags["epochs"], "epochs")]
+        if state.events and flags["max_updates"] is not None:
+            ways.append((state.events[-1].get("step", 0), flags["max_updates"], "updates"))
+        return max(ways, key=lambda way: way[0] / way[1])
 
     def _work_done(self) -> float:
-        """Runs that have ended, plus the share of epochs of each that has not."""
-        return sum(
-            1.0
-            if state.kind in ENDED
-            else min(1.0, state.epochs / self._runs[name].flags["epochs"])
-            for name, state in self._states.items()
-        )
+        """Runs that have ended, plus the share of each that has not."""
+        total = 0.0
+        for name, state in self._states.items():
+            done, planned, _ = self._progress(name)
+            total += 1.0 if state.kind in ENDED else min(1.0, done / planned)
+        return total
 
     def _time_left(self) -> str:
         """From the work since the start of this program; empty before the first epoch's end."""

@@ -46,13 +46,12 @@ def write_report(figures: dict[str, Any], folder: Path, curves: str = "") -> lis
 
     Args:
         figures: from results.collect.
-        folder: made if need be.
+        folder: where to write them.
         curves: name of the picture that the page shows.
 
     Returns:
         The files.
     """
-    folder.mkdir(parents=True, exist_ok=True)
     contents = {
         "table.md": markdown(figures, curves),
         "table.csv": comma_separated(figures),

@@ -51,14 +51,12 @@ class State(History):
     cause: why it diverged or failed, one line.
     trained: main.py's part is done.
     steps: the states of the steps by name; empty unless trained.
-    summary: its summary.json, or empty.
     """
 
     kind: str
     cause: str
     trained: bool
     steps: dict[str, StepState]
-    summary: dict[str, Any]
 
     @property
     def epochs(self) -> int:
@@ -94,7 +92,7 @@ def read_state(run: Run) -> State:
             kind = "started" if step.kind == "new" else step.kind
             cause = f"{name}: {step.cause}" if step.cause else name
             break
-    return State(run.folder, config, events, kind, cause, trained, steps, summary)
+    return State(run.folder, config, events, summary, kind, cause, trained, steps)
 
 
 def source_of(summary: dict[str, Any]) -> list[Any]:

@@ -12,6 +12,7 @@ from engine.errors import RunError
 LEAST_FOR_INTERVAL = 2
 LEAST_FOR_TEST = 3
 MOST_ENUMERATED = 16
+LEVEL = 0.05
 
 
 def spread(values: list[float]) -> dict[str, Any]:
@@ -22,12 +23,13 @@ def spread(values: list[float]) -> dict[str, Any]:
     return dict(n=len(values), mean=statistics.fmean(values), sd=sd)
 
 
-def paired(differences: list[float], level: float = 0.95) -> dict[str, Any]:
+def paired(differences: list[float]) -> dict[str, Any]:
     """What n differences between two rows, paired by seed, say about the mean difference.
 
-    mean ± t · sd / sqrt(n) with Student's t of n - 1 degrees of freedom, and the p value of the
-    two-sided paired t test. Both hold at any n >= 2 if the differences are normally distributed;
-    at n = 2 nothing in the data could show that they are not, so no p value is given there.
+    mean ± t · sd / sqrt(n) with Student's t of n - 1 degrees of freedom at 95 %, and the p value of
+    the two-sided paired t test. Both hold at any n >= 2 if the differences are normally
+    distributed; at n = 2 nothing in the data could show that they are not, so no p value is given
+    there.
 
     sign_flip_p is that of the exact sign-flip test, which assumes of the differences under the
     null hypothesis only that they are symmetric: the share of all 2**n choices of signs whose
@@ -43,11 +45,11 @@ def paired(differences: list[float], level: float = 0.95) -> dict[str, Any]:
         return result
     student = _scipy_stats().t(n - 1)
     error = result["sd"] / math.sqrt(n)
-    reach = float(student.ppf(0.5 + level / 2)) * error
+    reach = float(student.ppf(1 - LEVEL / 2)) * error
     result.update(low=result["mean"] - reach, high=result["mean"] + reach)
     if n >= LEAST_FOR_TEST and error > 0:
         result["p"] = 2 * float(student.sf(abs(result["mean"]) / error))
-    if 2 / 2**n < 1 - level and n <= MOST_ENUMERATED:
+    if 2 / 2**n < LEVEL and n <= MOST_ENUMERATED:
         result["sign_flip_p"] = sign_flip(differences)
     return result
 
