@@ -119,7 +119,7 @@ def _readme(config: dict[str, Any]) -> str:
 
 
 def _other_folder(folder: Path, config: dict[str, Any]) -> str:
-    """What a folder is whose config.json is not that of an exported model."""
+    """Say what kind of folder has a config.json that is not an exported model's."""
     flags = config.get("flags")
     if not isinstance(flags, dict):
         return "not a folder that export.py wrote"

@@ -245,5 +245,5 @@ def find_state(
 
 
 def model_of(last: Path, state: dict[str, Any]) -> Path:
-    """The best model's path of a run, wherever the run is now, by its last.pt."""
+    """The best model's path of a run, from its last.pt, also after the run was moved."""
     return Path(f"{last.parent}{Path(state['flags']['save']).suffix}")
