@@ -184,7 +184,7 @@ def encode_text(path: Path, index: dict[str, int]) -> npt.NDArray[np.int32]:
 
 
 def _check_text(path: Path) -> None:
-    """Raise for what is no file, such as a pipe, which might never end, and for an empty one."""
+    """Refuse an empty file, and a pipe or device, which might never end."""
     if not path.exists():
         raise DataError(f"{path}: no such file")
     if not path.is_file():
@@ -194,7 +194,7 @@ def _check_text(path: Path) -> None:
 
 
 def _flaw(path: Path) -> str:
-    """What a file has that is no text, and where."""
+    """Say why a file cannot be read as text, with the place of the first bad byte."""
     content = path.read_bytes()
     if b"\0" in content:
         return f"{path}: binary, not text (it contains NUL bytes)"

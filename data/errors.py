@@ -10,7 +10,7 @@ class DataError(Exception):
 
 
 class WriteError(OSError):
-    """A file that cannot be written; what it held before is untouched.
+    """A file that cannot be written; its old contents are untouched.
 
     The message is one line, like DataError's; if the disk is full, it has the bytes wanted and
     left.

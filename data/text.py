@@ -1,4 +1,4 @@
-"""Any text as ids of a vocabulary that is already there."""
+"""Reads any text as ids of a given vocabulary."""
 
 import os
 import shutil

@@ -1,4 +1,4 @@
-"""The gradient of a whole window: who holds how much of it, and what clipping makes of it."""
+"""The gradient of a whole window: each parameter's share of it, and the effect of clipping."""
 
 import math
 from typing import Any, NamedTuple
@@ -13,7 +13,7 @@ CLIP_EPS = 1e-6  # torch.nn.utils.clip_grad_norm_'s guard against a norm of 0
 
 
 class WindowGradient(NamedTuple):
-    """What one window's backward pass left.
+    """The result of one window's backward pass.
 
     Attributes:
         loss: mean cross-entropy without the penalties, nats per token.
@@ -29,7 +29,7 @@ class WindowGradient(NamedTuple):
 
     @property
     def norm(self) -> float:
-        """The global norm, which clipping looks at."""
+        """The global norm, which clipping limits."""
         return math.hypot(*self.norms.values())
 
 
@@ -84,7 +84,7 @@ def part_of(name: str) -> str:
 
 
 def shares(norms: dict[str, float]) -> dict[str, float]:
-    """What part of the squared global norm each parameter holds; they add up to 1.
+    """Each parameter's share of the squared global norm; the shares add up to 1.
 
     All 0 where the gradient is.
     """
@@ -101,5 +101,5 @@ def by_part(norms: dict[str, float]) -> dict[str, float]:
 
 
 def clip_factor(norm: float, clip: float) -> float:
-    """What clipping at this global norm multiplies every gradient by; clip 0 clips nothing."""
+    """The factor by which clipping scales a gradient of this global norm; clip 0: no clipping."""
     return min(1.0, clip / (norm + CLIP_EPS)) if clip else 1.0

@@ -193,7 +193,7 @@ def _spectrum(found: dict[str, Any]) -> str:
 
 
 def percent(share: float) -> str:
-    """A share as people write it: two digits, and no more zeros than say something."""
+    """A share as a percentage of two significant digits."""
     if 0 < share < 1e-4:
         return "under 0.01 %"
     return f"{100 * share:.2g} %" if share < 0.1 else f"{100 * share:.0f} %"

@@ -13,7 +13,7 @@ from noise import Noise
 
 
 class Unrolled(NamedTuple):
-    """What a window of T steps looked like on its way through the stack.
+    """States, gates and outputs of a window of T steps, as graph nodes of their own.
 
     Attributes:
         outputs: last layer's output after dropout, T tensors (B, E).
@@ -59,7 +59,7 @@ class _Stepped:
 
 
 def unroll(model: RNNModel, inputs: Tensor, hidden: Hidden, noise: Noise | None = None) -> Unrolled:
-    """RNNModel.forward with its LSTMs in one Python step per time step, for looking at.
+    """RNNModel.forward with its LSTMs in one Python step per time step, for diagnosis.
 
     Args:
         model: of LSTM layers, without gradient filters.

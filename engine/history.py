@@ -1,4 +1,4 @@
-"""What the folder of a run says about it, also while the run is under way."""
+"""Reads the flags and events in a run's folder, also while the run is under way."""
 
 import json
 import math

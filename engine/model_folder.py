@@ -120,7 +120,7 @@ def _readme(config: dict[str, Any]) -> str:
 
 
 def _other_folder(folder: Path, config: dict[str, Any]) -> str:
-    """What a folder is whose config.json is not that of an exported model."""
+    """Say what kind of folder has a config.json that is not an exported model's."""
     flags = config.get("flags")
     if not isinstance(flags, dict):
         return "not a folder that export.py wrote"
@@ -128,7 +128,7 @@ def _other_folder(folder: Path, config: dict[str, Any]) -> str:
 
 
 def model_of_run(folder: Path, flags: dict[str, Any]) -> Path:
-    """The best model's path of a run, wherever the run is now, by its folder and its flags."""
+    """The best model's path of a run, from its folder and flags, also after the run was moved."""
     # normalised, so that "." and ".." have a name
     return Path(f"{os.path.abspath(folder)}{Path(str(flags.get('save'))).suffix}")  # noqa: PTH100
 

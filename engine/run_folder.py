@@ -72,7 +72,7 @@ class RunFolder:
         return [path for path in self.model_path.parent.iterdir() if name.fullmatch(path.name)]
 
     def _is_foreign(self) -> bool:
-        """True if the folder has files, but none of a run, also of one that was killed at once."""
+        """True if the folder has files that no run leaves, not even one killed at its start."""
         unfinished = {path.name for path in self.folder.glob(".*.tmp")}
         names = {path.name for path in self.folder.iterdir()} - {LOCK} - unfinished
         return bool(names) and not names & {"metrics.jsonl", "config.json", "last.pt"}

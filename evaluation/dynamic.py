@@ -92,7 +92,7 @@ class Dynamic(Predictor):
 
 
 class _Known(Prediction):
-    """A prediction whose log-probabilities (N, V) are there: a segment is short."""
+    """A prediction that holds its log-probabilities (N, V); a segment is short."""
 
     def __init__(self, outputs: Tensor, known: Tensor) -> None:
         super().__init__(outputs, known.shape[1])

@@ -32,7 +32,7 @@ GENERATION: Sections = {
         replace(_SHARED["log_interval"], default=100, help="words between progress lines"),
     ),
     "text": (
-        Flag("--prompt", "", "words to go on from", metavar="TEXT"),
+        Flag("--prompt", "", "words to continue", metavar="TEXT"),
         Flag("--words", 1000, "words to sample, at most", positive_int),
         Flag("--sentences", None, "stop after N sentences", positive_int),
     ),
@@ -49,7 +49,7 @@ GENERATION: Sections = {
         _SHARED["seed"],
     ),
     "continuous cache": (
-        Flag("--cache", False, "prefer words that came lately in similar places"),
+        Flag("--cache", False, "mix the predictions with a cache of the text so far"),
         WINDOW,
         replace(THETA, default=1.0, nargs=None),
         replace(LAMBDA, default=0.1, nargs=None),

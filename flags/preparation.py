@@ -48,7 +48,7 @@ PREPARATION: Sections = {
         Flag(
             "--tokenizer",
             "words",
-            "whitespace: what stands between spaces; words: punctuation apart (but not in "
+            "whitespace: split at spaces; words: punctuation apart (but not in "
             "well-known, 1,000.5 and 10:30), it's as it 's",
             choices=("whitespace", "words"),
         ),

@@ -125,7 +125,13 @@ TRAINING: Sections = {
             positive_int,
             per_session=True,
         ),
-        Flag("--nonmono", 5, "NT-ASGD: epochs without a better validation forgiven", natural),
+        Flag(
+            "--nonmono",
+            5,
+            "NT-ASGD: its trigger fires when an epoch's validation loss is above the best loss of "
+            "more than N epochs before",
+            natural,
+        ),
         Flag("--no-asgd", False, "never start averaging"),
         Flag(
             "--nonmono-decay",

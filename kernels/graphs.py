@@ -74,7 +74,7 @@ class Graphs:
 
 @contextmanager
 def _nothing_collected() -> Iterator[None]:
-    """Python's garbage collector rests: to free an older graph in a capture would break it.
+    """Pause Python's garbage collector: freeing an older graph would break a capture.
 
     torch.cuda.graph, which collected before each capture, no longer does since torch 2.9.
     """

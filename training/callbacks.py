@@ -103,7 +103,7 @@ class MemoryRelease(Callback):
     EVERY = 100  # updates
 
     def update_begins(self, start: UpdateStart) -> None:
-        """Release it, if the update is one of those."""
+        """Release the memory, before every EVERY-th update."""
         if start.update % self.EVERY == 0:
             release_freed_memory()
 

@@ -38,7 +38,7 @@ class Display:
         self._begin_seconds, self._begin_epochs = at.seconds, self._epochs_done()
 
     def begin(self) -> None:
-        """A session begins: say where, if the run is resumed."""
+        """Print where a session begins, if the run is resumed."""
         at, options = self._at, self._options
         self._begin_seconds, self._begin_epochs = at.seconds, self._epochs_done()
         if at.update == 0:

@@ -41,7 +41,7 @@ class Pace(NamedTuple):
 
 
 def rehearse(trainer: Trainer, bptt: int, test_batch_size: int) -> Pace:
-    """Make updates and evaluate pieces of text in memory; the trainer is of no use afterwards.
+    """Make updates and evaluate pieces of text in memory; the trainer must not be used afterwards.
 
     The first update has the longest window that the scheme may draw, and the first evaluation a
     whole window, so that the process's peak memory is afterwards that of a run (except for the

@@ -96,7 +96,7 @@ def read_state(run: Run) -> State:
 
 
 def source_of(summary: dict[str, Any]) -> list[Any]:
-    """What tells a run's best model from that of the same run after more epochs."""
+    """Identifies a run's best model; after more epochs the same run may have another."""
     return [summary.get("best_epoch"), summary.get("best_valid_ppl")]
 
 

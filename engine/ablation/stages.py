@@ -87,7 +87,7 @@ class Job:
 
     @property
     def log_path(self) -> Path:
-        """All that it printed, over all its starts."""
+        """File with the program's output, of all its starts."""
         return self.save.with_suffix(".log")
 
     @property
