@@ -23,10 +23,11 @@ from benchmarks.baseline import BaselineModel, BaselineStep
 from bptt import VariableWindows, Window
 from data.corpus import batchify
 from data.files import atomic_write
-from engine.device import keep_freed_memory, peak_memory, select_device
-from engine.provenance import cpu_name
+from engine.device import keep_freed_memory, peak_memory, reset_peak_memory, select_device
+from engine.provenance import cpu_name, gpu_name
 from engine.ranks import Ranks
 from flags.training import parse_training
+from kernels.choose import in_words
 from kernels.precision import choose_precision, set_products
 from training.state import Position
 from training.tally import Tally
@@ -77,15 +78,17 @@ def ours(path: str, recipe: Recipe, text: torch.Tensor, device: torch.device) ->
         path: PRECISION, or PRECISION-KERNEL with a value of --kernel.
     """
     precision, _, kernel = path.partition("-")
+    set_products(precision, device)  # the kernels' trials are to run as training will
     choose_precision(precision, device)
     args = recipe_flags(recipe, "--precision", precision, "--kernel", kernel or "auto")
     model = build_model(args, recipe.ntoken).to(device).train()
     optimizer, loss_scale = build_optimizer(args, model), build_loss_scale(args, precision)
     rows = batchify(text, args.batch_size).to(device)
     generator = torch.Generator(device).manual_seed(1)
-    updater, _ = build_updater(
+    updater, kernels = build_updater(
         args, model, optimizer, rows, generator, precision, loss_scale, Ranks()
     )
+    print(f"| {path} | {in_words(kernels)}", file=sys.stderr, flush=True)
 
     def end_step(update: int, overflow: bool, largest: float | None) -> None:
         updater.step.note(overflow)
@@ -183,17 +186,24 @@ def measure(recipe: Recipe, paths: list[str], updates: int, device: torch.device
 
     Returns:
         Per path: tokens_per_second and ms (medians over the updates), ms_p90, ratio (the last
-        path's time over its own, median of the pairs); and the bytes of memory at the peak, of
-        all paths together.
+        path's time over its own, median of the pairs) and, on a GPU, the bytes of its memory at
+        the peak; and the bytes of memory at the peak, of all paths together.
     """
     args, text = recipe_flags(recipe), zipf_text(recipe)
-    steps = {name: start(name, recipe, text, device) for name in paths}
     num_steps = len(text) // args.batch_size - 1
     windows = list(VariableWindows(args.bptt, 2).windows(num_steps))[: updates + 2]
-    if device.type == "cuda":  # graphs are captured when a length comes a second time
-        for window in {window.length: window for window in windows}.values():
-            for name in paths:
-                steps[name]([window] * 2)
+    by_length = sorted({w.length: w for w in windows}.values(), key=lambda w: -w.length)
+    steps, memory = dict[str, Updates](), dict[str, int]()
+    for name in paths:
+        if device.type != "cuda":
+            steps[name] = start(name, recipe, text, device)
+            continue
+        reset_peak_memory(device)
+        before = peak_memory(device)
+        steps[name] = start(name, recipe, text, device)
+        for window in by_length:  # graphs are captured when a length comes a second time
+            steps[name]([window] * 2)
+        memory[name] = peak_memory(device) - before
     seconds: dict[str, list[float]] = {name: [] for name in paths}
     size = turn_length(device)
     for turn, first in enumerate(range(0, len(windows), size)):
@@ -215,15 +225,17 @@ def measure(recipe: Recipe, paths: list[str], updates: int, device: torch.device
     for name in paths:
         pairs = zip(seconds[name][2:], seconds[paths[-1]][2:], strict=True)
         results[name]["ratio"] = statistics.median(theirs / own for own, theirs in pairs)
+        if name in memory:
+            results[name]["memory"] = memory[name]
     return results
 
 
-def memory_alone(recipe: str, path: str, device: str) -> int:
-    """Peak memory of one path in a separate process, bytes; on a CPU the median of three."""
+def memory_alone(recipe: str, path: str) -> int:
+    """Peak memory of one path in a separate process on a CPU, bytes, the median of three."""
     command = [sys.executable, "-m", "benchmarks.training", "--recipe", recipe, "--updates", "8"]
-    command += ["--device", device, "--only", path]
+    command += ["--device", "cpu", "--only", path]
     peaks = []
-    for _ in range(1 if device.startswith("cuda") else 3):
+    for _ in range(3):
         result = subprocess.run(command, capture_output=True, text=True, check=True)
         peaks.append(int(json.loads(result.stdout)["peak_memory"]))
     return int(statistics.median(peaks))
@@ -231,9 +243,7 @@ def memory_alone(recipe: str, path: str, device: str) -> int:
 
 def hardware_of(device: torch.device) -> str:
     """Name of the GPU or CPU."""
-    if device.type == "cuda":
-        return torch.cuda.get_device_name(device)
-    return cpu_name()
+    return gpu_name(device) or cpu_name()
 
 
 def table(args: argparse.Namespace, results: dict[str, Any], device: torch.device) -> str:
@@ -246,14 +256,15 @@ def table(args: argparse.Namespace, results: dict[str, Any], device: torch.devic
         f"{'malloc keeps freed memory; ' if args.keep_memory else ''}"
         f"medians over {args.updates} updates, the paths in turn on the same windows, each "
         f"{turn_length(device)} at a time; ratio: the "
-        "float32 baseline's time over a path's own, median of the pairs; memory: peak of each path "
-        "in a process of its own, median of three (one on a GPU). A path is a precision by the "
-        "fastest kernel, or by `--kernel eager` or `plain`; the baselines are stock parts.",
+        "last path's time over a path's own, median of the pairs; memory: peak of each path, on a "
+        "GPU what torch took for it, on a CPU in a process of its own, median of three. A path is "
+        "a precision by the fastest kernel, or by `--kernel eager` or `plain`; the baselines are "
+        "stock parts.",
         "",
         f"| {args.recipe} | tokens/s | ratio | ms/update | p90 | s/epoch | memory, MiB |",
         "|---|---:|---:|---:|---:|---:|---:|",
     ]
-    for name in paths_on(device):
+    for name in args.paths or paths_on(device):
         r = results[name]
         memory = f"{r['memory'] / 2**20:,.0f}" if "memory" in r else ""
         lines.append(
@@ -272,6 +283,7 @@ def main() -> int:
     parser.add_argument("--output", type=Path, help="write the Markdown here, and JSON beside it")
     what = "have malloc keep what is freed, as main.py does on a CPU"
     parser.add_argument("--keep-memory", action="store_true", help=what)
+    parser.add_argument("--paths", nargs="+", help="the paths to measure; see paths_on")
     parser.add_argument("--only", help=argparse.SUPPRESS)
     args = parser.parse_args()
     device = select_device(args.device)
@@ -282,10 +294,12 @@ def main() -> int:
     if args.only:
         print(json.dumps(measure(recipe, [args.only], args.updates, device)))
         return 0
-    results = measure(recipe, paths_on(device), args.updates, device)
-    write(args, results, device)  # what follows takes as long again
-    for name in paths_on(device):
-        results[name]["memory"] = memory_alone(args.recipe, name, str(device))
+    paths = args.paths or paths_on(device)
+    results = measure(recipe, paths, args.updates, device)
+    if device.type == "cpu":
+        write(args, results, device)  # what follows takes as long again
+        for name in paths:
+            results[name]["memory"] = memory_alone(args.recipe, name)
     write(args, results, device)
     print(table(args, results, device))
     return 0

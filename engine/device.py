@@ -83,6 +83,7 @@ def reset_peak_memory(device: torch.device) -> bool:
         False if the system cannot do that: the peak remains that of the whole process.
     """
     if device.type == "cuda":
+        torch.cuda.init()  # before it there are no statistics to reset, which is an error
         torch.cuda.empty_cache()
         torch.cuda.reset_peak_memory_stats(device)
         return True
@@ -96,9 +97,13 @@ def reset_peak_memory(device: torch.device) -> bool:
 
 
 def peak_memory(device: torch.device) -> int:
-    """Peak memory so far, bytes: allocated on a GPU, or resident in the process on a CPU."""
+    """Peak memory so far, bytes: torch's on a GPU, or resident in the process on a CPU.
+
+    Torch's is what its allocator holds. A graph's memory is a part of that which no tensor has
+    between its capture and its replays.
+    """
     if device.type == "cuda":
-        return torch.cuda.max_memory_allocated(device)
+        return torch.cuda.max_memory_reserved(device)
     status = Path("/proc/self/status")
     for line in status.read_text().splitlines() if status.exists() else ():
         if line.startswith("VmHWM"):  # which a sandbox's kernel may lack
@@ -114,6 +119,7 @@ def available_memory(device: torch.device) -> int:
     On Linux the kernel's MemAvailable within a container's limit; elsewhere the physical memory.
     """
     if device.type == "cuda":
+        torch.cuda.init()
         return int(torch.cuda.mem_get_info(device)[0])
     amounts = [os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")]
     information, limit = Path("/proc/meminfo"), Path("/sys/fs/cgroup/memory.max")

@@ -18,6 +18,9 @@ from engine.tracking import warn
 # pauses in an LSTM's time loop, and short enough for programs that share cores
 # (benchmarks/threads.py). libgomp's default is 300,000.
 SPIN_COUNT = "500"
+# Work space of cuBLAS in buffers of one size. With two sizes, its default, cuDNN's recurrent layers
+# take whichever is free, and need not give the same numbers twice.
+CUBLAS_WORKSPACE = ":4096:8"
 # What OpenMP, numpy's OpenBLAS and torch's MKL read as they are loaded.
 THREADS = ("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS")
 
@@ -36,6 +39,7 @@ def run_program(name: str, argv: Sequence[str] | None, parse: str | None = None)
         The exit code: 0 for success, 2 for an invalid flag or value, 1 for any other error.
     """
     share_cores(os.environ)
+    os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", CUBLAS_WORKSPACE)
     end_with_agent()
     # A masked weight is never part of cuDNN's flat buffer: torch copies it, as intended.
     warnings.filterwarnings("ignore", message="RNN module weights are not part of single")

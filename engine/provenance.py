@@ -25,6 +25,11 @@ def cpu_name() -> str:
     return names[0] if names else platform.processor() or platform.machine()
 
 
+def gpu_name(device: torch.device) -> str | None:
+    """The GPU's model; None for a CPU."""
+    return torch.cuda.get_device_name(device) if device.type == "cuda" else None
+
+
 def git_commit() -> str | None:
     """The code's commit, with "-dirty" if tracked files differ from it; None outside git."""
     folder = Path(__file__).resolve().parent

@@ -220,7 +220,8 @@ def score(
                 ranks.append(prediction.ranks(targets).view(-1, columns))
             progress.update(len(scores[-1]))
     found = torch.cat(ranks) if ranks else torch.zeros(0, columns)
-    return in_text_order(torch.cat(scores), predictions), in_text_order(found, predictions)
+    both = in_text_order(torch.cat(scores), predictions), in_text_order(found, predictions)
+    return both[0].cpu(), both[1].cpu()  # they are written one by one
 
 
 def per_word(text: Text, scores: Tensor, ranks: Tensor) -> Iterable[str]:
@@ -234,7 +235,7 @@ def by_line(numbers: Tensor, scores: Tensor) -> Iterable[str]:
     """The lines of --by-line, for the words' line numbers and log-probabilities, (N - 1,)."""
     yield "line\twords\tloss\tppl"
     words = numbers.bincount()
-    losses = -torch.zeros(len(words), dtype=scores.dtype).index_add_(0, numbers, scores.cpu())
+    losses = -torch.zeros(len(words), dtype=scores.dtype).index_add_(0, numbers, scores)
     for line in words.nonzero()[:, 0].tolist():
         mean = float(losses[line] / words[line])
         yield f"{line + 1}\t{int(words[line])}\t{mean:.6f}\t{perplexity(mean):.2f}"

@@ -23,7 +23,7 @@ from engine.errors import CheckpointError, DivergenceError, RunError, UsageError
 from engine.launch import local_rank
 from engine.model_folder import model_of_run
 from engine.origin import Origin
-from engine.provenance import cpu_name, git_commit, versions
+from engine.provenance import cpu_name, git_commit, gpu_name, versions
 from engine.ranks import Ranks, launched_ranks
 from engine.report import DOUBLE_RULE
 from engine.run_folder import find_run
@@ -154,6 +154,7 @@ def lead(
         processes=trainer.ranks.size,
         threads=torch.get_num_threads(),
         cpu=cpu_name(),
+        gpu=gpu_name(trainer.device),
         fingerprint=trainer.corpus.fingerprint,
         versions=versions(),
         git_commit=commit,

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 import assembly
 from decoders.linear import Linear
-from engine.device import peak_memory, select_device
+from engine.device import available_memory, peak_memory, reset_peak_memory, select_device
 from engine.errors import DivergenceError, UsageError
 from engine.provenance import versions
 from engine.ranks import Ranks
@@ -53,7 +53,7 @@ def fake_cuda(monkeypatch: pytest.MonkeyPatch) -> list[str]:
     monkeypatch.setattr(torch.cuda, "current_stream", lambda device: None)
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
-    monkeypatch.setattr(torch.cuda, "max_memory_allocated", lambda device: 123)
+    monkeypatch.setattr(torch.cuda, "max_memory_reserved", lambda device: 123)
     monkeypatch.setattr(torch.version, "cuda", "13.0")
     return calls
 
@@ -69,6 +69,24 @@ def test_select_and_describe(fake_cuda: list[str], monkeypatch: pytest.MonkeyPat
     assert versions()["cuda"] == "13.0"
     monkeypatch.setattr(Path, "read_text", lambda _: "VmRSS: 1 kB")  # in some sandboxes
     assert peak_memory(CPU) > 10**7
+
+
+def test_a_gpu_s_memory_is_read_though_nothing_has_used_it_yet(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """As when ablate.py plans: torch refuses to reset what it has not initialised."""
+    ready = list[bool]()
+
+    def reset(device: torch.device) -> None:
+        if not ready:
+            raise RuntimeError("Invalid device argument 0: did you call init?")
+
+    monkeypatch.setattr(torch.cuda, "init", lambda: ready.append(True))
+    monkeypatch.setattr(torch.cuda, "reset_peak_memory_stats", reset)
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (5 * len(ready), 9))
+    assert available_memory(CUDA) == 5
+    ready.clear()
+    assert reset_peak_memory(CUDA)
 
 
 # An update's scalars are read after the next update has been queued

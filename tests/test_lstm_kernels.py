@@ -100,8 +100,9 @@ def test_products_of_windows_of_many_lengths_have_few_shapes() -> None:
         ("cpu", torch.bfloat16, 2),
         *(("cudnn on a CPU", d, 16) for d in (torch.bfloat16, torch.float16, torch.float32)),
         *(
-            pytest.param("cudnn", dtype, 16, marks=pytest.mark.gpu)
-            for dtype in (torch.bfloat16, torch.float16, torch.float32)
+            # cuDNN's exponentials are approximate in float32; TF32 would be 8,000 eps off.
+            pytest.param("cudnn", dtype, bound, marks=pytest.mark.gpu)
+            for dtype, bound in ((torch.bfloat16, 16), (torch.float16, 16), (torch.float32, 128))
         ),
     ],
 )
