@@ -14,7 +14,6 @@ from bptt import (
     RandomizedWindows,
     Scheme,
     VariableWindows,
-    Window,
 )
 
 SCHEMES: dict[str, Callable[[], Scheme]] = {
@@ -71,25 +70,6 @@ def test_a_state_from_between_two_windows_goes_on(name: str) -> None:
         list(second.windows(50))
         second.load_state_dict(state)
         assert seen + list(second.windows(150, sum(w.counted for w in seen))) == whole
-
-
-def test_overlapping_windows() -> None:
-    assert list(FixedWindows(5, 2).windows(9)) == [
-        Window(0, 2, 0, (), kept=2, advance=0),
-        Window(0, 4, 2, (1, 3), kept=2, advance=1),
-        Window(1, 5, 3, (2, 3), kept=2, advance=2),
-        Window(3, 5, 3, (2, 3), kept=2, advance=2),
-        Window(5, 4, 3),
-    ]
-
-
-def test_windows_in_pieces() -> None:
-    assert list(FixedWindows(3, 7).windows(10)) == [
-        Window(0, 7, 0, (3, 3, 1), crossing=0.0),
-        Window(7, 3),
-    ]
-    assert list(FixedWindows(30).windows(70)) == [Window(0, 30), Window(30, 30), Window(60, 10)]
-    assert list(FullWindows(4).windows(10)) == [Window(0, 10, 0, (4, 4, 2))]
 
 
 def test_footprints() -> None:
