@@ -150,7 +150,7 @@ class FixedWindows(Scheme):
 
     def expected_windows(self, num_steps: int) -> float:
         """See Scheme."""
-        return num_steps / self.k1
+        return -(-num_steps // self.k1)
 
     def footprint(self, num_steps: int) -> Footprint:
         """See Scheme."""
@@ -194,7 +194,7 @@ class VariableWindows(Scheme):
 
     def expected_windows(self, num_steps: int) -> float:
         """See Scheme."""
-        return num_steps / self.mean_length
+        return max(1.0, num_steps / self.mean_length)
 
     def footprint(self, num_steps: int) -> Footprint:
         """See Scheme."""

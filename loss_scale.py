@@ -37,10 +37,8 @@ class LossScale:
         self.window = window
         self.value = min(max(value, low), high) if dynamic else value
         self.clean = 0  # updates since the last overflow or change
-        # (update, factor afterwards, overflowed) of each overflow and each change.
-        self.history: list[tuple[int, float, bool]] = []
 
-    def note(self, update: int, overflowed: bool, largest: float | None = None) -> bool:
+    def note(self, overflowed: bool, largest: float | None = None) -> bool:
         """Count an update and adapt the factor; True if it overflowed or changed the factor."""
         before = self.value
         if overflowed:
@@ -52,19 +50,16 @@ class LossScale:
             if self.dynamic and self.clean == self.window:
                 self.clean = 0
                 self.value = min(self.value * 2, self.high)
-        if notable := overflowed or self.value != before:
-            self.history.append((update, self.value, overflowed))
-        return notable
+        return overflowed or self.value != before
 
     def state_dict(self) -> dict[str, Any]:
         """Plain values for load_state_dict."""
-        return dict(value=self.value, clean=self.clean, history=list(self.history))
+        return dict(value=self.value, clean=self.clean)
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Continue from what state_dict returned."""
         self.value = state["value"]
         self.clean = state["clean"]
-        self.history = list(state["history"])
 
 
 class LogMax:
@@ -99,14 +94,11 @@ class LogMax:
         self.count = 0
         # Moving averages before bias correction: of x, fast and slow, and of x**2, slow.
         self.means = [0.0, 0.0, 0.0]
-        # (update, factor afterwards, True) of each overflow.
-        self.history: list[tuple[int, float, bool]] = []
 
-    def note(self, update: int, overflowed: bool, largest: float | None = None) -> bool:
+    def note(self, overflowed: bool, largest: float | None = None) -> bool:
         """Adapt the factor to an update; returns overflowed.
 
         Args:
-            update: the update's number.
             overflowed: its gradients overflowed, and it was skipped.
             largest: its largest absolute gradient, unscaled, before clipping.
 
@@ -115,7 +107,6 @@ class LogMax:
         """
         if overflowed:
             self._adapt(self.LOG_LIMIT)
-            self.history.append((update, self.value, True))
         elif largest is None:
             raise ValueError("LogMax needs each update's largest gradient")
         elif largest > 0:
@@ -135,15 +126,13 @@ class LogMax:
 
     def state_dict(self) -> dict[str, Any]:
         """Plain values for load_state_dict."""
-        means, history = list(self.means), list(self.history)
-        return dict(value=self.value, count=self.count, means=means, history=history)
+        return dict(value=self.value, count=self.count, means=list(self.means))
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Continue from what state_dict returned."""
         self.value = state["value"]
         self.count = state["count"]
         self.means = list(state["means"])
-        self.history = list(state["history"])
 
 
 AnyLossScale = LossScale | LogMax

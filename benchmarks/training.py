@@ -93,7 +93,7 @@ def ours(path: str, recipe: Recipe, text: torch.Tensor, device: torch.device) ->
     def end_step(update: int, overflow: bool, largest: float | None) -> None:
         updater.step.note(overflow)
         if loss_scale is not None:
-            loss_scale.note(update, overflow, largest)
+            loss_scale.note(overflow, largest)
 
     position = Position()
     tally = Tally(device, position, end_step, lambda what, update: f"{what} at update {update}")

@@ -48,6 +48,11 @@ class Parser(argparse.ArgumentParser):
         given = self.given(argv)
         return argparse.Namespace(**{**defaults(self.sections), **given}), set(given)
 
+    def _get_option_tuples(self, option_string: str) -> list[Any]:
+        """The flags that an abbreviation may stand for; two spellings of one are one."""
+        found: list[Any] = super()._get_option_tuples(option_string)
+        return list({match[0].dest: match for match in found}.values())
+
     def error(self, message: str) -> NoReturn:
         """Raise argparse's error as a UsageError, without the usage before it."""
         if message.startswith("unrecognized arguments"):
@@ -89,7 +94,7 @@ def expand_recipes(argv: Iterable[str], within: tuple[str, ...] = ()) -> list[st
 def _read_recipe(path: Path) -> list[str]:
     words: list[str] = []
     try:
-        lines = path.read_text(encoding="utf-8").splitlines()
+        lines = path.read_text(encoding="utf-8-sig").splitlines()
     except OSError as error:
         raise UsageError(f"@{path}: {error.strerror or error}") from None
     except ValueError:  # from decoding, or from a NUL in the path

@@ -43,6 +43,8 @@ epoch_number = _number(
     int, "an epoch in [1, 2**31), or -1 for never", lambda n: 1 <= n <= LARGEST or n == -1
 )
 positive = _number(float, "a number above 0", lambda x: x > 0)
+# float32, in which torch takes it, also holds its product with the length of an update.
+factor = _number(float, "a number in (0, 1e30]", lambda x: 0 < x <= 1e30)
 non_negative = _number(float, "a number of at least 0", lambda x: x >= 0)
 whole_numbers = _several(natural)
 decay = _number(float, "a number above 1, or 0", lambda x: x > 1 or x == 0)
@@ -65,7 +67,7 @@ def loss_scale(text: str) -> str | float:
     if text in ("dynamic", "logmax"):
         return text
     try:
-        value: float = positive(text)
+        value: float = factor(text)
     except ArgumentTypeError as error:
         raise ArgumentTypeError(f"{error}, nor dynamic or logmax") from None
     return value

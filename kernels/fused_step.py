@@ -73,7 +73,7 @@ class FusedStep:
         ]
 
     def restore(self) -> None:
-        """See training.step.Step."""
+        """See training.step.PlainStep."""
         rules = self.loss_scale
         self.scale.fill_(1 if rules is None else rules.value)
         self.clean.fill_(0 if rules is None else rules.clean)
@@ -92,14 +92,14 @@ class FusedStep:
             self.optimizer.state[p]["average"] = view
 
     def prepare(self, factor: float) -> None:
-        """See training.step.Step. Averaging may have begun since the last step."""
+        """See training.step.PlainStep. Averaging may have begun since the last step."""
         if self.averaging != self.optimizer.averaging:
             self._restore_averages()
         self.rate.fill_(self.optimizer.param_groups[0]["lr"] * factor)
 
     @torch.no_grad()
     def __call__(self, loss: Tensor) -> tuple[Tensor, Tensor | None, None]:
-        """See training.step.Step. The next step overwrites what this one returns."""
+        """See training.step.PlainStep. The next step overwrites what this one returns."""
         pairs = zip(self.views, self.params, strict=True)
         trained = [(view, p.grad) for view, p in pairs if p.grad is not None]
         weights, gradients = [view for view, _ in trained], [gradient for _, gradient in trained]

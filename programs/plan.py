@@ -188,7 +188,6 @@ def give_advice(args: argparse.Namespace, model: RNNModel, corpus: Corpus) -> No
         return
     found = raw_text(corpus) + large_model(count_parameters(model), corpus, args.nlayers)
     if args.bptt_scheme != "full":
-        updates = build_scheme(args).expected_windows(steps_per_epoch(args, corpus))
-        found += few_updates(updates, args.batch_size)
+        found += few_updates(build_scheme(args), len(corpus.train), args.batch_size)
     for text in found:
         warn(text)

@@ -9,6 +9,7 @@ import pytest
 import torch
 from conftest import REAL_DATA, ROOT, TINY, Result
 
+from bptt import FixedWindows
 from data.corpus import Corpus, Vocabulary
 from data.download import ensure_corpus
 from training.advice import beaten_by_bigrams, few_updates, large_model, raw_text
@@ -60,9 +61,10 @@ def test_sizes() -> None:
     assert text.endswith("--emsize 50 --nhid 50 has about 25,000")
     (text,) = large_model(2_000_000, corpus, layers=30)
     assert text.endswith("more text or a smaller vocabulary is needed")
-    assert not few_updates(10, batch_size=80)
-    assert few_updates(5, batch_size=80)[0].endswith("--batch-size 4 makes about 100")
-    assert few_updates(5, batch_size=1)[0].endswith("more text or a smaller --bptt is needed")
+    scheme = FixedWindows(7)
+    assert not few_updates(scheme, 80 * 71, batch_size=80)
+    assert few_updates(scheme, 80 * 36, batch_size=80)[0].endswith("--batch-size 4 makes about 103")
+    assert few_updates(scheme, 36, 1)[0].endswith("more text or a smaller --bptt is needed")
     assert not beaten_by_bigrams(100.0, 100.0)
 
 
@@ -76,7 +78,7 @@ def test_main_says_so(run: Run, tmp_path: Path) -> None:
     raw, large, few = warnings_of(run(*flags, *sizes, "--dry-run"))
     assert raw.startswith("valid.txt looks like raw text")
     assert "parameters for 2,000 tokens" in large
-    assert few.startswith("an epoch has about 0 updates")
+    assert few.startswith("an epoch has about 1 updates")
     assert not warnings_of(run(*flags, *sizes, "--quick", "--dry-run"))
     raw, won = warnings_of(run(*flags, *TINY, "--bigram", "--max-updates", 2, "--lr", 1e-3))
     assert won.startswith("the bigram model wins, ")

@@ -236,3 +236,12 @@ def test_what_divergence_is() -> None:
         (math.nan, False, False),
     ]:
         assert bool(divergence("test", loss, 1000, early)) == whether
+
+
+def test_divergence_by_learning_rate(run: Run, corpus_folder: Path, tmp_path: Path) -> None:
+    flags = [*TINY, "--data", corpus_folder, "--save", tmp_path / "run.pt", "--epochs", 50]
+    assert run(*flags, "--lr", 1e31).code == 2  # torch could not take it
+    result = run(*flags, "--lr", 1e30)
+    assert result.code == 1
+    assert " at update " in result.err.splitlines()[-1]
+    assert not (tmp_path / "run.pt").exists()

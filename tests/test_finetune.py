@@ -313,7 +313,7 @@ def test_runs_and_texts_that_do_not_fit(
     for text, message in [
         ("{", "not the configuration of a run"),
         ('{"flags": 3}', "not the configuration of a run"),
-        ('{"flags": {"lr": "fast"}}', "argument --lr: 'fast' is not a number above 0"),
+        ('{"flags": {"lr": "fast"}}', "argument --lr: 'fast' is not a number in (0, 1e30]"),
     ]:
         config.write_text(text)
         assert refused(call(finetune, "--save", tmp_path / "copy.pt"), 1) == f"{config}: {message}"

@@ -6,7 +6,6 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import TINY, Result
 from row_by_row import (
     BATCH,
     ROWS,
@@ -23,7 +22,6 @@ from row_by_row import (
     truncated,
     whole,
 )
-from test_resume import assert_same_run
 from torch import Tensor, nn
 
 from bptt import FixedWindows, FullWindows, Scheme, VariableWindows, Window
@@ -33,8 +31,6 @@ from layers.layer import Layer, State, Weights
 from layers.lstm import LSTM
 from noise import Noise
 from training.gradient import pieces_of
-
-Run = Callable[..., Result]
 
 
 @pytest.mark.parametrize(("kind", "cell"), [(LSTM, lstm_cell), (GRU, gru_cell)])
@@ -152,27 +148,3 @@ def test_a_layer_of_one_s_own_with_noise_per_step_trains_in_every_scheme(
     scheme, bptt, updates = SCHEMES[name]
     trainer = build_trainer(tmp_path, scheme(), bptt, "Zoneout", grad_filter=1.5)
     assert_same_epoch(trainer, updates, zoneout_cells)
-
-
-@pytest.mark.parametrize(
-    "flags",
-    [
-        ("--bptt-scheme", "variable", "--grad-filter", "--nonmono", 0),
-        ("--bptt-scheme", "full", "--bptt", 20, "--untied"),
-    ],
-    ids=["variable", "full"],
-)
-def test_a_gru_is_resumed_exactly(
-    run: Run, corpus_folder: Path, tmp_path: Path, flags: tuple[object, ...]
-) -> None:
-    whole, parts = tmp_path / "whole.pt", tmp_path / "parts.pt"
-    flags = (*TINY, "--model", "GRU", "--data", corpus_folder, "--epochs", 2, *flags)
-    assert run(*flags, "--save", whole).code == 0
-    stop = 1 if "full" in flags else 3
-    assert run(*flags, "--save", parts, "--max-updates", stop).code == 0
-    resumed = run("--resume", parts.with_suffix("") / "last.pt", "--max-updates", 10**6)
-    assert resumed.code == 0, resumed.err
-    assert f"from update {stop}" in resumed.err
-    assert_same_run(whole, parts)
-    config = torch.load(whole, weights_only=True)["config"]
-    assert config["rnn_type"] == "GRU"

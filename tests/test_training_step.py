@@ -42,6 +42,7 @@ def test_a_learning_rate_is_put_back_where_an_update_is_given_up(tmp_path: Path)
                 group["lr"] *= 0.5
 
     trainer.callbacks = [Falling()]
+    trainer.load_state_dict(trainer.state_dict())  # as in a run that was resumed
     before = trainer.optimizer.param_groups[0]["lr"]
     trainer.interrupt.requested = True
     window = next(trainer.undo.watch(trainer.scheme.windows(trainer.num_steps)))

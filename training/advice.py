@@ -7,6 +7,7 @@ import unicodedata
 
 import torch
 
+from bptt import Scheme
 from data.corpus import UNK, Corpus
 
 # A word that train has at most RARE times is rare. Where rare words are at least RARE_SHARE of the
@@ -70,14 +71,16 @@ def large_model(parameters: int, corpus: Corpus, layers: int) -> list[str]:
     ]
 
 
-def few_updates(updates: float, batch_size: int) -> list[str]:
-    """A warning if an epoch has few updates."""
+def few_updates(scheme: Scheme, tokens: int, batch_size: int) -> list[str]:
+    """A warning if an epoch over a training text of this many tokens has few updates."""
+    updates = scheme.expected_windows(tokens // batch_size - 1)
     if updates >= UPDATES:
         return []
     columns = max(1, int(updates * batch_size / ENOUGH_UPDATES))
     remedy = "more text or a smaller --bptt is needed"
     if columns < batch_size:
-        remedy = f"--batch-size {columns} makes about {updates * batch_size / columns:.0f}"
+        more = scheme.expected_windows(tokens // columns - 1)
+        remedy = f"--batch-size {columns} makes about {more:.0f}"
     return [
         f"an epoch has about {updates:.0f} updates, so --nonmono, --when and --epochs, which count "
         f"epochs, mean little training; {remedy}"

@@ -143,9 +143,9 @@ class LossScaling(Callback):
         self.skipped = 0  # updates skipped in the current logging interval
 
     def step_ended(self, end: StepEnd) -> None:
-        """Adapt the scale; log a `loss_scale` event for each entry of its history."""
+        """Adapt the scale; log a `loss_scale` event for each overflow and each change."""
         self.skipped += end.overflow
-        if self.loss_scale.note(end.update, end.overflow, end.largest):
+        if self.loss_scale.note(end.overflow, end.largest):
             scale = self.loss_scale.value
             end.log("loss_scale", step=end.update, scale=scale, overflow=end.overflow)
 

@@ -5,23 +5,14 @@ import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
-from typing import Any, Protocol
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from bptt import Window
+from bptt import Scheme, Window
 from engine.interrupt import StopRequested
-
-
-class Stateful(Protocol):
-    """An object with a state of tensors and plain values."""
-
-    def state_dict(self) -> dict[str, Any]:
-        """A snapshot of the state."""
-
-    def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Continue from what state_dict returned."""
+from training.callback import Callback
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -112,20 +103,20 @@ class Undo:
     Args:
         at: the position.
         parts: other objects that an update changes before its step.
-        groups: the optimizer's parameter groups, whose learning rates callbacks may change.
+        optimizer: its learning rates may be changed by callbacks.
         generator: the run's random generator.
     """
 
     def __init__(
         self,
         at: Position,
-        parts: Sequence[Stateful],
-        groups: list[dict[str, Any]],
+        parts: Sequence[Scheme | Callback],
+        optimizer: torch.optim.Optimizer,
         generator: torch.Generator,
     ) -> None:
         self._at = at
         self._parts = parts
-        self._groups = groups
+        self._optimizer = optimizer
         self._generator = generator
         self._before: tuple[dict[str, Any], list[dict[str, Any]], list[float], Tensor]
 
@@ -133,7 +124,7 @@ class Undo:
         """Yield the same windows; before each is drawn, copy the state to return to."""
         while True:
             states = [part.state_dict() for part in self._parts]
-            rates = [group["lr"] for group in self._groups]
+            rates = [group["lr"] for group in self._optimizer.param_groups]
             self._before = (asdict(self._at), states, rates, self._generator.get_state())
             try:
                 window = next(windows)
@@ -155,7 +146,7 @@ class Undo:
         vars(self._at).update(position)
         for part, state in zip(self._parts, states, strict=True):
             part.load_state_dict(state)
-        for group, rate in zip(self._groups, rates, strict=True):
+        for group, rate in zip(self._optimizer.param_groups, rates, strict=True):
             group["lr"] = rate
         self._generator.set_state(generator)
 

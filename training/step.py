@@ -1,51 +1,12 @@
 """The step of an update: unscaling, clipping, optimizer."""
 
 import math
-from typing import Protocol
 
 import torch
 from torch import Tensor
 
+from kernels.fused_step import FusedStep
 from loss_scale import AnyLossScale
-
-
-class Step(Protocol):
-    """Updates the weights from their gradients.
-
-    scale: factor on the loss in backward.
-    synchronizes: True if each update's outcome must be read before the next update.
-    averaging: True if the optimizer averages its iterates.
-    """
-
-    synchronizes: bool
-    averaging: bool
-
-    @property
-    def scale(self) -> float | Tensor:
-        """See above."""
-
-    def prepare(self, factor: float) -> None:
-        """Set the factor on the learning rates of the next step."""
-
-    def __call__(self, loss: Tensor) -> tuple[Tensor, Tensor | None, Tensor | None]:
-        """Step by the parameters' gradients, or skip the step if they overflowed.
-
-        Args:
-            loss: the update's loss, unscaled. If it is not finite, the update is not an overflow:
-                training has diverged.
-
-        Returns:
-            norm: the gradient's global norm before clipping, unscaled.
-            overflow: 1 if the step was skipped, else 0; None without a loss scale.
-            largest: the largest absolute gradient before clipping, unscaled; None if the loss
-                scale does not use it.
-        """
-
-    def note(self, overflow: bool) -> None:
-        """Record whether an update was skipped; called for each update in order."""
-
-    def restore(self) -> None:
-        """Read the states of optimizer and loss scale again, after they were loaded."""
 
 
 class PlainStep:
@@ -56,9 +17,14 @@ class PlainStep:
         clip: largest global norm of the gradient; 0: no clipping.
         loss_scale: the loss scale, which its owner adapts before the next step; None: the loss is
             not scaled, and no update is skipped.
+
+    Attributes:
+        scale: factor on the loss in backward.
+        synchronizes: True if each update's outcome must be read before the next update.
+        averaging: True if the step averages the iterates itself.
     """
 
-    averaging = False  # the key of captured graphs, which need FusedStep
+    averaging = False  # the optimizer does
 
     def __init__(
         self,
@@ -74,15 +40,28 @@ class PlainStep:
 
     @property
     def scale(self) -> float:
-        """See Step."""
+        """See above."""
         return 1.0 if self.loss_scale is None else self.loss_scale.value
 
     def prepare(self, factor: float) -> None:
-        """See Step."""
+        """Set the factor on the learning rates of the next step."""
         self._factor = factor
 
     def __call__(self, loss: Tensor) -> tuple[Tensor, Tensor | None, Tensor | None]:
-        """See Step. With a loss scale it synchronises, to decide whether to skip the step."""
+        """Step by the parameters' gradients, or skip the step if they overflowed.
+
+        With a loss scale this synchronises, to decide that.
+
+        Args:
+            loss: the update's loss, unscaled. If it is not finite, the update is not an overflow:
+                training has diverged.
+
+        Returns:
+            norm: the gradient's global norm before clipping, unscaled.
+            overflow: 1 if the step was skipped, else 0; None without a loss scale.
+            largest: the largest absolute gradient before clipping, unscaled; None if the loss
+                scale does not use it.
+        """
         groups = self.optimizer.param_groups
         parameters = [p for group in groups for p in group["params"] if p.grad is not None]
         gradients = [p.grad for p in parameters]
@@ -111,7 +90,10 @@ class PlainStep:
         return norm, overflow, largest
 
     def note(self, overflow: bool) -> None:
-        """No-op; FusedStep overrides it."""
+        """Record whether an update was skipped; called for each in order. No-op here."""
 
     def restore(self) -> None:
-        """No-op; FusedStep overrides it."""
+        """Read the loaded states of optimizer and loss scale again. No-op here."""
+
+
+Step = PlainStep | FusedStep  # two with the same methods

@@ -82,7 +82,7 @@ class Trainer:
         self.hidden = model.init_hidden(options.batch_size // ranks.size)
         self.at = at = Position()
         self.tally = Tally(self.device, at, self._end_step, self._describe_divergence)
-        self.undo = Undo(at, [scheme, *callbacks], optimizer.param_groups, generator)
+        self.undo = Undo(at, [scheme, *callbacks], optimizer, generator)
         self.writer = writer = CheckpointWriter(background=self.device.type == "cuda")
         self.requests = requests = Requests(interrupt, options, ranks)
         self.evaluated = EvaluatedModel(model, optimizer, corpus, folder, writer, requests, at)
