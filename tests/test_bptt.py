@@ -18,13 +18,13 @@ from bptt import (
 
 SCHEMES: dict[str, Callable[[], Scheme]] = {
     "fixed": lambda: FixedWindows(7),
-    "variable": lambda: VariableWindows(70, 3),
+    "variable": lambda: VariableWindows(70, 0),
     "variable, short": lambda: VariableWindows(1, 3),
     "1, 1": lambda: FixedWindows(1, 1),
     "1, 7": lambda: FixedWindows(7, 1),
     "5, 7": lambda: FixedWindows(7, 5),
     "20, 7": lambda: FixedWindows(7, 20),
-    "randomized": lambda: RandomizedWindows(7, 0.8, 3),
+    "randomized": lambda: RandomizedWindows(7, 0.8, 0),
     "full": lambda: FullWindows(7),
 }
 
