@@ -87,7 +87,7 @@ EVALUATION: Sections = {
             "--search",
             False,
             "choose --lr and --lamb, then --theta and --lambdasm, by the validation text; from the "
-            "values given, if several are, else from a grid",
+            "values given, or from a grid for a flag that is not given",
         ),
         Flag(
             "--search-tokens",
