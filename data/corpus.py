@@ -94,6 +94,7 @@ def load_corpus(folder: str | os.PathLike[str]) -> Corpus:
 
     Each line is split at whitespace and followed by ``<eos>``; ids count words by their first
     appearance in train, valid and test, in this order, which is how the original numbers them.
+    A byte order mark at the beginning of a text is left out.
 
     Args:
         folder: the folder that holds the three texts.
@@ -162,7 +163,7 @@ def encode_text(path: Path, index: dict[str, int]) -> npt.NDArray[np.int32]:
     _check_text(path)
     ids = array("i")
     try:
-        with path.open(encoding="utf-8") as file:
+        with path.open(encoding="utf-8-sig") as file:  # without a byte order mark
             tail = last = ""  # the beginning of a word, and the last character
             while text := file.read(BLOCK_CHARACTERS):
                 if "\0" in text:

@@ -87,7 +87,7 @@ EVALUATION: Sections = {
             "--search",
             False,
             "choose --lr and --lamb, then --theta and --lambdasm, by the validation text; from the "
-            "values given, if several are, else from a grid",
+            "values given, or from a grid for a flag that is not given",
         ),
         Flag(
             "--search-tokens",
@@ -162,7 +162,7 @@ def parse_evaluation(argv: Sequence[str]) -> argparse.Namespace:
     needs |= dict.fromkeys(("lr", "lamb", "bptt"), ("dynamic", args.dynamic))
     rms = ("dynamic rms", args.dynamic == "rms")
     needs |= dict.fromkeys(("epsilon", "batch_size", "max_batches"), rms)
-    needs |= dict(search_tokens=("search", args.search))
+    needs |= dict(search_tokens=("dynamic and --search", args.dynamic and args.search))
     for name in sorted(given & needs.keys()):
         owner, there = needs[name]
         if not there:

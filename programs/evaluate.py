@@ -59,8 +59,7 @@ def measure(args: argparse.Namespace, title: str = "") -> None:
     only_text = args.text and not args.search and args.dynamic != "rms"
     folder = Path() if only_text else find_corpus(args)
     if args.text:
-        before = EOS if EOS in vocabulary else None
-        text, name = read_text(args.text, vocabulary, before), " ".join(args.text)
+        text, name = read_text(args.text, vocabulary, before=EOS), " ".join(args.text)
     else:
         text = read_text(folder / f"{args.split}.txt", vocabulary)
         name = f"{folder} {args.split}"
@@ -94,8 +93,9 @@ def measure(args: argparse.Namespace, title: str = "") -> None:
         options = {key: getattr(args, key) for key in ("cache", "dynamic", "temperature", "mc")}
         told = dict(model=args.model, text=name, predictions=predictions, unknown=text.unknown)
         told |= dict(figures, columns=columns, **options, **settings)
-        told |= dict(window=args.window) if args.cache else {}
-        told |= dict(bptt=args.bptt) if args.dynamic else {}
+        more = ["window"] * args.cache + ["bptt"] * bool(args.dynamic) + ["seed"] * bool(args.mc)
+        more += ["epsilon", "batch_size", "max_batches"] * (args.dynamic == "rms")
+        told |= {name: getattr(args, name) for name in more}
         told |= dict(seconds=time.monotonic() - started)
         write_lines(args.summary, [to_json(told).decode().rstrip()])
 

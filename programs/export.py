@@ -64,6 +64,6 @@ def read_vocabulary(data: str | None, file: str | None) -> Vocabulary:
         return load_corpus(data).vocabulary
     assert file is not None
     try:
-        return Vocabulary(Path(file).read_bytes().decode().splitlines())
+        return Vocabulary(Path(file).read_bytes().decode("utf-8-sig").splitlines())
     except ValueError as error:
         raise RunError(f"{file}: not a vocabulary: {error}") from None

@@ -29,7 +29,7 @@ def plain_loop(folder: Path) -> tuple[list[str], dict[str, list[int]]]:
     ids: dict[str, list[int]] = {}
     for split in SPLITS:
         ids[split] = []
-        with (folder / f"{split}.txt").open(encoding="utf-8") as file:
+        with (folder / f"{split}.txt").open(encoding="utf-8-sig") as file:
             for line in file:
                 for word in [*line.split(), "<eos>"]:
                     if word not in index:

@@ -83,7 +83,8 @@ def test_all_of_it_together(call: Run, trained: Path, tmp_path: Path) -> None:
     )
     found = summary_of(result, path)
     assert found["loss"] == expected
-    settings = dict(lr=1e-3, lamb=0.01, theta=0.7, lambdasm=0.15, window=20, bptt=6, mc=2)
+    settings = dict(lr=1e-3, lamb=0.01, theta=0.7, lambdasm=0.15, window=20, bptt=6, mc=2, seed=3)
+    settings |= dict(epsilon=1e-4, batch_size=4, max_batches=5)
     assert settings.items() <= found.items()
 
 
@@ -200,6 +201,7 @@ def test_errors_are_one_line(call: Run, trained: Path, tmp_path: Path) -> None:
         ("MODEL --lambdasm 0.5", 2, "--lambdasm: goes with --cache only"),
         ("MODEL --cache --epsilon 1", 2, "--epsilon: goes with --dynamic rms only"),
         ("MODEL --cache --theta 1 2", 2, "--theta: several values go with --search only"),
+        ("MODEL --cache --search --search-tokens 9", 2, "goes with --dynamic and --search only"),
         ("MODEL --search", 2, "--search: goes with --cache or --dynamic only"),
         ("MODEL --split test --text EMPTY", 2, "--split: does not go with --text"),
         ("MODEL --eval-batch-size 5000", 2, "--eval-batch-size: "),

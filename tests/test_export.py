@@ -29,6 +29,7 @@ from data.text import read_text
 from engine.checkpoint import load_model, model_details, model_payload, write_checkpoint
 from evaluation.evaluate import evaluate, perplexity
 from evaluation.plain import Plain
+from programs.export import read_vocabulary
 
 Run = Callable[..., Result]
 
@@ -308,6 +309,8 @@ def test_what_is_not_a_model_of_the_original(
         line = only_line(call(export, path, "--from-original", *flags), 1)
         assert line.startswith(f"{tmp_path / 'words'}: ")
         assert expected in line
+    (tmp_path / "words").write_bytes(b"\xef\xbb\xbfa\r\n<eos>\r\n")
+    assert list(read_vocabulary(None, str(tmp_path / "words"))) == ["a", "<eos>"]
     path.write_bytes(pickle.dumps(Harm(tmp_path / "ran")))
     harm = call(export, path, "--from-original", "--trust-pickle", *flags)
     assert harm.code == 1
