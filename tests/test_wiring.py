@@ -11,6 +11,7 @@ import pytest
 import torch
 from conftest import TINY, Result, read_events, read_summary
 from row_by_row import build_trainer
+from test_fused_update import Built
 from test_predictors import small_model, text
 from test_tables import runs_of, write_summary
 
@@ -33,6 +34,8 @@ from evaluation.plain import Plain
 from evaluation.predictor import Mean, Predictor, Temperature
 from flags.evaluation import parse_evaluation
 from gradient_filter import GradientFilter
+from kernels.fused_step import FusedStep
+from loss_scale import LossScale
 from model import RNNModel
 from programs.evaluate import default_columns
 from programs.evaluate import score as score_words
@@ -274,6 +277,23 @@ def test_an_epoch_s_training_perplexity_is_the_mean_over_its_own_updates(
         expected.append(summed / counted)
         assert skipped & set(range((epoch - 1) * updates + 1, epoch * updates + 1))
     assert [told["train_loss"] for told in epochs_told] == pytest.approx(expected, rel=1e-9)
+
+
+@pytest.mark.usefixtures("with_cudnn")
+def test_a_skipped_update_is_no_iterate_of_the_average() -> None:
+    """The optimizer's count, which checkpoints store, is the device's."""
+    for kind in ("plain", "fast"):
+        rules = LossScale(2.0**26, high=2.0**40, window=2)
+        built = Built(kind, loss_scale=rules, dtype=torch.float32)
+        bias = built.model.decoder.bias
+        assert isinstance(bias, torch.Tensor)
+        bias.register_hook(lambda g: g.where(g.abs() < 65504, torch.inf))
+        built.train(30)  # the average is of the last 15
+        skipped = sum(built.overflows[15:])
+        assert skipped > 0
+        assert built.optimizer.num_averaged == 15 - skipped
+        if isinstance(built.step, FusedStep):
+            assert int(built.step.num_averaged) == built.optimizer.num_averaged
 
 
 def test_a_filter_s_figures_are_those_of_one_interval() -> None:

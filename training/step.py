@@ -79,7 +79,6 @@ class PlainStep:
             # The loss was computed before scaling: if it is not finite, scaling is not the cause.
             overflow = torch.isfinite(loss) & ~torch.isfinite(norm)
             if overflow:
-                self.optimizer.zero_grad(set_to_none=True)
                 return norm, overflow, largest
         rates = [group["lr"] for group in groups]
         for group in groups:
